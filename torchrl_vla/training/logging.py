@@ -1,0 +1,212 @@
+"""Where a run's figures go: console, CSV, TensorBoard, Weights & Biases, and a learning-curve picture."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torchrl.record.loggers import Logger
+from torchrl.record.loggers.tensorboard import TensorboardLogger
+from tqdm import tqdm
+
+__all__ = ["RunLogger", "check_wandb", "format_table"]
+
+# The rows of the console's table: title, then (label, metric, format) per cell.
+_TABLE = (
+    (
+        "rollout",
+        (
+            ("success", "rollout/success_rate", "{:.1%}"),
+            ("return", "rollout/mean_return", "{:.3f}"),
+            ("length", "rollout/mean_length", "{:.0f} steps"),
+            ("groups kept", "rollout/groups_kept", "{:.0f}"),
+            ("of", "rollout/groups", "{:.0f}"),
+        ),
+    ),
+    (
+        "update",
+        (
+            ("policy loss", "train/policy_loss", "{:.4f}"),
+            ("clip fraction", "train/clipfrac", "{:.3f}"),
+            ("KL", "train/approx_kl", "{:.2e}"),
+            ("entropy", "train/entropy", "{:.3f}"),
+            ("gradient norm", "train/grad_norm", "{:.3f}"),
+        ),
+    ),
+    ("validation", (("success", "val/success_rate", "{:.1%}"), ("length", "val/mean_length", "{:.0f} steps"))),
+    (
+        "time",
+        (
+            ("rollout", "time/rollout_seconds", "{:.1f} s"),
+            ("decisions/s", "time/rollout_decisions_per_second", "{:.1f}"),
+            ("update", "time/update_seconds", "{:.1f} s"),
+            ("decisions/s", "time/update_decisions_per_second", "{:.1f}"),
+            ("validation", "time/val_seconds", "{:.1f} s"),
+        ),
+    ),
+)
+
+
+def format_table(metrics: Mapping[str, float], title: str) -> str:
+    """One update's figures as lines of text; figures that the update does not have are left out.
+
+    Args:
+        metrics: figures by name, as `RunLogger.log` takes them.
+        title: first line.
+
+    Examples:
+        >>> print(format_table({"rollout/success_rate": 0.5}, "update 1"))
+        update 1
+          rollout     success 50.0%
+    """
+    lines = [title]
+    for phase, cells in _TABLE:
+        shown = [f"{label} {form.format(metrics[name])}" for label, name, form in cells if name in metrics]
+        if shown:
+            lines.append(f"  {phase:<11} " + "   ".join(shown))
+    return "\n".join(lines)
+
+
+def check_wandb() -> None:
+    """Make sure that W&B is installed and logged in, before any long work starts.
+
+    Raises:
+        ValueError: it is not; the message says what to do.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            "use_wandb is on, but wandb is not installed: pip install 'torchrl-vla[wandb]', or use --no-wandb."
+        ) from error
+    if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.api.api_key:
+        raise ValueError(
+            "use_wandb is on, but you are not logged in: run `wandb login`, set WANDB_API_KEY, "
+            "or WANDB_MODE=offline to log locally; --no-wandb turns it off."
+        )
+
+
+class RunLogger:
+    """Writes every figure of a run to its folder, and to W&B if wanted.
+
+    Args:
+        run_dir: the run's folder; gets `metrics.csv`, `tensorboard/` and `learning_curve.png`.
+        use_wandb: log to Weights & Biases too.
+        wandb_entity: W&B user or team.
+        config: the run's parameters, shown with it on W&B.
+
+    Examples:
+        >>> import tempfile
+        >>> logger = RunLogger(Path(tempfile.mkdtemp()))
+        >>> logger.log({"rollout/success_rate": 0.25}, update=1, env_steps=1760)
+        >>> logger.rows[0]["env_steps"]
+        1760.0
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        use_wandb: bool = False,
+        wandb_entity: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.run_dir = run_dir
+        self.csv_path = run_dir / "metrics.csv"
+        self.curve_path = run_dir / "learning_curve.png"
+        self.rows: list[dict[str, float]] = []
+        self._columns: list[str] = []
+        self.loggers: list[Logger] = [TensorboardLogger(exp_name="tensorboard", log_dir=str(run_dir))]
+        if use_wandb:
+            from torchrl.record.loggers.wandb import WandbLogger
+
+            self.loggers.append(
+                WandbLogger(
+                    exp_name=run_dir.name,
+                    save_dir=str(run_dir),
+                    project="torchrl-vla",
+                    entity=wandb_entity,
+                    config=dict(config or {}),
+                )  # fmt: skip
+            )
+
+    def restore(self, update: int) -> None:
+        """Take up the CSV of an interrupted run; rows after `update` will be made again and are set aside, not lost."""
+        if not self.csv_path.exists():
+            return
+        with self.csv_path.open(newline="") as stream:
+            rows = [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(stream)]
+        self.rows = [row for row in rows if row["update"] <= update]
+        if len(self.rows) < len(rows):
+            aside = self.run_dir / f"metrics.after-update-{update}.csv"
+            self._write(aside, rows)
+        self._columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        self._write(self.csv_path, self.rows)
+
+    def log(self, metrics: Mapping[str, float], *, update: int, env_steps: int) -> None:
+        """Add one row of figures.
+
+        Args:
+            metrics: figures by name, `phase/figure`.
+            update: number of the update; 0 is before the first.
+            env_steps: control steps collected so far: the x axis of every plot.
+        """
+        row = {"update": float(update), "env_steps": float(env_steps), **{k: float(v) for k, v in metrics.items()}}
+        self.rows.append(row)
+        fresh = [name for name in row if name not in self._columns]
+        if fresh:
+            self._columns += fresh
+            self._write(self.csv_path, self.rows)
+        else:
+            with self.csv_path.open("a", newline="") as stream:
+                csv.DictWriter(stream, self._columns, restval="").writerow(row)
+        for name, value in metrics.items():
+            for logger in self.loggers:
+                logger.log_scalar(name, float(value), step=env_steps)
+
+    def _write(self, path: Path, rows: list[dict[str, float]]) -> None:
+        partial = path.with_suffix(".partial")
+        columns = list(dict.fromkeys([*self._columns, *(name for row in rows for name in row)]))
+        with partial.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, columns, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+        partial.replace(path)
+
+    def draw(self) -> None:
+        """Draw the learning curve: success in rollouts and in validation, over control steps."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for name, label, style in (
+            ("rollout/success_rate", "rollouts (sampled)", "o-"),
+            ("val/success_rate", "validation (greedy)", "s--"),
+        ):
+            points = [(row["env_steps"], row[name]) for row in self.rows if not math.isnan(row.get(name, math.nan))]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+        axes.set(xlabel="control steps collected", ylabel="success rate", ylim=(-0.03, 1.03), title=self.run_dir.name)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+        figure.savefig(self.curve_path, dpi=120)
+
+    def print(self, text: str) -> None:
+        """Write to the console without breaking a progress bar."""
+        tqdm.write(text)
+
+    def close(self) -> None:
+        """Flush what is still in memory."""
+        for logger in self.loggers:
+            experiment = logger.experiment
+            for method in ("close", "finish"):
+                if hasattr(experiment, method):
+                    getattr(experiment, method)()
+                    break
