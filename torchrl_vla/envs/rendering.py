@@ -1,0 +1,150 @@
+"""Choosing how MuJoCo renders without a display: on a GPU through EGL, or in software through OSMesa."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+__all__ = ["configure_rendering", "has_gpu", "renderer_name"]
+
+logger = logging.getLogger(__name__)
+
+_LIBRARIES = {"egl": ("libEGL.so.1", "libEGL.so"), "osmesa": ("libOSMesa.so.8", "libOSMesa.so.6", "libOSMesa.so")}
+_SOFTWARE = ("llvmpipe", "softpipe", "swr")
+_PROBE = """
+import mujoco
+context = mujoco.GLContext(8, 8)
+context.make_current()
+from OpenGL import GL
+print(GL.glGetString(GL.GL_RENDERER).decode())
+"""
+# EGL is known to hang on some hosts; a context that works takes about a second.
+_PROBE_SECONDS = 60
+
+
+@functools.cache
+def configure_rendering() -> str:
+    """Chooses the OpenGL backend of this process and its children, before MuJoCo is imported.
+
+    ``MUJOCO_GL`` wins where it is set. Otherwise EGL is taken when it renders on a GPU, else OSMesa, else EGL in
+    software; each is tried in a fresh process. ``MUJOCO_GL`` and ``PYOPENGL_PLATFORM`` are set to the choice.
+
+    Returns:
+        str: ``"egl"`` or ``"osmesa"``.
+
+    Raises:
+        ValueError: ``MUJOCO_GL`` or ``PYOPENGL_PLATFORM`` asks for something that cannot render LIBERO.
+        RuntimeError: there is no OpenGL to render with, or MuJoCo was imported before the choice.
+    """
+    wanted = os.environ.get("MUJOCO_GL", "").strip().lower()
+    if wanted:
+        backend = _check_wanted(wanted)
+    elif "mujoco" in sys.modules:
+        raise RuntimeError(
+            "MuJoCo was imported before its OpenGL backend was chosen, and it chooses only once. Make the LIBERO "
+            "environment before importing mujoco or robosuite, or set MUJOCO_GL=egl (GPU) or MUJOCO_GL=osmesa (CPU)."
+        )
+    else:
+        backend = _choose()
+    platform = os.environ.get("PYOPENGL_PLATFORM") or backend
+    if platform.lower() != backend:
+        raise ValueError(
+            f"PYOPENGL_PLATFORM={platform!r} contradicts MUJOCO_GL={backend!r}. Unset PYOPENGL_PLATFORM, or set both "
+            "to the same value."
+        )
+    os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = backend
+    return backend
+
+
+@functools.cache
+def renderer_name(backend: str) -> str:
+    """Asks OpenGL, in a fresh process, what a backend renders with.
+
+    Args:
+        backend: ``"egl"`` or ``"osmesa"``.
+
+    Returns:
+        str: OpenGL's name of the renderer, such as ``"NVIDIA H100 80GB HBM3/PCIe/SSE2"`` or ``"llvmpipe (...)"``.
+
+    Raises:
+        RuntimeError: the backend cannot make a context; the message holds the last line of what it printed.
+    """
+    environment = {**os.environ, "MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend}
+    try:
+        probe = subprocess.run(
+            [sys.executable, "-c", _PROBE], env=environment, capture_output=True, text=True, timeout=_PROBE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{backend} did not make an OpenGL context within {_PROBE_SECONDS} s") from None
+    if probe.returncode:
+        lines = probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"]
+        raise RuntimeError(f"{backend} cannot make an OpenGL context: {lines[-1]}")
+    return probe.stdout.strip()
+
+
+def has_gpu() -> bool:
+    """Whether this machine shows a GPU, of any make, that could render."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/dev/dri").glob("renderD*"))
+
+
+def _check_wanted(wanted: str) -> str:
+    if wanted not in _LIBRARIES:
+        raise ValueError(
+            f"MUJOCO_GL={wanted!r} cannot render LIBERO without a display: set it to 'egl' (GPU) or 'osmesa' (CPU), or "
+            "unset it to have one chosen."
+        )
+    for library in _LIBRARIES[wanted]:
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            continue
+        return wanted
+    raise RuntimeError(_missing([f"MUJOCO_GL={wanted} is set and {_LIBRARIES[wanted][0]} is not installed"]))
+
+
+def _choose() -> str:
+    """Tries the backends in order of speed."""
+    reasons = []
+    software_egl = False
+    gpu = has_gpu()
+    for backend in ("egl", "osmesa") if gpu else ("osmesa", "egl"):
+        try:
+            name = renderer_name(backend)
+        except RuntimeError as error:
+            reasons.append(str(error))
+            continue
+        software = name.lower().startswith(_SOFTWARE)
+        if gpu and backend == "egl" and software:
+            reasons.append(f"EGL renders in software ({name})")
+            software_egl = True
+            continue
+        return _announce(backend, name, reasons if gpu and software else [])
+    if software_egl:
+        return _announce("egl", renderer_name("egl"), reasons)
+    raise RuntimeError(_missing(reasons))
+
+
+def _announce(backend: str, name: str, fallback_reasons: list[str]) -> str:
+    logger.info("Rendering with %s: %s", backend, name)
+    if fallback_reasons:
+        warnings.warn(
+            f"This machine has a GPU but LIBERO is rendered in software ({backend}, {name}), some twenty times slower: "
+            f"{'; '.join(fallback_reasons)}. Install the GPU driver's EGL library (and libegl1), or set "
+            "MUJOCO_GL=osmesa to accept it.",
+            stacklevel=4,
+        )
+    return backend
+
+
+def _missing(reasons: list[str]) -> str:
+    return (
+        "LIBERO needs OpenGL to render its cameras and none works here. Run `apt-get install libosmesa6` (as root, or "
+        "with sudo) for rendering on the CPU; on a machine with a GPU, install libegl1 and the driver's EGL library "
+        f"instead. What was tried: {'; '.join(reasons)}."
+    )
