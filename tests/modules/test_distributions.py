@@ -1,0 +1,137 @@
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import ProbabilisticTensorDictModule, set_interaction_type
+from torch.distributions import Categorical, kl_divergence
+from torchrl.envs import ExplorationType
+
+from torchrl_vla.modules.distributions import TokenCategorical
+
+
+def _logits(*shape: int) -> torch.Tensor:
+    return 3.0 * torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_log_prob_by_hand() -> None:
+    # logits / T = ln 1, ln 2, ln 5: probabilities 1/8, 2/8, 5/8.
+    logits = 2.0 * torch.tensor([1.0, 2.0, 5.0]).log().expand(8, 7, 3)
+    dist = TokenCategorical(logits, temperature=2.0)
+    tokens = torch.arange(56).remainder(3).view(8, 7)
+    expected = torch.tensor([1 / 8, 2 / 8, 5 / 8]).log()[tokens]
+    torch.testing.assert_close(dist.log_prob(tokens), expected)
+    entropy = -(1 / 8 * math.log(1 / 8) + 2 / 8 * math.log(2 / 8) + 5 / 8 * math.log(5 / 8))
+    torch.testing.assert_close(dist.entropy(), torch.full((8, 7), entropy))
+    assert (dist.deterministic_sample == 2).all()
+    assert dist.batch_shape == (8, 7) and dist.event_shape == ()
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_agrees_with_torch_categorical(batch: tuple[int, ...]) -> None:
+    logits = _logits(*batch, 8, 7, 256)
+    ours, theirs = TokenCategorical(logits, 1.6), Categorical(logits=logits / 1.6)
+    tokens = theirs.sample()
+    torch.testing.assert_close(ours.log_prob(tokens), theirs.log_prob(tokens))
+    torch.testing.assert_close(ours.entropy(), theirs.entropy())
+    other = _logits(*batch, 8, 7, 256).flip(-1)
+    torch.testing.assert_close(
+        kl_divergence(ours, TokenCategorical(other, 0.9)), kl_divergence(theirs, Categorical(logits=other / 0.9))
+    )
+
+
+def test_sampling_follows_the_probabilities() -> None:
+    torch.manual_seed(0)
+    probs = torch.tensor([[0.5, 0.0, 0.3, 0.2, 0.0], [0.0, 0.9, 0.0, 0.0, 0.1]])
+    drawn = TokenCategorical(probs.log()).sample((20000,))
+    assert drawn.shape == (20000, 2)
+    frequency = torch.nn.functional.one_hot(drawn, 5).float().mean(0)
+    torch.testing.assert_close(frequency, probs, atol=0.015, rtol=0)
+    assert (frequency[probs == 0] == 0).all()
+
+
+def test_samples_of_different_tokens_are_independent() -> None:
+    torch.manual_seed(0)
+    drawn = TokenCategorical(torch.zeros(8, 7, 256)).sample((200,)).float().view(200, 56)
+    correlation = torch.corrcoef(drawn.T) - torch.eye(56)
+    assert correlation.abs().max() < 0.35
+
+
+def test_sampling_is_seeded_and_leaves_no_graph() -> None:
+    logits = _logits(4, 8, 7, 256).requires_grad_()
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(TokenCategorical(logits, 1.6).sample())
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert draws[0].dtype == torch.int64 and not draws[0].requires_grad
+
+
+def test_a_generator_of_the_module_is_used() -> None:
+    def draw(generator: int) -> torch.Tensor:
+        module = ProbabilisticTensorDictModule(
+            in_keys=["logits"], out_keys=["tokens"], distribution_class=TokenCategorical, generator=generator
+        )
+        with set_interaction_type(ExplorationType.RANDOM):
+            return module(TensorDict(logits=torch.zeros(3, 8, 7, 256), batch_size=[3]))["tokens"]
+
+    assert torch.equal(draw(5), draw(5)) and not torch.equal(draw(5), draw(6))
+
+
+def test_higher_temperature_is_flatter() -> None:
+    logits = _logits(8, 7, 256)
+    cold, warm = TokenCategorical(logits, 0.5), TokenCategorical(logits, 1.6)
+    assert (warm.entropy() > cold.entropy()).all()
+    assert torch.equal(cold.mode, warm.mode)
+
+
+def test_temperature_zero_is_greedy() -> None:
+    logits = _logits(2, 8, 7, 256)
+    dist = TokenCategorical(logits, temperature=0.0)
+    best = logits.argmax(-1)
+    assert torch.equal(dist.sample(), best)
+    assert torch.equal(dist.sample((3,)), best.expand(3, 2, 8, 7))
+    assert torch.equal(dist.log_prob(best), torch.zeros(2, 8, 7))
+    assert (dist.log_prob((best + 1) % 256) == -math.inf).all()
+    assert torch.equal(dist.entropy(), torch.zeros(2, 8, 7))
+    # All mass on the best bin: the divergence is minus its log-probability under the other distribution.
+    other = TokenCategorical(logits, 1.0)
+    torch.testing.assert_close(kl_divergence(dist, other), -other.log_prob(best))
+    assert (kl_divergence(other, dist) == math.inf).all()
+
+
+def test_bf16_logits_are_computed_with_in_float32() -> None:
+    logits = _logits(8, 7, 256).to(torch.bfloat16)
+    tokens = logits.argmin(-1)
+    log_prob = TokenCategorical(logits, 1.6).log_prob(tokens)
+    assert log_prob.dtype == torch.float32
+    assert torch.equal(log_prob, torch.log_softmax(logits.float() / 1.6, -1).gather(-1, tokens[..., None])[..., 0])
+
+
+def test_gradient_of_log_prob_by_hand() -> None:
+    # d log p_k / d logits = (onehot_k - p) / T
+    logits = _logits(8, 7, 256).requires_grad_()
+    tokens = torch.full((8, 7), 11)
+    dist = TokenCategorical(logits, 1.6)
+    dist.log_prob(tokens).sum().backward()
+    expected = (torch.nn.functional.one_hot(tokens, 256) - dist.probs.detach()) / 1.6
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_expand_and_extreme_logits() -> None:
+    logits = torch.tensor([0.0, -1e4, 1e4])
+    dist = TokenCategorical(logits).expand(torch.Size([4]))
+    assert dist.batch_shape == (4,)
+    assert torch.equal(dist.log_prob(torch.tensor([2, 2, 0, 1])), torch.tensor([0.0, 0.0, -1e4, -2e4]))
+    assert torch.equal(dist.entropy(), torch.zeros(4))
+
+
+@pytest.mark.parametrize("temperature", [-0.1, math.nan, math.inf])
+def test_bad_temperature(temperature: float) -> None:
+    with pytest.raises(ValueError, match="temperature must be finite and >= 0"):
+        TokenCategorical(torch.zeros(8, 7, 256), temperature)
+
+
+def test_tokens_out_of_range_are_refused_when_validating() -> None:
+    with pytest.raises(ValueError, match="within the support"):
+        TokenCategorical(torch.zeros(8, 7, 256), validate_args=True).log_prob(torch.full((8, 7), 256))
