@@ -159,7 +159,8 @@ class PPOConfig:
         if self.advantage_estimator != "gae" and self.group_size < 2:
             raise ValueError(
                 f"group_size must be at least 2 with advantage_estimator={self.advantage_estimator}, got "
-                f"{self.group_size}: a group of one episode has nothing to compare with. Raise it, or use advantage_estimator=gae."
+                f"{self.group_size}: a group of one episode has nothing to compare with. "
+                "Raise it, or use advantage_estimator=gae."
             )
         if self.separate_rollout_training:
             raise ValueError(
@@ -318,8 +319,8 @@ class OpenVLAActorConfig:
         """
         if not self.use_tokenized_actions:
             raise ValueError(
-                "PPO needs use_tokenized_actions=True: the L1 head is deterministic, so there is no probability to make "
-                "larger. Keep the L1 head loaded for comparison (load_l1_action_head=True) and act through the tokens."
+                "PPO needs use_tokenized_actions=True: the L1 head is deterministic, so there is no probability to "
+                "make larger. Keep the L1 head loaded for comparison (load_l1_action_head=True) and act by tokens."
             )
 
 

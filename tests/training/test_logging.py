@@ -1,0 +1,73 @@
+"""The run's figures: nothing is lost, whatever columns come later and however often a run is resumed."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from torchrl_vla.training.logging import RunLogger, format_table
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_rows_with_new_columns_keep_the_old_rows(tmp_path: Path):
+    logger = RunLogger(tmp_path)
+    logger.log({"rollout/success_rate": 0.25}, update=1, env_steps=100)
+    logger.log({"rollout/success_rate": 0.5, "val/success_rate": 0.75}, update=2, env_steps=200)
+    logger.log({"rollout/success_rate": 0.5}, update=3, env_steps=300)
+    rows = read(tmp_path / "metrics.csv")
+    assert [row["rollout/success_rate"] for row in rows] == ["0.25", "0.5", "0.5"]
+    assert [row["val/success_rate"] for row in rows] == ["", "0.75", ""]
+    logger.close()
+
+
+def test_tensorboard_holds_the_same_figures(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = RunLogger(tmp_path)
+    logger.log({"val/success_rate": 0.75}, update=2, env_steps=200)
+    logger.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Scalars("val/success_rate")
+    assert (event.step, event.value) == (200, 0.75)
+
+
+def test_resuming_sets_later_rows_aside(tmp_path: Path):
+    logger = RunLogger(tmp_path)
+    for update in (1, 2, 3):
+        logger.log({"x": update}, update=update, env_steps=100 * update)
+    logger.close()
+    resumed = RunLogger(tmp_path)
+    resumed.restore(update=2)
+    resumed.log({"x": 30.0}, update=3, env_steps=310)
+    resumed.close()
+    assert [row["x"] for row in read(tmp_path / "metrics.csv")] == ["1.0", "2.0", "30.0"]
+    assert [row["x"] for row in read(tmp_path / "metrics.after-update-2.csv")] == ["1.0", "2.0", "3.0"]
+
+
+def test_learning_curve_is_a_picture(tmp_path: Path):
+    logger = RunLogger(tmp_path)
+    logger.log({"rollout/success_rate": 0.25}, update=1, env_steps=100)
+    logger.draw()
+    logger.close()
+    assert logger.curve_path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_shows_only_what_there_is():
+    table = format_table({"rollout/success_rate": 0.5, "rollout/groups_kept": 1, "rollout/groups": 4}, "update 7")
+    assert table == "update 7\n  rollout     success 50.0%   groups kept 1   of 4"
+
+
+def test_wandb_writes_to_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logger = RunLogger(tmp_path, use_wandb=True)
+    logger.log({"x": 1.0}, update=1, env_steps=100)
+    logger.close()
+    assert any((tmp_path / "wandb").glob("offline-run-*"))

@@ -1,0 +1,261 @@
+"""The training loop: collect whole episodes, learn from them, validate, save."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import nn
+from torchrl.data import SamplerWithoutReplacement, TensorDictReplayBuffer, TensorStorage
+from torchrl.objectives import LossModule
+from tqdm import tqdm
+
+from torchrl_vla.config import PPOConfig
+from torchrl_vla.objectives import AsymmetricClipPPOLoss, GRPOAdvantage
+from torchrl_vla.training.logging import RunLogger, format_table
+
+__all__ = ["PPOTrainer", "TrainingDiverged"]
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many optimizer steps in a row had a loss or gradient that is not finite."""
+
+
+class PPOTrainer:
+    """Runs PPO/GRPO on whatever collector, loss and advantage it is given.
+
+    Every part is TorchRL's interface, so that any of them can be TorchRL's own: the collector is an iterable of
+    TensorDicts (:class:`~torchrl_vla.collectors.GroupCollector`, :class:`torchrl.collectors.Collector`), the loss a
+    ``LossModule``, the advantage a :class:`~torchrl_vla.objectives.GRPOAdvantage` or a value estimator such as GAE.
+
+    Args:
+        config: the algorithm's parameters.
+        collector: yields one update's decisions; any batch shape, flattened with time last.
+        loss: its terms named ``loss_*`` are summed and differentiated.
+        advantage: writes ``advantage`` into a flat batch, and may drop decisions that teach nothing.
+        optimizer: over the loss's trainable parameters.
+        logger: takes the figures.
+
+    Keyword Args:
+        validate: judges the policy and returns figures named ``val/...``; None: no validation.
+        save: writes a checkpoint, given the trainer; None: no checkpoints.
+        device: where the loss runs.
+
+    Examples:
+        See `scripts/toy_vla.py` for a complete one on TorchRL's ``ToyVLAEnv``.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        collector: Iterable[TensorDictBase],
+        loss: LossModule,
+        advantage: GRPOAdvantage | Callable[[TensorDictBase], TensorDictBase],
+        optimizer: torch.optim.Optimizer,
+        logger: RunLogger,
+        *,
+        validate: Callable[[], Mapping[str, float]] | None = None,
+        save: Callable[[PPOTrainer], None] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config = config
+        self.collector = collector
+        self.loss = loss
+        self.optimizer = optimizer
+        self.logger = logger
+        self.device = torch.device(device)
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.advantage = advantage
+        self.updates = 0
+        self.env_steps = 0
+        self.bad_steps = 0
+        self._validate = validate if config.val_interval and config.val_episodes else None
+        self._save = save
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the run has come."""
+        return {"updates": self.updates, "env_steps": self.env_steps, "bad_steps": self.bad_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where `state_dict` was taken."""
+        self.updates, self.env_steps = int(state["updates"]), int(state["env_steps"])
+        self.bad_steps = int(state["bad_steps"])
+
+    def train(self) -> None:
+        """Run to `total_timesteps`.
+
+        Raises:
+            TrainingDiverged: `max_bad_updates` optimizer steps in a row were not finite.
+        """
+        config, total = self.config, self.config.total_timesteps
+        if self.updates == 0 and self._validate is not None:
+            self._log(self._timed_validation(), "before training")
+        batches = iter(self.collector)
+        with tqdm(total=total, initial=self.env_steps, desc="training", unit="step", position=0) as bar:
+            while self.env_steps < total:
+                started = time.perf_counter()
+                batch = next(batches)
+                seconds = time.perf_counter() - started
+                metrics = self._rollout_metrics(batch, seconds)
+                before = self.env_steps
+                self.env_steps += int(metrics["rollout/env_steps"])
+                self.updates += 1
+                metrics |= self.update(batch)
+                done = self.env_steps >= total
+                if self._validate is not None and (done or _passed(config.val_interval, before, self.env_steps)):
+                    metrics |= self._timed_validation()
+                bar.update(min(self.env_steps, total) - min(before, total))
+                if done or _passed(config.log_interval, before, self.env_steps):
+                    self._log(metrics, f"update {self.updates}, {self.env_steps:,} of {total:,} control steps")
+                if self._save is not None and (done or _passed(config.save_interval, before, self.env_steps)):
+                    self._save(self)
+
+    def update(self, batch: TensorDictBase) -> dict[str, float]:
+        """Learn from one batch of complete episodes.
+
+        Args:
+            batch: decisions as the collector yields them.
+
+        Returns:
+            Figures named ``train/...``, averaged over the optimizer steps.
+        """
+        started = time.perf_counter()
+        data = batch.reshape(-1)
+        episodes = max(1, int(data["next", "done"].sum()))
+        scored, metrics = self._score(data)
+        if scored is None:
+            return metrics
+        data = scored
+        kept = max(1, int(data["next", "done"].sum()))
+        buffer = TensorDictReplayBuffer(
+            storage=TensorStorage(data),
+            sampler=SamplerWithoutReplacement(),
+            batch_size=math.ceil(len(data) / math.ceil(kept / self.config.traj_mini_batch_size)),
+        )
+        steps = []
+        total = self.config.n_epochs * len(data)
+        with tqdm(total=total, desc="update", unit="decision", position=1, leave=False) as bar:
+            for _ in range(self.config.n_epochs):
+                for minibatch in buffer:
+                    steps.append(self._optimizer_step(minibatch, bar))
+        seconds = time.perf_counter() - started
+        metrics |= {f"train/{k}": float(torch.stack([s[k] for s in steps]).nanmean()) for k in steps[0]}
+        metrics |= {
+            "train/decisions": len(data),
+            "train/episodes": kept,
+            "train/dropped_episodes": episodes - kept,
+            "train/optimizer_steps": len(steps),
+            "time/update_seconds": seconds,
+            "time/update_decisions_per_second": total / seconds,
+        }
+        return metrics
+
+    def _score(self, data: TensorDictBase) -> tuple[TensorDictBase | None, dict[str, float]]:
+        """Write the advantages; None where no decision is left that teaches something."""
+        if not isinstance(self.advantage, GRPOAdvantage):
+            return self.advantage(data), {}
+        self.advantage.reset_stats()
+        scored = self.advantage.inv(data)
+        stats = self.advantage.get_stats()
+        metrics = {"rollout/groups": stats["groups"], "rollout/groups_kept": stats["kept"]}
+        metrics |= {f"rollout/groups_{name}": value for name, value in stats.items() if name.startswith("dropped_")}
+        if scored is None:
+            self.logger.print(
+                f"No group had both outcomes ({stats['dropped_all_failed']} failed throughout, "
+                f"{stats['dropped_all_succeeded']} succeeded throughout, {stats['dropped_out_of_bounds']} outside the "
+                "bounds): there is nothing to learn from in this update, and the policy stays as it is."
+            )
+        return scored, metrics
+
+    def _optimizer_step(self, minibatch: TensorDictBase, bar: tqdm) -> dict[str, torch.Tensor]:
+        """One optimizer step, its gradient accumulated over micro-batches; the figures stay on the device."""
+        size = min(self.config.batch_size, math.ceil(len(minibatch) / self.config.traj_split_num))
+        counts = None
+        if isinstance(self.loss, AsymmetricClipPPOLoss):
+            counts = self.loss.count_valid(minibatch).to(self.device)
+            self.loss.set_normalizer(counts)
+        sums: dict[str, torch.Tensor] = {}
+        self.optimizer.zero_grad(set_to_none=True)
+        for micro in minibatch.split(size):
+            share = len(micro) / len(minibatch)
+            terms = self.loss(micro.to(self.device, non_blocking=True))
+            losses = {name: value for name, value in terms.items() if name.startswith("loss_")}
+            # Ours divides by the mini-batch's counts itself; a stock loss is a mean over the micro-batch.
+            scale = 1.0 if counts is not None else share
+            total = sum(value * scale for value in losses.values())
+            total.backward()
+            for name, value in terms.items():
+                if value.numel() == 1:
+                    weight = scale if name in losses else share
+                    sums[name] = sums.get(name, 0.0) + weight * value.detach().float().reshape(())
+            sums["loss"] = sums.get("loss", 0.0) + total.detach().float().reshape(())
+            bar.update(len(micro))
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        self._step_if_finite(torch.isfinite(norm) & torch.isfinite(sums["loss"]))
+        return {_FIGURES.get(name, name): value for name, value in sums.items()} | {"grad_norm": norm.detach().float()}
+
+    def _step_if_finite(self, finite: torch.Tensor) -> None:
+        if finite.item():
+            self.optimizer.step()
+            self.bad_steps = 0
+            return
+        self.bad_steps += 1
+        self.logger.print(
+            f"Update {self.updates}: the loss or its gradient is not finite; this optimizer step is skipped "
+            f"({self.bad_steps} in a row, the run stops at {self.config.max_bad_updates})."
+        )
+        if self.bad_steps >= self.config.max_bad_updates:
+            raise TrainingDiverged(
+                f"{self.bad_steps} optimizer steps in a row were not finite. The last checkpoint is untouched: lower "
+                f"actor_lr ({self.config.actor_lr}) or max_grad_norm ({self.config.max_grad_norm}) and resume."
+            )
+
+    def _rollout_metrics(self, batch: TensorDictBase, seconds: float) -> dict[str, float]:
+        data = batch.reshape(-1)
+        ended = data["next", "done"].reshape(-1)
+        episodes = int(ended.sum())
+        steps = data.get(("next", "num_control_steps"), None)
+        env_steps = int(steps.sum()) if steps is not None else len(data)
+        success = data.get(("next", "success"), None)
+        metrics = {
+            "rollout/env_steps": env_steps,
+            "rollout/num_trajectories": episodes,
+            "rollout/mean_length": env_steps / max(episodes, 1),
+            "rollout/mean_return": float(data["next", "reward"].sum()) / max(episodes, 1),
+            "time/rollout_seconds": seconds,
+            "time/rollout_decisions_per_second": len(data) / seconds,
+        }
+        if success is not None:
+            metrics["rollout/success_rate"] = float(success.reshape(-1)[ended].float().sum()) / max(episodes, 1)
+        return metrics
+
+    def _timed_validation(self) -> dict[str, float]:
+        assert self._validate is not None
+        started = time.perf_counter()
+        figures = dict(self._validate())
+        return figures | {"time/val_seconds": time.perf_counter() - started}
+
+    def _log(self, metrics: Mapping[str, float], title: str) -> None:
+        self.logger.log(metrics, update=self.updates, env_steps=self.env_steps)
+        self.logger.print(format_table(metrics, title))
+        self.logger.draw()
+
+
+#: TorchRL's names of the loss's terms -> the names in the logs.
+_FIGURES = {
+    "loss_objective": "policy_loss",
+    "loss_critic": "value_loss",
+    "loss_entropy": "entropy_loss",
+    "loss_kl": "kl_loss",
+    "clip_fraction": "clipfrac",
+    "kl_approx": "approx_kl",
+}
+
+
+def _passed(interval: int, before: int, after: int) -> bool:
+    """Whether a multiple of the interval lies in (before, after]."""
+    return after // interval > before // interval
