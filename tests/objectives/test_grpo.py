@@ -1,0 +1,177 @@
+"""GRPOAdvantage against advantages worked out by hand, and against TorchRL's MCAdvantage where both apply."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
+from torchrl.objectives.llm import MCAdvantage
+
+from torchrl_vla.objectives import GRPOAdvantage
+
+
+def episode(group: int, rewards: list[float], done: bool = True) -> TensorDict:
+    length = len(rewards)
+    reward = torch.tensor(rewards).unsqueeze(-1)
+    ends = torch.zeros(length, 1, dtype=torch.bool)
+    ends[-1] = done
+    ids = {"task_id": torch.full((length, 1), group // 10), "init_state_id": torch.full((length, 1), group % 10)}
+    return TensorDict({**ids, "next": {"reward": reward, "done": ends, "success": reward > 0}}, [length])
+
+
+def batch(*episodes: TensorDict) -> TensorDict:
+    return torch.cat(episodes)
+
+
+# Group 12: returns 1, 0, 0 after 2, 3, 1 decisions: mean 1/3, unbiased std sqrt(1/3).
+MIXED = [episode(12, [0, 1.0]), episode(12, [0, 0, 0.0]), episode(12, [0.0])]
+
+
+def test_advantages_by_hand():
+    out = GRPOAdvantage().inv(batch(*MIXED))
+    std = math.sqrt(1 / 3)
+    assert out["advantage"].shape == (6, 1) and out["advantage"].dtype == torch.float32
+    expected = [(2 / 3) / std] * 2 + [(-1 / 3) / std] * 4
+    assert out["advantage"].flatten().tolist() == pytest.approx(expected, rel=1e-5)
+    assert out["episode_return"].flatten().tolist() == [1, 1, 0, 0, 0, 0]
+
+
+def test_the_epsilon_is_added_to_the_unbiased_std():
+    small = [episode(1, [1e-6]), episode(1, [0.0])]
+    out = GRPOAdvantage(keep_low=0).inv(batch(*small))
+    std = 1e-6 / math.sqrt(2)
+    assert out["advantage"].flatten().tolist() == pytest.approx([5e-7 / (std + 1e-6), -5e-7 / (std + 1e-6)], rel=1e-4)
+
+
+@pytest.mark.parametrize(("estimator", "expected"), [("rloo", [1, -0.5, -0.5]), ("dr_grpo", [2 / 3, -1 / 3, -1 / 3])])
+def test_variants_by_hand(estimator, expected):
+    out = GRPOAdvantage(estimator).inv(batch(*MIXED))
+    assert out["advantage"].flatten()[[0, 2, 5]].tolist() == pytest.approx(expected)
+
+
+def test_the_discount_counts_decisions_from_the_first():
+    out = GRPOAdvantage("dr_grpo", verifier_gamma=0.5).inv(batch(*MIXED, episode(12, [1.0])))
+    # returns .5 0 0 1
+    assert out["episode_return"].flatten().tolist() == [0.5, 0.5, 0, 0, 0, 0, 1]
+    assert out["advantage"].flatten()[[0, 2, 6]].tolist() == pytest.approx([0.125, -0.375, 0.625])
+
+
+def test_interleaved_groups_are_told_apart():
+    other = [episode(21, [1.0]), episode(21, [0, 0.0]), episode(21, [1.0]), episode(21, [1.0])]
+    data = batch(other[0], MIXED[0], other[1], MIXED[1], other[2], MIXED[2], other[3])
+    out = GRPOAdvantage("dr_grpo").inv(data)
+    expected = {12: {1: 2 / 3, 0: -1 / 3}, 21: {1: 0.25, 0: -0.75}}
+    groups = (out["task_id"] * 10 + out["init_state_id"]).flatten().tolist()
+    for group, value, advantage in zip(
+        groups, out["episode_return"].flatten().tolist(), out["advantage"].flatten().tolist(), strict=True
+    ):
+        assert advantage == pytest.approx(expected[group][int(value)])
+
+
+def test_the_same_state_in_two_groups_needs_group_id():
+    twice = batch(episode(3, [1.0]), episode(3, [0.0]), episode(3, [1.0]), episode(3, [1.0]))
+    twice["group_id"] = torch.tensor([[0], [0], [1], [1]])
+    transform = GRPOAdvantage()
+    assert transform.inv(twice).numel() == 2
+    assert transform.get_stats()["dropped_all_succeeded"] == 1
+    by_state = GRPOAdvantage(group_keys=("task_id", "init_state_id")).inv(twice)
+    assert by_state.numel() == 4
+
+
+def test_dropped_groups_and_why():
+    failed = [episode(1, [0.0]), episode(1, [0, 0.0])]
+    succeeded = [episode(2, [1.0]), episode(2, [0, 1.0])]
+    rare = [episode(3, [0.0]) for _ in range(19)] + [episode(3, [1.0])]  # 0.05
+    at_the_bound = [episode(4, [0.0]) for _ in range(9)] + [episode(4, [1.0])]  # 0.1 is kept
+    alone = [episode(5, [1.0])]
+    cut = [episode(6, [0.0, 0.0, 0.0], done=False)]
+    transform = GRPOAdvantage()
+    out = transform.inv(batch(*failed, *succeeded, *rare, *at_the_bound, *alone, *cut))
+    assert set(out["init_state_id"].flatten().tolist()) == {4}
+    assert transform.get_stats() == {
+        "episodes": 35,
+        "decisions": 37,
+        "groups": 5,
+        "kept": 1,
+        "kept_decisions": 10,
+        "incomplete_episodes": 1,
+        "dropped_all_failed": 1,
+        "dropped_all_succeeded": 1,
+        "dropped_out_of_bounds": 1,
+        "dropped_incomplete": 1,
+        "success_rate": pytest.approx(5 / 35),
+        "mean_return": pytest.approx(5 / 35),
+    }
+    transform.reset_stats()
+    assert not any(transform.get_stats().values())
+
+
+def test_bounds_can_be_opened():
+    """Without bounds a group goes only if its advantages are all zero."""
+    succeeded = [episode(2, [1.0]), episode(2, [0, 1.0])]
+    assert GRPOAdvantage(keep_low=0, keep_high=1).inv(batch(*succeeded)) is None
+    discounted = GRPOAdvantage("dr_grpo", keep_low=0, keep_high=1, verifier_gamma=0.5).inv(batch(*succeeded))
+    assert discounted["advantage"].flatten().tolist() == pytest.approx([0.25, -0.25, -0.25])
+    rare = [episode(3, [0.0]) for _ in range(19)] + [episode(3, [1.0])]
+    assert GRPOAdvantage(keep_low=0.01).inv(batch(*rare)).numel() == 20
+
+
+def test_min_group_size():
+    assert GRPOAdvantage(min_group_size=4).inv(batch(*MIXED)) is None
+    assert GRPOAdvantage(min_group_size=3).inv(batch(*MIXED)).numel() == 6
+
+
+def test_agrees_with_mc_advantage():
+    generator = torch.Generator().manual_seed(0)
+    episodes = []
+    for group in range(8):
+        for _ in range(4):
+            length = int(torch.randint(1, 5, (), generator=generator))
+            success = float(torch.rand((), generator=generator) > 0.7)
+            episodes.append(episode(group, [0.0] * (length - 1) + [success]))
+    data = batch(*episodes)
+    stock = MCAdvantage(4, prompt_key="init_state_id", trajectory_return="sum", keep_return_bounds=(0.1, 0.9))
+    expected = stock.inv(data)
+    ours = GRPOAdvantage().inv(data)
+    assert 0 < len(expected) < len(data)
+    torch.testing.assert_close(ours["init_state_id"], expected["init_state_id"])
+    torch.testing.assert_close(ours["advantage"], expected["advantage"], rtol=1e-5, atol=1e-5)
+
+
+def test_in_a_replay_buffer():
+    buffer = TensorDictReplayBuffer(
+        storage=LazyTensorStorage(100), sampler=SamplerWithoutReplacement(drop_last=False), batch_size=4
+    )
+    buffer.append_transform(GRPOAdvantage())
+    nothing = buffer.extend(batch(episode(1, [0.0]), episode(1, [0, 0.0])))
+    assert len(nothing) == 0 and len(buffer) == 0
+    buffer.extend(batch(*MIXED))
+    assert len(buffer) == 6
+    read = torch.cat([sample["advantage"] for sample in buffer])
+    expected = GRPOAdvantage().inv(batch(*MIXED))["advantage"]
+    assert sorted(read.flatten().tolist()) == sorted(expected.flatten().tolist())
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        (["ppo"], {}, "estimator='ppo'.*'rloo'"),
+        ([], {"verifier_gamma": 0.0}, "verifier_gamma=0.0"),
+        ([], {"keep_low": 0.9, "keep_high": 0.1}, "keep_low=0.9"),
+        ([], {"min_group_size": 1}, "min_group_size=1"),
+    ],
+)
+def test_bad_arguments(args, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        GRPOAdvantage(*args, **kwargs)
+
+
+def test_bad_data():
+    with pytest.raises(ValueError, match=r"shape \(2, 2\)"):
+        GRPOAdvantage().inv(torch.stack([episode(1, [0, 1.0]), episode(1, [0, 0.0])]))
+    with pytest.raises(KeyError, match="init_state_id"):
+        GRPOAdvantage().inv(batch(*MIXED).exclude("init_state_id"))
+    assert GRPOAdvantage().inv(episode(1, [0.0, 0.0], done=False)) is None

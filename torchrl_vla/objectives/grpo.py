@@ -1,0 +1,216 @@
+"""Group-relative advantages, computed where a replay buffer is filled."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torchrl.envs.transforms import Transform
+
+Estimator = Literal["grpo", "rloo", "dr_grpo"]
+
+
+class GRPOAdvantage(Transform):
+    r"""Score each episode against the other episodes that began in the same initial state.
+
+    A replay-buffer transform: ``extend`` takes whole episodes, one after the other (``[T]``, each ending with
+    ``("next", "done")``), and stores the decisions of the groups that can teach something, each with the advantage
+    of its episode. With the episode's return :math:`R_i = \sum_t \gamma^t r_t` (t counts decisions) and the n
+    returns of its group, the advantage is
+
+    ========= ============================================================= ==============================
+    grpo      :math:`(R_i - \bar R) / (s + 10^{-6})`, s the unbiased std    https://arxiv.org/abs/2402.03300
+    rloo      :math:`R_i - \frac{1}{n-1}\sum_{j \ne i} R_j`                 https://arxiv.org/abs/2402.14740
+    dr_grpo   :math:`R_i - \bar R`                                          https://arxiv.org/abs/2503.20783
+    ========= ============================================================= ==============================
+
+    A group is dropped when its mean success lies outside ``[keep_low, keep_high]`` (dynamic sampling,
+    https://arxiv.org/abs/2503.14476), when all its episodes failed, or all succeeded, with equal returns (their
+    advantages are zero), and when it has fewer than ``min_group_size`` complete episodes; :meth:`get_stats` counts
+    the reasons. TorchRL's ``MCAdvantage`` waits for groups of one fixed size, one trajectory at a time; here
+    an update's groups come together, of any size, and are scored in one vectorised pass.
+
+    Args:
+        estimator: ``"grpo"``, ``"rloo"`` or ``"dr_grpo"``.
+
+    Keyword Args:
+        verifier_gamma: discount per decision, in (0, 1].
+        keep_low: lowest mean success of a group that is kept.
+        keep_high: highest mean success of a group that is kept.
+        min_group_size: fewest episodes of a group that is kept, at least 2.
+        group_keys: integer entries ``[T, 1]`` that together identify a group; by default ``group_id`` where the
+            data have it, else ``task_id`` and ``init_state_id``.
+        reward_key: float ``[T, 1]``.
+        success_key: bool ``[T, 1]``, read at the episode's last decision.
+        done_key: bool ``[T, 1]``.
+        advantage_key: written, float32 ``[T, 1]``.
+        return_key: written, float32 ``[T, 1]``, the episode's (discounted) return.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> step = {"reward": torch.tensor([0.0, 1.0, 0.0]), "done": torch.tensor([False, True, True])}
+        >>> step["success"] = step["reward"] > 0  # an episode of two decisions that succeeds, one of one that fails
+        >>> step = {key: value.unsqueeze(-1) for key, value in step.items()}
+        >>> data = TensorDict({"group_id": torch.zeros(3, 1, dtype=torch.int64), "next": step}, [3])
+        >>> GRPOAdvantage().inv(data)["advantage"].squeeze(-1)
+        tensor([ 0.7071,  0.7071, -0.7071])
+
+    Raises:
+        ValueError: if an argument is outside its range, or the data are not flat.
+    """
+
+    def __init__(
+        self,
+        estimator: Estimator = "grpo",
+        *,
+        verifier_gamma: float = 1.0,
+        keep_low: float = 0.1,
+        keep_high: float = 0.9,
+        min_group_size: int = 2,
+        group_keys: Sequence[NestedKey] | None = None,
+        reward_key: NestedKey = ("next", "reward"),
+        success_key: NestedKey = ("next", "success"),
+        done_key: NestedKey = ("next", "done"),
+        advantage_key: NestedKey = "advantage",
+        return_key: NestedKey = "episode_return",
+    ) -> None:
+        if estimator not in get_args(Estimator):
+            raise ValueError(f"estimator={estimator!r} is unknown: choose one of {get_args(Estimator)}.")
+        if not 0 < verifier_gamma <= 1:
+            raise ValueError(f"verifier_gamma={verifier_gamma} must lie in (0, 1]; 1 does not discount.")
+        if not 0 <= keep_low <= keep_high <= 1:
+            raise ValueError(
+                f"keep_low={keep_low} and keep_high={keep_high} must be 0 <= keep_low <= keep_high <= 1: they bound a "
+                "group's mean success."
+            )
+        if min_group_size < 2:
+            raise ValueError(
+                f"min_group_size={min_group_size} must be at least 2: one episode has nothing to be compared with."
+            )
+        super().__init__()
+        self.estimator = estimator
+        self.verifier_gamma = verifier_gamma
+        self.keep_low = keep_low
+        self.keep_high = keep_high
+        self.min_group_size = min_group_size
+        self.group_keys = group_keys
+        self.reward_key = reward_key
+        self.success_key = success_key
+        self.done_key = done_key
+        self.advantage_key = advantage_key
+        self.return_key = return_key
+        self.reset_stats()
+
+    def reset_stats(self) -> None:
+        """Start counting anew, such as at the beginning of an update."""
+        self._stats: Counter[str] = Counter()
+        self._return_sum = 0.0
+
+    def get_stats(self) -> dict[str, float]:
+        """Counts since the last reset, for a logger.
+
+        Returns:
+            ``episodes``, ``decisions``, ``groups``; of the groups ``kept``, ``dropped_all_failed``,
+            ``dropped_all_succeeded``, ``dropped_out_of_bounds``, ``dropped_incomplete``; the ``kept_decisions`` and
+            the episodes' ``success_rate`` and ``mean_return``. Episodes without their end count as incomplete, and
+            in no other figure.
+        """
+        names = ("episodes", "decisions", "groups", "kept", "kept_decisions", "incomplete_episodes")
+        reasons = ("all_failed", "all_succeeded", "out_of_bounds", "incomplete")
+        stats = {name: self._stats[name] for name in (*names, *(f"dropped_{reason}" for reason in reasons))}
+        episodes = max(self._stats["episodes"], 1)
+        rates = {"success_rate": self._stats["successes"] / episodes, "mean_return": self._return_sum / episodes}
+        return stats | rates
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Leave what is read from the buffer as it is."""
+        return tensordict
+
+    def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase | None:
+        if tensordict.ndim != 1:
+            raise ValueError(
+                f"GRPOAdvantage got data of shape {tuple(tensordict.shape)}, but episodes must come one after the "
+                "other, [T]: use GroupCollector, or a Collector with trajs_per_batch and traj_format='cat'."
+            )
+        done = tensordict.get(self.done_key).reshape(-1)
+        # The episode a decision belongs to: the number of ends before it. Decisions after the last end have none.
+        episode = done.cumsum(0) - done.long()
+        ends = done.nonzero().squeeze(-1)
+        complete = episode < ends.numel()
+        if not complete.all():
+            self._stats["incomplete_episodes"] += 1
+            tensordict, episode = tensordict[complete], episode[complete]
+        if not ends.numel():
+            return None
+        returns = self._returns(tensordict, episode, ends)
+        success = tensordict.get(self.success_key).reshape(-1)[ends].double()
+        group, advantage, keep = self._score(returns, success, self._groups(tensordict, ends))
+        self._stats["episodes"] += ends.numel()
+        self._stats["decisions"] += tensordict.numel()
+        self._stats["successes"] += int(success.sum())
+        self._return_sum += returns.sum().item()
+        kept = keep[group][episode]
+        self._stats["kept_decisions"] += int(kept.sum())
+        if not kept.any():
+            return None
+        out = tensordict[kept]
+        out.set(self.advantage_key, advantage[episode[kept]].float().unsqueeze(-1))
+        out.set(self.return_key, returns[episode[kept]].float().unsqueeze(-1))
+        return out
+
+    def _groups(self, tensordict: TensorDictBase, ends: Tensor) -> Tensor:
+        keys = self.group_keys
+        if keys is None:
+            keys = ("group_id",) if "group_id" in tensordict.keys() else ("task_id", "init_state_id")
+        columns = [tensordict.get(key, None) for key in keys]
+        if any(column is None for column in columns):
+            raise KeyError(f"The episodes need {list(keys)} to be grouped by: add them, or set group_keys.")
+        return torch.stack([column.reshape(-1)[ends] for column in columns], -1)
+
+    def _returns(self, tensordict: TensorDictBase, episode: Tensor, ends: Tensor) -> Tensor:
+        reward = tensordict.get(self.reward_key).reshape(-1).double()
+        starts = torch.cat([ends.new_zeros(1), ends[:-1] + 1])
+        step = torch.arange(len(episode), device=episode.device) - starts[episode]
+        discounted = reward * self.verifier_gamma ** step.double()
+        return torch.zeros(len(ends), dtype=torch.double, device=reward.device).index_add_(0, episode, discounted)
+
+    def _score(self, returns: Tensor, success: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each episode's group and advantage, and which groups to keep."""
+        _, group, size = torch.unique(groups, dim=0, return_inverse=True, return_counts=True)
+
+        def group_sum(values: Tensor) -> Tensor:
+            return torch.zeros(len(size), dtype=torch.double, device=values.device).index_add_(0, group, values)
+
+        centred = returns - (group_sum(returns) / size)[group]
+        others = (size - 1).clamp_min(1)
+        if self.estimator == "grpo":
+            advantage = centred / ((group_sum(centred.square()) / others).sqrt() + 1e-6)[group]
+        elif self.estimator == "rloo":
+            advantage = centred * (size / others)[group]
+        else:
+            advantage = centred
+        mean_success = group_sum(success) / size
+        lowest, highest = (
+            torch.zeros_like(mean_success).scatter_reduce(0, group, returns, reduce, include_self=False)
+            for reduce in ("amin", "amax")
+        )
+        incomplete = size < self.min_group_size
+        outside = (mean_success < self.keep_low) | (mean_success > self.keep_high)
+        failed, succeeded = mean_success == 0, mean_success == 1
+        keep = ~(incomplete | outside | ((lowest == highest) & (failed | succeeded)))
+        reasons = {
+            "groups": torch.ones_like(keep),
+            "kept": keep,
+            "dropped_incomplete": incomplete,
+            "dropped_all_failed": ~incomplete & ~keep & failed,
+            "dropped_all_succeeded": ~incomplete & ~keep & succeeded,
+            "dropped_out_of_bounds": ~incomplete & ~keep & ~failed & ~succeeded,
+        }
+        for name, which in reasons.items():
+            self._stats[name] += int(which.sum())
+        return group, advantage, keep
