@@ -1,0 +1,179 @@
+"""The loop: what it does to the policy, and when it validates, saves, skips and stops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
+from torch import nn
+from torchrl.objectives import ClipPPOLoss
+
+from torchrl_vla.config import PPOConfig
+from torchrl_vla.modules.distributions import TokenCategorical
+from torchrl_vla.objectives import AsymmetricClipPPOLoss, GRPOAdvantage
+from torchrl_vla.training.logging import RunLogger
+from torchrl_vla.training.trainer import PPOTrainer, TrainingDiverged
+
+K, DIMS, BINS = 2, 3, 5
+
+
+def make_actor() -> ProbabilisticTensorDictSequential:
+    torch.manual_seed(0)
+    logits = nn.Sequential(nn.Linear(4, K * DIMS * BINS), nn.Unflatten(-1, (K, DIMS, BINS)))
+    return ProbabilisticTensorDictSequential(
+        TensorDictModule(logits, in_keys=[("observation", "state")], out_keys=[("vla_action", "logits")]),
+        ProbabilisticTensorDictModule(
+            in_keys={"logits": ("vla_action", "logits")},
+            out_keys=[("vla_action", "tokens")],
+            distribution_class=TokenCategorical,
+            return_log_prob=True,
+            log_prob_key=("vla_action", "log_probs"),
+        ),
+    )
+
+
+def make_batch(actor: nn.Module, *, outcomes: tuple[tuple[int, ...], ...] = ((1, 0, 1), (0, 0, 1))) -> TensorDictBase:
+    """Episodes of two decisions of two control steps; `outcomes` holds one success flag per episode, by group."""
+    torch.manual_seed(1)
+    episodes = [(group, success) for group, row in enumerate(outcomes) for success in row]
+    rows = [(group, bool(success) and last, last) for group, success in episodes for last in (False, True)]
+    group, success, done = (torch.tensor(column).unsqueeze(-1) for column in zip(*rows, strict=True))
+    data = TensorDict(
+        {
+            "observation": {"state": torch.randn(len(rows), 4)},
+            "group_id": group,
+            "next": {
+                "done": done,
+                "success": success,
+                "reward": success.float(),
+                "num_control_steps": torch.full_like(group, K),
+            },
+        },
+        batch_size=[len(rows)],
+    )
+    with torch.no_grad():
+        return actor(data).exclude(("vla_action", "logits"))
+
+
+class Collector:
+    """Yields the same batch for ever, as an on-policy collector would yield fresh ones."""
+
+    def __init__(self, batch: TensorDictBase) -> None:
+        self.batch = batch
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        while True:
+            yield self.batch.clone()
+
+
+def make_trainer(tmp_path: Path, *, batch: TensorDictBase | None = None, loss_class=AsymmetricClipPPOLoss, **values):
+    actor = make_actor()
+    calls = values.pop("calls", {})
+    config = PPOConfig(**{"n_epochs": 2, "actor_lr": 1e-2, "entropy_coef": 0.0, "val_interval": 0, **values})
+    loss = loss_class(actor, None) if loss_class is AsymmetricClipPPOLoss else loss_class
+    trainer = PPOTrainer(
+        config,
+        Collector(make_batch(actor) if batch is None else batch),
+        loss,
+        GRPOAdvantage(),
+        torch.optim.SGD(actor.parameters(), lr=config.actor_lr),
+        RunLogger(tmp_path),
+        **calls,
+    )
+    return trainer, actor
+
+
+def weights(actor: nn.Module) -> torch.Tensor:
+    return nn.utils.parameters_to_vector(actor.parameters()).detach()
+
+
+@pytest.mark.parametrize("traj_split_num", [1, 4])
+def test_the_update_does_not_depend_on_the_micro_batch(tmp_path: Path, traj_split_num: int):
+    results = []
+    for batch_size in (1, 5, 100):
+        trainer, actor = make_trainer(tmp_path, batch_size=batch_size, traj_split_num=traj_split_num)
+        trainer.update(trainer.collector.batch)
+        results.append(weights(actor))
+    assert not torch.allclose(results[0], weights(make_actor()), atol=1e-4)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=1e-6)
+
+
+def test_first_gradient_is_the_policy_gradient(tmp_path: Path):
+    """Before the first step the ratio is 1, so the gradient is that of -mean(advantage * log-probability)."""
+    trainer, actor = make_trainer(tmp_path, n_epochs=1, traj_mini_batch_size=100, max_grad_norm=1e9)
+    batch = trainer.collector.batch
+    before = weights(actor)
+    metrics = trainer.update(batch)
+    other = make_actor()
+    data = GRPOAdvantage().inv(batch)
+    log_prob = other.get_dist(data).log_prob(data["vla_action", "tokens"])
+    (-(log_prob * data["advantage"].unsqueeze(-1)).mean()).backward()
+    gradient = nn.utils.parameters_to_vector([p.grad for p in other.parameters()])
+    torch.testing.assert_close(before - weights(actor), 1e-2 * gradient, rtol=1e-4, atol=1e-7)
+    assert metrics["train/approx_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics["train/clipfrac"] == 0.0
+    assert metrics["train/grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
+
+
+def test_stock_loss_runs_and_does_not_depend_on_the_micro_batch(tmp_path: Path):
+    results = []
+    for batch_size in (1, 100):
+        actor = make_actor()
+        stock = ClipPPOLoss(actor, None, entropy_bonus=False, clip_epsilon=(0.2, 0.28), functional=False)
+        stock.set_keys(action=("vla_action", "tokens"), sample_log_prob=("vla_action", "log_probs"))
+        trainer = PPOTrainer(
+            PPOConfig(n_epochs=2, batch_size=batch_size, traj_split_num=1, val_interval=0),
+            Collector(make_batch(actor)),
+            stock,
+            GRPOAdvantage(),
+            torch.optim.SGD(actor.parameters(), lr=1e-2),
+            RunLogger(tmp_path),
+        )
+        trainer.update(trainer.collector.batch)
+        results.append(weights(actor))
+    assert not torch.allclose(results[0], weights(make_actor()), atol=1e-5)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-6)
+
+
+def test_nothing_is_learned_from_groups_without_both_outcomes(tmp_path: Path, capsys: pytest.CaptureFixture):
+    trainer, actor = make_trainer(tmp_path)
+    metrics = trainer.update(make_batch(actor, outcomes=((0, 0, 0), (1, 1, 1))))
+    assert torch.equal(weights(actor), weights(make_actor()))
+    assert "No group had both outcomes (1 failed throughout, 1 succeeded throughout" in capsys.readouterr().out
+    assert (metrics["rollout/groups"], metrics["rollout/groups_kept"]) == (2, 0)
+    assert not any(name.startswith("train/") for name in metrics)
+
+
+def test_validates_and_saves_when_the_interval_is_passed(tmp_path: Path):
+    """An update has 24 control steps: 72 are reached by the third; validation every 40, saving every 50 and at the end."""
+    events: list[tuple[str, int]] = []
+    trainer, _ = make_trainer(
+        tmp_path,
+        total_timesteps=72,
+        val_interval=40,
+        save_interval=50,
+        log_interval=1,
+        calls={
+            "validate": lambda: events.append(("validate", trainer.env_steps)) or {"val/success_rate": 0.5},
+            "save": lambda trainer: events.append(("save", trainer.env_steps)),
+        },
+    )
+    trainer.train()
+    assert events == [("validate", 0), ("validate", 48), ("validate", 72), ("save", 72)]
+    assert [row["env_steps"] for row in trainer.logger.rows] == [0.0, 24.0, 48.0, 72.0]
+    assert trainer.logger.rows[1]["rollout/success_rate"] == 0.5
+
+
+def test_a_broken_gradient_is_skipped_and_ends_the_run_if_it_stays(tmp_path: Path):
+    trainer, actor = make_trainer(tmp_path, max_bad_updates=3, n_epochs=5)
+    batch = trainer.collector.batch
+    batch["observation", "state"][0] = float("nan")
+    before = weights(actor)
+    with pytest.raises(TrainingDiverged, match="3 optimizer steps in a row were not finite"):
+        trainer.update(batch)
+    assert torch.equal(weights(actor), before)
