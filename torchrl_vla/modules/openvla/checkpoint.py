@@ -1,0 +1,334 @@
+"""Upstream's checkpoint format, in and out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from torchrl_vla.modules.openvla.config import OpenVLAConfig
+from torchrl_vla.modules.openvla.layout import parameter_names, unused_shapes, unused_weight
+from torchrl_vla.modules.openvla.lora import merged_weight
+from torchrl_vla.modules.openvla.quantization import prepare_4bit, quantize_weight
+
+if TYPE_CHECKING:
+    from torchrl_vla.modules.openvla.model import OpenVLA
+
+_logger = logging.getLogger(__name__)
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_HUB_FILES = ["*.json", "*.safetensors", "*_checkpoint.pt", "tokenizer*", "*.model"]
+
+
+def resolve_checkpoint(path_or_hub_id: str | Path, *, local_files_only: bool = False, use_local: bool = True) -> Path:
+    """The folder of a checkpoint: a folder on disk, else a Hugging Face repository in the cache or downloaded.
+
+    Args:
+        path_or_hub_id: a folder, or a repository as ``owner/name``.
+        local_files_only: do not use the network.
+        use_local: look for a folder of that name first.
+
+    Raises:
+        ValueError: if there is no such folder and the repository cannot be had.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if use_local and path.is_dir():
+        return path
+    advice = (
+        "Name a folder that holds config.json and the *.safetensors, or download the repository where there is a network "
+        "(`hf download OWNER/NAME --local-dir FOLDER`) and name that folder."
+    )
+    repo_id = str(path_or_hub_id)
+    if path.is_absolute() or repo_id.startswith((".", "~")) or repo_id.count("/") != 1:
+        raise ValueError(f"there is no checkpoint folder {repo_id!r}. {advice}")
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES, local_files_only=local_files_only))
+    except (
+        HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError,
+    ) as error:  # fmt: skip
+        raise ValueError(
+            f"{repo_id!r} is no folder here, and the Hugging Face repository of that name cannot be had "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). {advice}"
+        ) from error
+
+
+def load_pretrained(
+    path_or_hub_id: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    attn_implementation: str | None = None,
+    load_in_4bit: bool = False,
+    local_files_only: bool = False,
+    use_local: bool = True,
+    load_l1_action_head: bool | None = None,
+) -> OpenVLA:
+    """Load an OpenVLA or OpenVLA-OFT checkpoint straight onto a device, one shard at a time.
+
+    Args:
+        path_or_hub_id: a folder, or a Hugging Face repository.
+        dtype: dtype of the weights; None for the checkpoint's on an accelerator and float32 on the CPU.
+        device: where to load them; None for the CPU.
+        attn_implementation: ``sdpa``, ``flash_attention_2`` or ``eager``; None for the fastest that runs.
+        load_in_4bit: quantise the linear layers to 4 bits (NF4) through bitsandbytes; needs CUDA.
+        local_files_only: do not use the network.
+        use_local: look for a folder before asking the hub.
+        load_l1_action_head: load ``action_head--N_checkpoint.pt``; None for where there is one.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        ValueError: if a file is missing, truncated or unsafe, a tensor has another shape than the configuration says,
+            or an option cannot be had here.
+    """
+    from torchrl_vla.modules.openvla.model import OpenVLA, resolve_attention
+
+    folder = resolve_checkpoint(path_or_hub_id, local_files_only=local_files_only, use_local=use_local)
+    config = OpenVLAConfig.from_folder(folder)
+    device = torch.device("cpu" if device is None else device)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.torch_dtype)
+    proprio_file = _head_file(folder, "proprio_projector")
+    action_file = _head_file(folder, "action_head")
+    if load_l1_action_head and action_file is None:
+        raise ValueError(f"{folder} has no action_head--N_checkpoint.pt: load it with load_l1_action_head=False.")
+    use_l1_head = load_l1_action_head is not False and action_file is not None
+    config = replace(config, use_proprio=proprio_file is not None)
+    if (folder / "lora_adapter").is_dir():
+        _logger.info("%s has a lora_adapter folder; upstream merges it into the shards, so it is not added again.", folder)
+
+    with torch.device("meta"):
+        model = OpenVLA(
+            config, attn_implementation=resolve_attention(attn_implementation, device.type, dtype), use_l1_head=use_l1_head
+        )
+    if load_in_4bit:
+        prepare_4bit(model, device, dtype)
+    shards = _find_shards(folder)
+    unused = unused_shapes(config)
+    ours = parameter_names(model)
+    _check_shards(shards, {name: tuple(model.get_parameter(own).shape) for name, own in ours.items()} | unused)
+    for path, names in shards.items():
+        with safe_open(path, framework="pt", device=str(device)) as shard:
+            for name in names:
+                # A copy: a tensor of the file's own memory map would change with the file.
+                tensor = shard.get_tensor(name)
+                if name in unused:
+                    model.unused_weights[name] = tensor.to("cpu", copy=True)
+                else:
+                    _assign(model, ours[name], tensor.to(dtype, copy=device.type == "cpu"))
+    if proprio_file is not None:
+        _load_head(model.proprio_projector, proprio_file, device, dtype)
+    if use_l1_head:
+        assert action_file is not None
+        _load_head(model.action_head, action_file, device, dtype)
+        model.checkpoint_step = _step(action_file)
+    elif proprio_file is not None:
+        model.checkpoint_step = _step(proprio_file)
+    return model.eval()
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put ``tensor`` in the place of a parameter that has no storage yet."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    leaf = name.rpartition(".")[2]
+    quantized = quantize_weight(module, leaf, tensor)
+    setattr(module, leaf, nn.Parameter(tensor) if quantized is None else quantized)
+
+
+def _find_shards(folder: Path) -> dict[Path, list[str]]:
+    """The names of the tensors in each shard, by path."""
+    if (folder / _INDEX).is_file():
+        weight_map: dict[str, str] = json.loads((folder / _INDEX).read_text())["weight_map"]
+        shards: dict[Path, list[str]] = {}
+        for name, file in weight_map.items():
+            shards.setdefault(folder / file, []).append(name)
+    elif (folder / _SINGLE).is_file():
+        shards = {folder / _SINGLE: list(_shapes(folder / _SINGLE))}
+    else:
+        raise ValueError(f"{folder} has neither {_INDEX} nor {_SINGLE}: it holds no weights.")
+    missing = [path.name for path in shards if not path.is_file()]
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}, which {_INDEX} names: download the missing files.")
+    return shards
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a shard, read from its header alone."""
+    try:
+        with safe_open(path, framework="pt") as shard:
+            return {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}): download it again.") from error
+
+
+def _check_shards(shards: dict[Path, list[str]], expected: dict[str, tuple[int, ...]]) -> None:
+    """Compare what is in the shards with what the model needs, before anything is loaded."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path, names in shards.items():
+        shapes = _shapes(path)
+        absent = sorted(set(names) - set(shapes))
+        if absent:
+            raise ValueError(f"{path} lacks {_listed(absent)}, which {_INDEX} says it has: download it again.")
+        found |= {name: shapes[name] for name in names}
+    for name, shape in expected.items():
+        if name in found and found[name] != shape:
+            raise ValueError(
+                f"{name} is {list(found[name])} in the checkpoint, but its config.json makes it {list(shape)}: the "
+                "configuration is of another model."
+            )
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing:
+        raise ValueError(f"the checkpoint lacks {_listed(missing)}: its configuration is of another model.")
+    if unknown:
+        raise ValueError(f"the checkpoint has {_listed(unknown)}, which an OpenVLA has no place for.")
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _step(path: Path) -> str:
+    """``150000`` of ``action_head--150000_checkpoint.pt``."""
+    return path.name.partition("--")[2].removesuffix("_checkpoint.pt")
+
+
+def _head_file(folder: Path, kind: str) -> Path | None:
+    """The file of a head, that of the latest step if there are several."""
+    files = sorted(
+        folder.glob(f"{kind}--*_checkpoint.pt"),
+        key=lambda path: int(_step(path)) if _step(path).isdigit() else float("inf"),
+    )
+    if len(files) > 1:
+        _logger.warning("%s has %d files of %s; %s is loaded.", folder, len(files), kind, files[-1].name)
+    return files[-1] if files else None
+
+
+def _load_head(module: nn.Module | None, path: Path, device: torch.device, dtype: torch.dtype) -> None:
+    """Load a head's ``.pt`` file, whose names start with ``module.``."""
+    assert module is not None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors and is not loaded: it could run code ({error}).") from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is truncated or no PyTorch file ({error}): download it again.") from error
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    for name, shape in expected.items():
+        if name not in state:
+            raise ValueError(f"{path} lacks {name}.")
+        if tuple(state[name].shape) != shape:
+            raise ValueError(f"{name} is {list(state[name].shape)} in {path}, but this model makes it {list(shape)}.")
+        _assign(module, name, state[name].to(device, dtype, copy=True))
+    if set(state) - set(expected):
+        raise ValueError(f"{path} has {_listed(sorted(set(state) - set(expected)))}, which this head has no place for.")
+
+
+def upstream_tensors(model: OpenVLA, *, merge_in_float32: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of upstream's shards by its name there, adapters merged, one at a time in its own dtype.
+
+    Args:
+        model: the model; it is not changed.
+        merge_in_float32: add an adapter to its weight in float32 and round once, not in the weight's dtype.
+    """
+    for name, own in sorted(parameter_names(model).items()):
+        yield name, merged_weight(model, own, in_float32=merge_in_float32)
+    for name, shape in unused_shapes(model.config).items():
+        yield name, unused_weight(model, name, shape)
+
+
+def save_pretrained(
+    model: OpenVLA,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    merge_in_float32: bool = True,
+) -> None:
+    """Write a model in upstream's format, adapters merged, so that upstream's code and :func:`load_pretrained` read it.
+
+    Args:
+        model: the model; it is not changed.
+        folder: where to write; made if it is not there. A checkpoint in it is replaced.
+        dtype: dtype of the weights; None for ``config.torch_dtype``.
+        max_shard_bytes: most bytes in one file.
+        merge_in_float32: add an adapter to its weight in float32 and round once, not in the weight's dtype.
+
+    Raises:
+        ValueError: if the model was loaded in 4 bits.
+    """
+    if model.is_loaded_in_4bit:
+        raise ValueError(
+            "a 4-bit model cannot be exported, its weights are rounded: save the adapter, load the checkpoint without "
+            "load_in_4bit, load the adapter there and export that."
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = getattr(torch, model.config.torch_dtype) if dtype is None else dtype
+    config = replace(model.config, torch_dtype=str(dtype).removeprefix("torch."))
+    config.save(folder)
+    generation = {
+        "_from_model_config": True,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    _save_shards(upstream_tensors(model, merge_in_float32=merge_in_float32), folder, dtype, max_shard_bytes)
+    # Upstream keeps the projector in float32 and casts the action head.
+    for kind, head_dtype in (("proprio_projector", torch.float32), ("action_head", dtype)):
+        for stale in folder.glob(f"{kind}--*_checkpoint.pt"):
+            stale.unlink()
+        module = getattr(model, kind)
+        if module is not None:
+            state = {f"module.{name}": tensor.detach().cpu().to(head_dtype) for name, tensor in module.state_dict().items()}
+            torch.save(state, folder / f"{kind}--{model.checkpoint_step}_checkpoint.pt")
+
+
+def _save_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype, max_bytes: int) -> None:
+    """Write tensors to numbered shards and an index, with one shard in memory at a time."""
+    for stale in [*folder.glob("model-*-of-*.safetensors"), folder / _SINGLE, folder / _INDEX]:
+        stale.unlink(missing_ok=True)
+    parts: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        save_file(shard, folder / f"part-{len(parts)}.tmp", metadata={"format": "pt"})
+        parts.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        tensor = tensor.detach().to("cpu", dtype).contiguous()
+        if shard and size + tensor.nbytes > max_bytes:
+            flush()
+            size = 0
+        shard[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(parts) == 1:
+        os.replace(folder / "part-0.tmp", folder / _SINGLE)
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(parts):
+        file = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
+        os.replace(folder / f"part-{number}.tmp", folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,280 @@
+"""Low-rank adapters on an OpenVLA: upstream's placement, file format and merge, through peft."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchrl_vla.modules.openvla.layout import unused_shapes, upstream_name
+
+if TYPE_CHECKING:
+    from torchrl_vla.modules.openvla.model import OpenVLA
+
+_ADAPTER = "default"
+_PREFIX = "base_model.model."  # peft's name for the model that an adapter file belongs to
+_BACKBONE = ("vision_backbone", "projector", "language_model")
+
+
+def adaptable_modules(model: OpenVLA) -> list[str]:
+    """Names of the layers that upstream's ``all-linear`` adapts.
+
+    They are every linear layer of the towers, the projector and the language model, its head included, and the two
+    patch embeddings (peft matches their name ``proj``). Layers that no forward reads are not built, so upstream's
+    110,828,288 adapter parameters of rank 32 on the 7B model become 109,054,144 here.
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and name.split(".")[0] in _BACKBONE
+    ]
+
+
+def add_lora(
+    model: OpenVLA,
+    *,
+    rank: int = 32,
+    alpha: int = 16,
+    dropout: float = 0.0,
+    target_modules: str | list[str] = "all-linear",
+    dtype: torch.dtype = torch.float32,
+) -> OpenVLA:
+    """Freeze a model and add trainable adapters, ``W x + (alpha / rank) B A x`` with gaussian ``A`` and zero ``B``.
+
+    Args:
+        model: the model, changed in place.
+        rank: rank of the adapters.
+        alpha: their scale; more than ``min(rank, 16)`` is capped there, as upstream does.
+        dropout: dropout on their input.
+        target_modules: ``all-linear`` (see :func:`adaptable_modules`), or ends of module names such as ``["q_proj"]``.
+        dtype: dtype of the adapters' weights.
+
+    Returns:
+        The same model. The heads are frozen as well, so that :func:`without_adapters` gives the model as it was.
+
+    Raises:
+        ValueError: if a number is out of range, a target fits no layer, or the model has adapters already.
+
+    Reference: `LoRA <https://arxiv.org/abs/2106.09685>`_.
+
+    Example:
+        >>> model = add_lora(OpenVLA(OpenVLAConfig.tiny()), rank=8)
+        >>> all(".lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+        True
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}.")
+    if alpha < 1:
+        raise ValueError(f"alpha must be at least 1, got {alpha}.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
+    _add(model, _select(model, target_modules), rank, min(alpha, rank, 16), dropout, dtype)
+    return model
+
+
+def _select(model: OpenVLA, target_modules: str | list[str]) -> list[str]:
+    """Full names of the layers to adapt."""
+    if has_lora(model):
+        raise ValueError("the model has adapters already: merge them with merge_lora before adding others.")
+    candidates = adaptable_modules(model)
+    if target_modules == "all-linear":
+        return candidates
+    if isinstance(target_modules, str):
+        raise ValueError(f"target_modules must be 'all-linear' or a list of module names, got {target_modules!r}.")
+    for target in target_modules:
+        if not any(f".{name}".endswith(f".{target}") for name in candidates):
+            kinds = sorted({name.rpartition(".")[2] for name in candidates})
+            raise ValueError(f"target module {target!r} fits no layer; the layers are called {', '.join(kinds)}.")
+    return [name for name in candidates if any(f".{name}".endswith(f".{target}") for target in target_modules)]
+
+
+def _add(model: OpenVLA, names: list[str], rank: int, alpha: int, dropout: float, dtype: torch.dtype) -> None:
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, init_lora_weights="gaussian"
+    )
+    inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+
+
+def has_lora(model: nn.Module) -> bool:
+    """Whether the model has adapters."""
+    return any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+def freeze_backbone(model: OpenVLA) -> None:
+    """Take gradients from the towers, the projector and the language model; adapters and heads keep theirs."""
+    for name, parameter in model.named_parameters():
+        if name.split(".")[0] in _BACKBONE and ".lora_" not in name:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Run a model as it was before :func:`add_lora`: the reference policy of a KL term, at no memory.
+
+    Raises:
+        ValueError: if the model has no adapters, as then it would be its own reference.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if not layers:
+        raise ValueError("the model has no adapters to leave out: a reference without them needs use_lora=True.")
+    # peft's own switch also clears requires_grad, which must outlive this block; the flag alone is what forward reads.
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, flag in zip(layers, before, strict=True):
+            layer._disable_adapters = flag
+
+
+def linear_rows(layer: nn.Module, x: Tensor, begin: int, end: int) -> Tensor:
+    """Output features ``begin:end`` of a bias-free linear layer, with its adapter if it has one.
+
+    Args:
+        layer: ``nn.Linear``, or peft's wrapper of one.
+        x: [..., D].
+        begin: first output feature.
+        end: one past the last.
+
+    Returns:
+        [..., end - begin].
+    """
+    if not isinstance(layer, LoraLayer):
+        return F.linear(x, layer.weight[begin:end])
+    output = F.linear(x, layer.get_base_layer().weight[begin:end])
+    if layer.disable_adapters:
+        return output
+    down, up = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
+    low_rank = down(layer.lora_dropout[_ADAPTER](x.to(down.weight.dtype)))
+    return output + (F.linear(low_rank, up.weight[begin:end]) * layer.scaling[_ADAPTER]).to(output.dtype)
+
+
+def merged_weight(model: nn.Module, name: str, *, in_float32: bool = True) -> Tensor:
+    """A parameter with its adapter added, ``W + scaling * B A``; the parameter itself if it has none.
+
+    Args:
+        model: the model; it is not changed.
+        name: name of the parameter.
+        in_float32: add in float32 and round once; else round the product to the weight's dtype first.
+    """
+    weight = model.get_parameter(name).detach()
+    owner, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(owner.removesuffix(".base_layer"))
+    if leaf != "weight" or not isinstance(layer, LoraLayer):
+        return weight
+    down, up = layer.lora_A[_ADAPTER].weight.detach(), layer.lora_B[_ADAPTER].weight.detach()
+    delta = (up.float().flatten(1) @ down.float().flatten(1)).view(weight.shape) * layer.scaling[_ADAPTER]
+    if in_float32:
+        return (weight.float() + delta).to(weight.dtype)
+    return weight + delta.to(weight.dtype)
+
+
+@torch.no_grad()
+def merge_lora(model: OpenVLA, *, in_float32: bool = True) -> OpenVLA:
+    """Add the adapters to their weights and take them away; the model is again one without adapters.
+
+    Args:
+        model: the model, changed in place.
+        in_float32: add in float32 and round once.
+    """
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]:
+        base = layer.get_base_layer()
+        base.weight.copy_(merged_weight(model, f"{name}.base_layer.weight", in_float32=in_float32))
+        model.set_submodule(name, base)
+    return model
+
+
+def save_adapter(model: OpenVLA, folder: str | Path, *, base_model: str | None = None) -> None:
+    """Write the adapters alone, in peft's format under upstream's names.
+
+    Args:
+        model: a model with adapters.
+        folder: where to write; made if it is not there.
+        base_model: name of the checkpoint that the adapters belong to.
+
+    Raises:
+        ValueError: if the model has no adapters.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if not layers:
+        raise ValueError("the model has no adapters to save.")
+    layer = next(iter(layers.values()))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    LoraConfig(
+        r=layer.r[_ADAPTER],
+        lora_alpha=layer.lora_alpha[_ADAPTER],
+        lora_dropout=getattr(layer.lora_dropout[_ADAPTER], "p", 0.0),
+        target_modules=sorted({upstream_name(f"{name}.weight").split(".")[-2] for name in layers}),
+        init_lora_weights="gaussian",
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+    ).save_pretrained(str(folder))
+    tensors = {
+        _PREFIX + upstream_name(name).replace(f".{_ADAPTER}.", "."): parameter.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load_adapter(model: OpenVLA, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> OpenVLA:
+    """Add the adapters of a folder, ours or upstream's ``lora_adapter``, to a model without them.
+
+    Args:
+        model: the model the adapters belong to, changed in place.
+        folder: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        dtype: dtype of the adapters' weights.
+
+    Raises:
+        ValueError: if a file is missing, or the adapters are of another kind, or for other modules or shapes.
+    """
+    folder = Path(folder)
+    config_file, weights_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise ValueError(f"{folder} has no {file.name}: name a folder that peft or torchrl-vla wrote an adapter to.")
+    settings = json.loads(config_file.read_text())
+    unsupported = [key for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern") if settings.get(key)]
+    if settings.get("peft_type") != "LORA" or unsupported:
+        what = ", ".join(unsupported) or f"peft_type {settings.get('peft_type')!r}"
+        raise ValueError(f"{config_file} has {what}: only plain LoRA adapters can be added.")
+
+    dead = {name.rpartition(".")[0] for name in unused_shapes(model.config)}
+    tensors = {
+        name: tensor
+        for key, tensor in load_file(weights_file).items()
+        if (name := key.removeprefix(_PREFIX)).split(".lora_")[0] not in dead
+    }
+    candidates = {upstream_name(f"{name}.").removesuffix("."): name for name in adaptable_modules(model)}
+    modules = sorted({name.split(".lora_")[0] for name in tensors})
+    foreign = [name for name in modules if name not in candidates]
+    if foreign or not modules:
+        raise ValueError(f"{weights_file} is for other modules ({', '.join(foreign[:3]) or 'none'}), not for this model.")
+    _select(model, "all-linear")
+    _add(model, [candidates[name] for name in modules], settings["r"], settings["lora_alpha"],
+         settings.get("lora_dropout", 0.0), dtype)  # fmt: skip
+    adapters = {
+        upstream_name(name).replace(f".{_ADAPTER}.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name
+    }
+    for name, parameter in adapters.items():
+        if name not in tensors or tensors[name].shape != parameter.shape:
+            found = list(tensors[name].shape) if name in tensors else "missing"
+            raise ValueError(f"{name} is {found} in {weights_file}, but this model needs {list(parameter.shape)}.")
+        parameter.data.copy_(tensors[name])
+    return model

@@ -1,0 +1,328 @@
+"""OpenVLA and OpenVLA-OFT: images, a prompt and the robot's state to a chunk of actions."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from torchrl_vla.modules.heads import L1ActionHead, ProprioProjector
+from torchrl_vla.modules.openvla.config import OpenVLAConfig
+from torchrl_vla.modules.openvla.language import (
+    Prompt,
+    arrange_prompt,
+    build_language_model,
+    decode_bidirectional,
+    sequence_mask,
+)
+from torchrl_vla.modules.openvla.lora import linear_rows
+from torchrl_vla.modules.openvla.vision import VisionBackbone, VisionProjector
+
+_logger = logging.getLogger(__name__)
+
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "eager")
+_BASE_ACTION_TOKENS = 7  # base OpenVLA decodes one control step
+
+
+class OpenVLAOutput(NamedTuple):
+    """What one parallel decoding gives.
+
+    Args:
+        action_logits: float32 [B, K, action_dim, n_action_bins], bins in token-id order (from high to low action).
+        hidden_states: [B, K*action_dim, D] of the same rows, after the final norm.
+    """
+
+    action_logits: Tensor
+    hidden_states: Tensor
+
+
+@functools.cache
+def resolve_attention(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
+    """The attention kernel to use: the one asked for, else flash-attention 2 where it can run, else SDPA.
+
+    Raises:
+        ValueError: if the kernel is unknown, or flash-attention 2 is asked for and cannot run.
+    """
+    if requested is not None and requested not in ATTENTION_IMPLEMENTATIONS:
+        raise ValueError(
+            f"attn_implementation must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)} or None, got {requested!r}."
+        )
+    missing = None
+    if importlib.util.find_spec("flash_attn") is None:
+        missing = "the package flash-attn is not installed"
+    elif device_type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        missing = f"it needs a CUDA device and bfloat16 or float16, not {device_type} and {dtype}"
+    if requested == "flash_attention_2" and missing:
+        raise ValueError(f"attn_implementation 'flash_attention_2' cannot be used: {missing}. Use 'sdpa'.")
+    chosen = requested or ("sdpa" if missing else "flash_attention_2")
+    _logger.info("attention kernel: %s%s", chosen, f" ({missing})" if requested is None and missing else "")
+    return chosen
+
+
+class OpenVLA(nn.Module):
+    """DINOv2 and SigLIP towers, a projector and Llama, decoding a chunk of actions in one bidirectional pass.
+
+    Args:
+        config: the architecture.
+        attn_implementation: attention kernel, ``sdpa``, ``flash_attention_2`` or ``eager``.
+        use_l1_head: build the L1 regression head beside the token head.
+
+    Raises:
+        ValueError: if the attention kernel is unknown.
+
+    Example:
+        >>> config = OpenVLAConfig.tiny()
+        >>> model = OpenVLA(config)
+        >>> pixels, prompt = torch.zeros(2, 6, 126, 126), torch.tensor([[1, 5, 3], [1, 7, 3]])
+        >>> model(pixels, prompt, torch.ones_like(prompt), torch.zeros(2, 8)).action_logits.shape
+        torch.Size([2, 8, 7, 256])
+
+    References: `OpenVLA <https://arxiv.org/abs/2406.09246>`_, `OpenVLA-OFT <https://arxiv.org/abs/2502.19645>`_.
+    """
+
+    def __init__(
+        self, config: OpenVLAConfig, *, attn_implementation: str = "sdpa", use_l1_head: bool = False
+    ) -> None:
+        super().__init__()
+        if attn_implementation not in ATTENTION_IMPLEMENTATIONS:
+            raise ValueError(
+                f"attn_implementation must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}, got {attn_implementation!r}."
+            )
+        self.config = config
+        self.vision_backbone = VisionBackbone(config, attn_implementation)
+        self.projector = VisionProjector(config.vision_dim, config.hidden_size)
+        self.language_model = build_language_model(config.llama_config(attn_implementation))
+        self.proprio_projector = (
+            ProprioProjector(config.proprio_dim, config.hidden_size) if config.use_proprio else None
+        )
+        self.action_head = L1ActionHead(config.hidden_size, config.action_dim) if use_l1_head else None
+        # Tensors of a checkpoint that no forward reads, by upstream's name, on the CPU: kept to be written back.
+        self.unused_weights: dict[str, Tensor] = {}
+        # The N of the files of the heads.
+        self.checkpoint_step = "0"
+        self.is_loaded_in_4bit = False
+        self._initialize()
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """Llama's initialisation for everything (normal, std 0.02; zero biases), LayerNorms and LayerScale at one."""
+        std = self.language_model.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                return
+            if "norm" in name or name.endswith("lambda1") or ".ffn.0." in name:
+                nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=std)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token embeddings, and so the inputs, live."""
+        return self.language_model.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the token embeddings, in which the decoder computes."""
+        return self.language_model.model.embed_tokens.weight.dtype
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Tower features of the images, which can be computed once and passed to :meth:`forward`.
+
+        Args:
+            pixel_values: [B, 6k, image_size, image_size], normalised; DINOv2's channels first in each image.
+
+        Returns:
+            [B, k*N, D_dino + D_siglip] in the model's dtype.
+
+        Raises:
+            ValueError: if the shape does not fit the model.
+        """
+        size = self.config.image_size
+        if pixel_values.dim() != 4 or pixel_values.shape[1] % 6 or tuple(pixel_values.shape[2:]) != (size, size):
+            raise ValueError(
+                f"pixel_values must be [batch, 6 * images, {size}, {size}] for this checkpoint, "
+                f"got {tuple(pixel_values.shape)}: resize the images with the processor."
+            )
+        return self.vision_backbone(pixel_values.to(self.dtype))
+
+    def embed(
+        self,
+        prompt: Prompt,
+        vision_features: Tensor,
+        proprio: Tensor | None = None,
+        *,
+        num_action_slots: int,
+    ) -> Tensor:
+        """The decoder's input: ``[BOS][patches][proprio?][rest of prompt][zeros][</s>]``.
+
+        Args:
+            prompt: an arranged prompt.
+            vision_features: [B, k*N, D_dino + D_siglip].
+            proprio: [B, proprio_dim], normalised, or None.
+            num_action_slots: zero embeddings after the prompt, closed by ``</s>``; with 0 the prompt comes last.
+
+        Returns:
+            [B, S, D].
+        """
+        embed_tokens = self.language_model.model.embed_tokens
+        parts = [embed_tokens(prompt.first), self.projector(vision_features)]
+        if proprio is not None:
+            if self.proprio_projector is None:
+                raise ValueError(
+                    "proprio was given, but this model has no proprio_projector: load a checkpoint with "
+                    "proprio_projector--N_checkpoint.pt, or leave proprio out."
+                )
+            parts.append(self.proprio_projector(proprio).to(self.dtype)[:, None])
+        parts.append(embed_tokens(prompt.rest))
+        if num_action_slots:
+            batch = len(prompt.first)
+            parts.append(parts[0].new_zeros(batch, num_action_slots, self.config.hidden_size))
+            parts.append(embed_tokens(torch.full_like(prompt.first, self.config.eos_token_id)))
+        return torch.cat(parts, dim=1)
+
+    def forward(
+        self,
+        pixel_values: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        proprio: Tensor | None = None,
+        *,
+        vision_features: Tensor | None = None,
+    ) -> OpenVLAOutput:
+        """Decode a chunk of ``K`` control steps in parallel.
+
+        Args:
+            pixel_values: [B, 6k, H, W] normalised; None if ``vision_features`` are given.
+            input_ids: int64 [B, L], prompts padded on either side.
+            attention_mask: [B, L], nonzero at real tokens; 29871 is appended where a prompt does not end with it. None
+                promises prompts of one length that all end with it, and runs attention without a mask.
+            proprio: [B, proprio_dim] normalised state, or None.
+            vision_features: what :meth:`encode_images` gave for the same images.
+
+        Returns:
+            Logits of the action tokens and the hidden states they are computed from.
+
+        Raises:
+            ValueError: if shapes do not fit the model or each other.
+        """
+        prompt, features = self._inputs(pixel_values, input_ids, attention_mask, vision_features)
+        slots = self.config.num_action_tokens
+        inputs_embeds = self.embed(prompt, features, proprio, num_action_slots=slots)
+        num_patches = inputs_embeds.shape[1] - 1 - prompt.rest.shape[1] - slots - 1
+        mask = sequence_mask(prompt, num_patches, slots + 1)
+        hidden_states = decode_bidirectional(self.language_model, inputs_embeds, mask)
+        # The row that ends the prompt gives the first action token, each action slot the next one.
+        hidden_states = hidden_states[:, -slots - 2 : -2]
+        logits = self._action_logits(hidden_states).float()
+        shape = (len(logits), self.config.chunk_size, self.config.action_dim, self.config.n_action_bins)
+        return OpenVLAOutput(logits.view(shape), hidden_states)
+
+    def _inputs(
+        self,
+        pixel_values: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        vision_features: Tensor | None,
+    ) -> tuple[Prompt, Tensor]:
+        if (pixel_values is None) == (vision_features is None):
+            raise ValueError("give either pixel_values or vision_features, and None for the other.")
+        if vision_features is None:
+            assert pixel_values is not None
+            vision_features = self.encode_images(pixel_values)
+        if len(input_ids) != len(vision_features):
+            raise ValueError(f"{len(input_ids)} prompts were given with images of {len(vision_features)} samples.")
+        pad_token_id = self.config.pad_token_id
+        assert pad_token_id is not None
+        return arrange_prompt(input_ids, attention_mask, self.config.empty_token_id, pad_token_id), vision_features
+
+    def _action_logits(self, hidden_states: Tensor) -> Tensor:
+        """The head's rows of the action tokens only."""
+        begin = self.config.action_token_begin
+        return linear_rows(self.language_model.lm_head, hidden_states, begin, begin + self.config.n_action_bins)
+
+    def predict_l1(self, hidden_states: Tensor) -> Tensor:
+        """Normalised actions [B, K, action_dim] of the L1 head for ``OpenVLAOutput.hidden_states``.
+
+        Raises:
+            ValueError: if the model has no L1 head.
+        """
+        if self.action_head is None:
+            raise ValueError(
+                "this model has no L1 head: load a checkpoint with action_head--N_checkpoint.pt and "
+                "load_l1_action_head=True, or use the token logits."
+            )
+        return self.action_head(hidden_states)
+
+    @torch.no_grad()
+    def generate_autoregressive(
+        self,
+        pixel_values: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        vision_features: Tensor | None = None,
+    ) -> Tensor:
+        """Base OpenVLA's decoding: seven tokens, one after the other, greedily over the whole vocabulary.
+
+        Args:
+            pixel_values: [B, 6k, H, W] normalised; None if ``vision_features`` are given.
+            input_ids: int64 [B, L], prompts padded on either side; 29871 is appended where it is missing.
+            attention_mask: [B, L], nonzero at real tokens; None for prompts of one length.
+            vision_features: what :meth:`encode_images` gave for the same images.
+
+        Returns:
+            Token ids int64 [B, 7].
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        prompt, features = self._inputs(pixel_values, input_ids, attention_mask, vision_features)
+        step = {"inputs_embeds": self.embed(prompt, features, num_action_slots=0)}
+        num_patches = step["inputs_embeds"].shape[1] - 1 - prompt.rest.shape[1]
+        mask = sequence_mask(prompt, num_patches, 0)
+        if mask is None:
+            mask = step["inputs_embeds"].new_ones(step["inputs_embeds"].shape[:2], dtype=torch.bool)
+        cache, tokens = None, []
+        for _ in range(_BASE_ACTION_TOKENS):
+            position_ids = (mask.cumsum(dim=1) - 1).clamp_min(0)
+            output = self.language_model(
+                **step,
+                attention_mask=mask,
+                position_ids=position_ids[:, -next(iter(step.values())).shape[1] :],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = output.past_key_values
+            tokens.append(output.logits[:, -1:].argmax(dim=-1))
+            step = {"input_ids": tokens[-1]}
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        return torch.cat(tokens, dim=1)
+
+    def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
+        """Recompute each transformer layer in the backward pass instead of keeping its activations (train mode only)."""
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.gradient_checkpointing = enabled
+                module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | Path, **options: Any) -> OpenVLA:
+        """Load a checkpoint folder or a Hugging Face repository; see :func:`checkpoint.load_pretrained`."""
+        from torchrl_vla.modules.openvla.checkpoint import load_pretrained
+
+        return load_pretrained(path_or_hub_id, **options)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write upstream's format; see :func:`checkpoint.save_pretrained`."""
+        from torchrl_vla.modules.openvla.checkpoint import save_pretrained
+
+        save_pretrained(self, folder, **options)
