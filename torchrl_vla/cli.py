@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
 
 import tyro
 
@@ -21,44 +20,44 @@ _USAGE = """usage: torchrl-vla COMMAND [OPTIONS]        (torchrl-vla COMMAND --h
 """
 
 
-def _split_preset(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Take --preset out of the arguments: it chooses the other options' defaults, so it is read before them."""
-    rest, preset, arguments = [], "auto", list(arguments)
-    while arguments:
-        argument = arguments.pop(0)
-        if argument == "--preset":
-            if not arguments:
-                raise ValueError(f"--preset needs a name: auto, {', '.join(PRESETS)}.")
-            preset = arguments.pop(0)
-        elif argument.startswith("--preset="):
-            preset = argument.split("=", 1)[1]
-        else:
-            rest.append(argument)
-    return preset, rest
+def _take(arguments: list[str], option: str) -> str | None:
+    """Take the value of an option out of the arguments."""
+    for index, argument in enumerate(arguments):
+        if argument == option:
+            if index + 1 == len(arguments):
+                raise ValueError(f"{option} needs a value.")
+            del arguments[index]
+            return arguments.pop(index)
+        if argument.startswith(f"{option}="):
+            return arguments.pop(index).split("=", 1)[1]
+    return None
 
 
 def _train(arguments: Sequence[str]) -> None:
-    preset, rest = _split_preset(arguments)
-    name = choose_preset(preset)
+    rest = list(arguments)
+    # These choose the other options' defaults, so they are read before them.
+    preset = choose_preset(_take(rest, "--preset") or "auto")
+    run_dir = _take(rest, "--run-dir")
+    if "--resume" in rest and run_dir is not None:
+        if not (Path(run_dir) / "config.json").is_file():
+            raise ValueError(
+                f"{run_dir} is not the folder of a run: it has no config.json. Leave out --resume to start one."
+            )
+        default, origin = TrainConfig.load(Path(run_dir) / "config.json"), f"those of the run in {run_dir}"
+    else:
+        default, origin = PRESETS[preset](), f"preset {preset}: {PRESETS[preset].__doc__}"
+    default.run_dir = Path(run_dir) if run_dir is not None else None
     config = tyro.cli(
         tyro.conf.OmitArgPrefixes[TrainConfig],
         prog="torchrl-vla train",
         description="Fine-tune a policy with PPO/GRPO on LIBERO. "
-        f"--preset {{auto,{','.join(PRESETS)}}} chooses the defaults below (now {name}: {PRESETS[name].__doc__})",
-        default=PRESETS[name](),
+        f"--preset {{auto,{','.join(PRESETS)}}} chooses the defaults; now {origin}",
+        default=default,
         args=rest,
     )
     from torchrl_vla.training.run import train
 
-    train(config, preset=name)
-
-
-@dataclass
-class EvaluateArguments:
-    """What to evaluate."""
-
-    checkpoint: Annotated[str, tyro.conf.arg(aliases=["--pretrained-checkpoint"])]
-    """Folder or hub id of the policy; a run folder means its newest checkpoint."""
+    train(config, preset)
 
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": _train}

@@ -1,0 +1,57 @@
+"""The folder of a run: made once, never written over, and described well enough to be repeated."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+import sys
+import time
+from pathlib import Path
+
+from torchrl_vla.config import TrainConfig
+
+__all__ = ["open_run_folder", "versions"]
+
+_PACKAGES = ("torchrl-vla", "torch", "torchrl", "tensordict", "transformers", "peft", "mujoco", "robosuite", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on, by package, and the machine they ran on."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return found | {"python": platform.python_version(), "machine": f"{platform.machine()} {platform.system()}"}
+
+
+def open_run_folder(config: TrainConfig, preset: str) -> Path:
+    """Make the run's folder, or open the one to resume; its log goes to `train.log` from here on.
+
+    Args:
+        config: the run; `run_dir` None makes `runs/SUITE-DATE-TIME`.
+        preset: name of the preset, noted with the configuration.
+
+    Raises:
+        ValueError: the folder exists already and the run is not a resumed one.
+    """
+    if config.run_dir is None:
+        config.run_dir = Path("runs") / f"{config.env.task_suite}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = config.run_dir
+    if not config.resume and folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"{folder} exists already. Choose another --run-dir, or go on with the run in it: "
+            f"torchrl-vla train --resume --run-dir {folder}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / "train.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    if not config.resume:
+        config.save(folder / "config.json")
+        about = {"command": sys.argv, "preset": preset, "started": time.strftime("%Y-%m-%d %H:%M:%S"), **versions()}
+        (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+    return folder
