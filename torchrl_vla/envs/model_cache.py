@@ -1,0 +1,201 @@
+"""Compiled models and scenes, kept in memory per process and on disk between processes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import os
+import sys
+import tempfile
+import warnings
+import weakref
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mujoco
+
+from torchrl_vla.envs.installation import import_libero
+from torchrl_vla.envs.scene import Scene
+
+__all__ = ["CompiledModel", "cache_folder", "load_scene"]
+
+#: Changes whenever what is kept changes its meaning.
+_FORMAT = 1
+_CHUNK = 1 << 24
+
+
+class CompiledModel:
+    """A compiled model that everything in the process shares.
+
+    Its fixtures' poses and site colours belong to no task in particular: whoever uses them writes them first.
+
+    Args:
+        model: MuJoCo's model.
+    """
+
+    def __init__(self, model: mujoco.MjModel) -> None:
+        self.model = model
+        #: The scene whose fixture poses the model has.
+        self.placed_for: Scene | None = None
+
+
+_models: weakref.WeakValueDictionary[str, CompiledModel] = weakref.WeakValueDictionary()
+
+
+def cache_folder() -> Path:
+    """The folder of kept models: ``TORCHRL_VLA_CACHE`` if set, else the platform's place for caches."""
+    if chosen := os.environ.get("TORCHRL_VLA_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "torchrl-vla"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchrl-vla"
+
+
+def load_scene(bddl_file: Path, seed: int) -> tuple[Scene, CompiledModel]:
+    """Gives a task's scene and its compiled model, from memory, from disk or by building them (some seconds).
+
+    Kept files are named by the versions of MuJoCo, robosuite and LIBERO, LIBERO's assets and sources, the task's
+    definition and the seed; one that is damaged is built again. Processes that need the same scene at the same time
+    wait for the first to build it.
+
+    Args:
+        bddl_file: the task's definition.
+        seed: seed of the fixtures' poses.
+
+    Returns:
+        tuple: the scene and the model, the same object for all tasks that share it.
+    """
+    text = f"{_environment()} {seed} ".encode() + bddl_file.read_bytes()
+    path = cache_folder() / "scenes" / f"{hashlib.sha256(text).hexdigest()[:32]}.npz"
+    loaded = _load(path)
+    if loaded is None:
+        with _lock(path):
+            loaded = _load(path) or _build(path, bddl_file, seed)
+    return loaded
+
+
+def _load(path: Path) -> tuple[Scene, CompiledModel] | None:
+    """Reads a scene and its model, if both are there and whole."""
+    try:
+        scene = Scene.load(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
+        _discard(path, error)
+        return None
+    compiled = _models.get(scene.model_key)
+    if compiled is None:
+        model = _load_model(scene.model_key)
+        if model is None:
+            return None
+        compiled = _models[scene.model_key] = CompiledModel(model)
+    return scene, compiled
+
+
+def _build(path: Path, bddl_file: Path, seed: int) -> tuple[Scene, CompiledModel]:
+    from torchrl_vla.envs.scene_builder import build_scene
+
+    @functools.lru_cache(maxsize=1)
+    def compiler(xml: str) -> tuple[str, mujoco.MjModel]:
+        key = hashlib.sha256(f"{_environment()} {xml}".encode()).hexdigest()[:32]
+        model = _load_model(key)
+        if model is None:
+            model = mujoco.MjModel.from_xml_string(xml)
+            _save_model(key, model)
+        return key, model
+
+    scene, model = build_scene(bddl_file, seed, compiler)
+    _keep(path.parent, scene.save, lambda _: path.name)
+    compiled = _models.get(scene.model_key)
+    if compiled is None:
+        compiled = _models[scene.model_key] = CompiledModel(model)
+    return scene, compiled
+
+
+def _load_model(key: str) -> mujoco.MjModel | None:
+    """Reads a model whose file has the checksum that its name states."""
+    for path in sorted((cache_folder() / "models").glob(f"{key}-*.mjb")):
+        try:
+            if f"{_checksum(path):08x}" != path.stem.rpartition("-")[2]:
+                raise ValueError("its checksum is wrong")
+            return mujoco.MjModel.from_binary_path(str(path))
+        except (OSError, ValueError) as error:
+            _discard(path, error)
+    return None
+
+
+def _save_model(key: str, model: mujoco.MjModel) -> None:
+    _keep(
+        cache_folder() / "models",
+        lambda path: mujoco.mj_saveModel(model, str(path), None),
+        lambda path: f"{key}-{_checksum(path):08x}.mjb",
+    )
+
+
+def _keep(folder: Path, write: Callable[[Path], None], name: Callable[[Path], str]) -> None:
+    """Writes a file under another name and renames it, so that nobody ever reads a part of it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
+        os.close(descriptor)
+        path = Path(temporary)
+        try:
+            write(path)
+            path.replace(folder / name(path))
+        finally:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        _warn_once(cache_folder(), str(error))
+
+
+@functools.cache
+def _warn_once(folder: Path, reason: str) -> None:
+    warnings.warn(
+        f"Compiled models cannot be kept in {folder} ({reason}): every process compiles its own, some seconds per "
+        "task. Set TORCHRL_VLA_CACHE to a folder that can be written.",
+        stacklevel=2,
+    )
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Lets one process at a time build a scene; where there is nothing to lock, everyone builds."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.with_suffix(".lock").open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@functools.cache
+def _environment() -> str:
+    """What compiled models depend on besides the task: versions, and LIBERO's sources and assets by size and date."""
+    libero = import_libero()
+    sources = Path(str(libero.__file__)).parent / "envs"
+    digest = hashlib.sha256()
+    for folder in (Path(libero.get_libero_path("assets")), sources):
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and path.suffix != ".pyc":
+                status = path.stat()
+                digest.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
+    versions = [f"{name}={importlib.metadata.version(name)}" for name in ("mujoco", "robosuite", "numpy")]
+    return f"{_FORMAT} {' '.join(versions)} {digest.hexdigest()}"
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def _discard(path: Path, error: Exception) -> None:
+    warnings.warn(f"{path} is damaged and will be built again: {error}", stacklevel=2)
+    with contextlib.suppress(OSError):
+        path.unlink()

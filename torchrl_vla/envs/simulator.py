@@ -1,0 +1,285 @@
+"""LIBERO with the bits of stock and without its waste: many episodes per process, restored instead of reset."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import mujoco
+import numpy as np
+
+from torchrl_vla.envs.control import ArmState, DataViews, Robot, control_step, goal_changes
+from torchrl_vla.envs.model_cache import CompiledModel, load_scene
+from torchrl_vla.envs.scene import Scene
+from torchrl_vla.envs.scene_renderer import POSES, SceneRenderer
+from torchrl_vla.envs.stock import SETTLE_ACTION
+from torchrl_vla.envs.success import GoalChecker
+from torchrl_vla.envs.tasks import get_suite
+
+__all__ = ["LiberoSimulator"]
+
+#: Settled initial states kept per simulator, some 60 kB each.
+_MAX_SETTLED = 512
+#: What observations are made of, sampled at stock's time: first what pictures need.
+_SAMPLED = (*POSES, "xpos", "xquat", "qpos", "qvel")
+_STATE = ("qpos", "qvel", "ctrl", "qacc_warmstart")
+
+
+@dataclass(frozen=True)
+class _Episode:
+    """Everything that the future of an episode depends on, copied out of a slot."""
+
+    time: float
+    arrays: tuple[np.ndarray, ...]
+
+
+class _Task:
+    """A task's scene with what is derived from it."""
+
+    def __init__(self, scene: Scene, compiled: CompiledModel) -> None:
+        self.scene = scene
+        self.compiled = compiled
+        self.robot = Robot(**{name: scene.arrays[name] for name in Robot._fields})
+        self.succeeded = GoalChecker(scene, compiled.model.ngeom)
+
+    def place_fixtures(self) -> None:
+        """Puts the fixtures where this task has them, if another task of the same model ran last."""
+        if self.compiled.placed_for is not self.scene:
+            self.compiled.model.body_pos[:] = self.scene.arrays["body_pos"]
+            self.compiled.model.body_quat[:] = self.scene.arrays["body_quat"]
+            self.compiled.placed_for = self.scene
+
+
+class _Slot:
+    """One episode's data and controller."""
+
+    def __init__(self, task: _Task) -> None:
+        model = task.compiled.model
+        self.task = task
+        self.data = data = mujoco.MjData(model)
+        self.arm = ArmState(**{name: task.scene.arrays[name].copy() for name in ArmState._fields})
+        self.views = DataViews(data.qpos, data.qvel, data.ctrl, data.qM, data.qfrc_bias, data.site_xpos, data.site_xmat)
+        self.sampled = tuple(getattr(data, name).reshape(-1) for name in _SAMPLED)
+        self.sample = np.zeros(sum(array.size for array in self.sampled))
+        self.site_rgba = model.site_rgba.copy()
+        self.sampled_site_rgba = self.site_rgba.copy()
+
+    def _arrays(self) -> tuple[np.ndarray, ...]:
+        state = tuple(getattr(self.data, name) for name in _STATE)
+        return (*state, *self.arm, self.sample, self.site_rgba, self.sampled_site_rgba)
+
+    def save(self) -> _Episode:
+        """Copies the episode."""
+        return _Episode(self.data.time, tuple(array.copy() for array in self._arrays()))
+
+    def restore(self, episode: _Episode) -> None:
+        """Goes on with an episode that was saved in this or another slot of the same model."""
+        self.data.time = episode.time
+        for array, kept in zip(self._arrays(), episode.arrays, strict=True):
+            array[...] = kept
+
+    def start(self, task: _Task, init_state: np.ndarray) -> None:
+        """Does what stock's reset and ``set_init_state`` do."""
+        self.task = task
+        model, data, arrays = task.compiled.model, self.data, task.scene.arrays
+        task.place_fixtures()
+        mujoco.mj_resetData(model, data)
+        data.time = init_state[0]
+        data.qpos[:] = init_state[1 : 1 + model.nq]
+        data.qvel[:] = init_state[1 + model.nq : 1 + model.nq + model.nv]
+        data.ctrl[:] = arrays["ctrl"]
+        data.qacc_warmstart[:] = arrays["qacc_warmstart"]
+        for name, array in self.arm._asdict().items():
+            array[...] = arrays[name]
+        mujoco.mj_forward(model, data)
+        self.site_rgba[:] = arrays["site_rgba"]
+        self.update_burners()
+        # Stock updates its observables here by force, which advances their clock by a substep.
+        self.arm.clock[:] = self.arm.clock[0] + model.opt.timestep, 1.0
+        self.sampled_site_rgba[:] = self.site_rgba
+        np.concatenate(self.sampled, out=self.sample)
+
+    def update_burners(self) -> None:
+        """Shows or hides the burners of stoves, by toggling their opacity as stock does."""
+        for burner in self.task.scene.burners:
+            on = any(self.data.qpos[address] >= burner.threshold for address in burner.qpos)
+            if on != (self.site_rgba[burner.site, 3] > 0):
+                self.site_rgba[burner.site, 3] = 1 - self.site_rgba[burner.site, 3]
+
+
+class LiberoSimulator:
+    """Runs episodes of a task suite, with stock's results to the bit.
+
+    Stock means ``OffScreenRenderEnv`` driven as OpenVLA's evaluation does: a new environment, ``seed``, ``reset``,
+    ``set_init_state``, ten waits.
+
+    Args:
+        task_suite: name of the suite.
+        num_slots: number of episodes that are held at the same time, of any tasks.
+        image_size: height and width of the pictures in pixels.
+        cameras: names of the cameras that may be asked for.
+        settle_steps: control steps without motion after the initial state is set.
+        fidelity: ``"exact"`` or ``"fast"``.
+        seed: seed of the fixtures' poses.
+
+    Examples:
+        >>> simulator = LiberoSimulator("libero_spatial", num_slots=2, image_size=128)  # doctest: +SKIP
+        >>> simulator.reset(0, task_id=0, init_state_id=0)  # doctest: +SKIP
+        >>> simulator.step(0, np.zeros((8, 7)))  # doctest: +SKIP
+        (8, False)
+        >>> simulator.render(0, "agentview").shape  # doctest: +SKIP
+        (128, 128, 3)
+    """
+
+    def __init__(
+        self,
+        task_suite: str,
+        *,
+        num_slots: int = 1,
+        image_size: int = 256,
+        cameras: tuple[str, ...] = ("agentview",),
+        settle_steps: int = 10,
+        fidelity: str = "exact",
+        seed: int = 0,
+    ) -> None:
+        if fidelity not in ("exact", "fast"):
+            raise ValueError(f"fidelity must be 'exact' or 'fast', got {fidelity!r}.")
+        if num_slots < 1 or image_size < 1 or settle_steps < 0:
+            raise ValueError(
+                "num_slots and image_size must be positive and settle_steps not negative, got "
+                f"num_slots={num_slots}, image_size={image_size}, settle_steps={settle_steps}."
+            )
+        self._suite = get_suite(task_suite)
+        self._image_size = image_size
+        self._cameras = tuple(cameras)
+        self._settle_steps = settle_steps
+        self._exact = fidelity == "exact"
+        self._seed = seed
+        self._slots: list[_Slot | None] = [None] * num_slots
+        self._tasks: dict[int, _Task] = {}
+        self._renderers: dict[CompiledModel, SceneRenderer] = {}
+        self._settled: OrderedDict[tuple[int, int], _Episode] = OrderedDict()
+
+    def reset(self, slot: int, task_id: int, init_state_id: int) -> None:
+        """Starts an episode from a settled initial state; draws nothing.
+
+        The first reset to an initial state simulates the settling, later ones of any slot restore its end.
+
+        Args:
+            slot: the slot, ``0 <= slot < num_slots``.
+            task_id: index of the task in the suite.
+            init_state_id: index of the task's initial state.
+
+        Raises:
+            ValueError: there is no such task or initial state.
+        """
+        task = self._task(task_id)
+        states = self._suite.task(task_id).init_states
+        if not 0 <= init_state_id < len(states):
+            raise ValueError(
+                f"init_state_id={init_state_id} is not an initial state of task {task_id} of {self._suite.name}: it "
+                f"must be in 0..{len(states) - 1}."
+            )
+        held = self._slots[slot]
+        if held is None or held.task.compiled is not task.compiled:
+            held = self._slots[slot] = _Slot(task)
+        held.task = task
+        key = (task_id, init_state_id)
+        if key in self._settled:
+            self._settled.move_to_end(key)
+            held.restore(self._settled[key])
+            task.place_fixtures()
+            mujoco.mj_fwdPosition(task.compiled.model, held.data)
+            return
+        held.start(task, states[init_state_id])
+        for _ in range(self._settle_steps):
+            self.step(slot, np.array([SETTLE_ACTION]))
+        self._settled[key] = held.save()
+        if len(self._settled) > _MAX_SETTLED:
+            self._settled.popitem(last=False)
+
+    def step(self, slot: int, actions: np.ndarray) -> tuple[int, bool]:
+        """Runs control steps until they end or the task succeeds.
+
+        Args:
+            slot: the slot.
+            actions: ``[n, 7]`` actions; components outside [-1, 1] are clipped.
+
+        Returns:
+            tuple: control steps run, and whether the task has succeeded.
+
+        Raises:
+            ValueError: the actions are not numbers, or not of that shape.
+        """
+        actions = np.asarray(actions, dtype=np.float64)
+        if actions.ndim != 2 or actions.shape[1] != 7:
+            raise ValueError(f"actions must have the shape [n, 7], got {list(actions.shape)} for slot {slot}.")
+        if not np.isfinite(actions).all():
+            raise ValueError(f"actions of slot {slot} must be finite, got {actions[~np.isfinite(actions).all(1)][0]}.")
+        held = self._held(slot)
+        task = held.task
+        task.place_fixtures()
+        goals = goal_changes(actions)
+        model, data = task.compiled.model._address, held.data._address
+        for index in range(len(actions)):
+            held.sampled_site_rgba[:] = held.site_rgba
+            control_step(
+                model, data, held.views, held.sampled, task.robot, held.arm, goals, index, held.sample, self._exact
+            )
+            held.update_burners()
+            if task.succeeded(held.data):
+                return index + 1, True
+        return len(actions), False
+
+    def low_dim(self, slot: int) -> dict[str, np.ndarray]:
+        """Returns ``robot0_eef_pos [3]``, ``robot0_eef_quat [4]`` (x, y, z, w), ``robot0_gripper_qpos [2]``, float64."""
+        held = self._held(slot)
+        scene, sample = held.task.scene, self._sample(held)
+        return {
+            "robot0_eef_pos": sample["site_xpos"][scene.arrays["site"][0]].copy(),
+            "robot0_eef_quat": sample["xquat"][scene.eef_body][[1, 2, 3, 0]],
+            "robot0_gripper_qpos": sample["qpos"][list(scene.gripper_qpos)],
+        }
+
+    def render(self, slot: int, camera: str) -> np.ndarray:
+        """Returns a camera's picture of the last control step, ``uint8 [H, W, 3]``, upside down as LIBERO gives it.
+
+        Args:
+            slot: the slot.
+            camera: name of a camera.
+        """
+        held = self._held(slot)
+        compiled = held.task.compiled
+        index = mujoco.mj_name2id(compiled.model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
+        if compiled not in self._renderers:
+            self._renderers[compiled] = SceneRenderer(compiled, self._image_size)
+        return self._renderers[compiled].render(held.sample, held.sampled_site_rgba, index)
+
+    def close(self) -> None:
+        """Frees all data and OpenGL contexts."""
+        for renderer in self._renderers.values():
+            renderer.close()
+        self._renderers.clear()
+        self._settled.clear()
+        self._tasks.clear()
+        self._slots = [None] * len(self._slots)
+
+    def _task(self, task_id: int) -> _Task:
+        if task_id not in self._tasks:
+            self._tasks[task_id] = _Task(*load_scene(self._suite.task(task_id).bddl_file, self._seed))
+        return self._tasks[task_id]
+
+    def _held(self, slot: int) -> _Slot:
+        held = self._slots[slot]
+        if held is None:
+            raise ValueError(f"Slot {slot} runs no episode yet: call reset(slot, task_id, init_state_id) first.")
+        return held
+
+    def _sample(self, held: _Slot) -> dict[str, np.ndarray]:
+        views: dict[str, Any] = {}
+        start = 0
+        for name, array in zip(_SAMPLED, held.sampled, strict=True):
+            views[name] = held.sample[start : start + array.size].reshape(getattr(held.data, name).shape)
+            start += array.size
+        return views
