@@ -30,7 +30,7 @@ class ValueHead(nn.Sequential):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., D] to values [..., 1]."""
-        return super().forward(hidden.to(self[0].weight.dtype))
+        return super().forward(hidden.to(next(self.parameters()).dtype))
 
 
 class ProprioProjector(nn.Module):

@@ -48,8 +48,8 @@ def resolve_checkpoint(path_or_hub_id: str | Path, *, local_files_only: bool = F
     if use_local and path.is_dir():
         return path
     advice = (
-        "Name a folder that holds config.json and the *.safetensors, or download the repository where there is a network "
-        "(`hf download OWNER/NAME --local-dir FOLDER`) and name that folder."
+        "Name a folder that holds config.json and the *.safetensors, or download the repository where there is a "
+        "network (`hf download OWNER/NAME --local-dir FOLDER`) and name that folder."
     )
     repo_id = str(path_or_hub_id)
     if path.is_absolute() or repo_id.startswith((".", "~")) or repo_id.count("/") != 1:
@@ -109,12 +109,11 @@ def load_pretrained(
     use_l1_head = load_l1_action_head is not False and action_file is not None
     config = replace(config, use_proprio=proprio_file is not None)
     if (folder / "lora_adapter").is_dir():
-        _logger.info("%s has a lora_adapter folder; upstream merges it into the shards, so it is not added again.", folder)
+        _logger.info("%s: its lora_adapter folder is merged into the shards already, so it is not added again.", folder)
 
+    attention = resolve_attention(attn_implementation, device.type, dtype)
     with torch.device("meta"):
-        model = OpenVLA(
-            config, attn_implementation=resolve_attention(attn_implementation, device.type, dtype), use_l1_head=use_l1_head
-        )
+        model = OpenVLA(config, attn_implementation=attention, use_l1_head=use_l1_head)
     if load_in_4bit:
         prepare_4bit(model, device, dtype)
     shards = _find_shards(folder)
@@ -296,7 +295,7 @@ def save_pretrained(
             stale.unlink()
         module = getattr(model, kind)
         if module is not None:
-            state = {f"module.{name}": tensor.detach().cpu().to(head_dtype) for name, tensor in module.state_dict().items()}
+            state = {f"module.{name}": tensor.cpu().to(head_dtype) for name, tensor in module.state_dict().items()}
             torch.save(state, folder / f"{kind}--{model.checkpoint_step}_checkpoint.pt")
 
 

@@ -16,12 +16,13 @@ _DTYPES = ("float32", "bfloat16", "float16")
 # Fields of ours that upstream's config.json has no place for; they go under one key, and only where they differ.
 _EXTENSION_KEY = "torchrl_vla"
 _EXTENSION_FIELDS = (
-    "chunk_size", "action_dim", "num_images", "use_proprio", "proprio_dim", "bos_token_id", "eos_token_id", "empty_token_id",
+    "chunk_size", "action_dim", "num_images", "use_proprio", "proprio_dim", "bos_token_id", "eos_token_id",
+    "empty_token_id",
 )  # fmt: skip
 # Llama fields that upstream leaves out of text_config where they are LlamaConfig's defaults.
 _LLM_FIELDS = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps",
-    "max_position_embeddings",
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "rms_norm_eps", "max_position_embeddings",
 )  # fmt: skip
 
 
@@ -183,7 +184,9 @@ class OpenVLAConfig:
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}.",
         )
         _require(self.rms_norm_eps > 0, f"rms_norm_eps must be positive, got {self.rms_norm_eps}.")
-        _require(self.pad_to_multiple_of >= 0, f"pad_to_multiple_of must not be negative, got {self.pad_to_multiple_of}.")
+        _require(
+            self.pad_to_multiple_of >= 0, f"pad_to_multiple_of must not be negative, got {self.pad_to_multiple_of}."
+        )
         _require(
             self.action_token_begin > 0,
             f"vocab_size {self.vocab_size} leaves no text tokens beside {self.n_action_bins} action tokens and "
@@ -191,10 +194,12 @@ class OpenVLAConfig:
         )
         for name in ("pad_token_id", "bos_token_id", "eos_token_id", "empty_token_id"):
             token = getattr(self, name)
-            _require(token is None or 0 <= token < self.vocab_size, f"{name} {token} is outside 0..{self.vocab_size - 1}.")
+            _require(
+                token is None or 0 <= token < self.vocab_size, f"{name} {token} is outside 0..{self.vocab_size - 1}."
+            )
         _require(self.torch_dtype in _DTYPES, f"torch_dtype must be one of {_DTYPES}, got {self.torch_dtype!r}.")
         if self.pad_token_id is None:
-            object.__setattr__(self, "pad_token_id", min(self.vocab_size - self.pad_to_multiple_of, self.vocab_size - 1))
+            object.__setattr__(self, "pad_token_id", min(self.tokenizer_vocab_size, self.vocab_size - 1))
 
     @classmethod
     def seven_b(cls, **overrides: Any) -> OpenVLAConfig:
@@ -273,14 +278,10 @@ class OpenVLAConfig:
 
     def llama_config(self, attn_implementation: str) -> LlamaConfig:
         """transformers' configuration of the language model, with its attention kernel chosen."""
-        return LlamaConfig(
-            **{name: getattr(self, name) for name in _LLM_FIELDS},
-            vocab_size=self.vocab_size,
-            pad_token_id=self.pad_token_id,
-            bos_token_id=self.bos_token_id,
-            eos_token_id=self.eos_token_id,
-            attn_implementation=attn_implementation,
-        )
+        values: dict[str, Any] = {name: getattr(self, name) for name in _LLM_FIELDS}
+        for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"):
+            values[name] = getattr(self, name)
+        return LlamaConfig(**values, **{"attn_implementation": attn_implementation})
 
     @classmethod
     def from_folder(cls, folder: str | Path, **overrides: Any) -> OpenVLAConfig:
@@ -298,7 +299,7 @@ class OpenVLAConfig:
             raise ValueError(f"{folder} has no config.json: name a folder with an OpenVLA checkpoint.")
         raw = _read_json(path)
         if raw.get("model_type") != "openvla":
-            raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}; only 'openvla' checkpoints can be read.")
+            raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}; only 'openvla' can be read.")
         towers = tuple(raw.get("timm_model_ids", TOWER_IDS))
         if towers != TOWER_IDS:
             raise ValueError(f"{path}: timm_model_ids are {list(towers)}; only {list(TOWER_IDS)} are built.")
@@ -320,7 +321,7 @@ class OpenVLAConfig:
         return cls(**{**values, "upstream": raw, **overrides})
 
     def save(self, folder: str | Path) -> None:
-        """Write ``config.json``, ``dataset_statistics.json`` if there are any, and ``vit_overrides.json`` for other towers."""
+        """Write ``config.json``, and ``dataset_statistics.json`` and ``vit_overrides.json`` where they say something."""
         llama_defaults = LlamaConfig(num_attention_heads=self.num_attention_heads)
         text = dict(self.upstream.get("text_config", {}))
         for name in _LLM_FIELDS:

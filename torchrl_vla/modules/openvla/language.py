@@ -21,8 +21,9 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        self.theta = config.rope_parameters["rope_theta"]
+        assert config.head_dim is not None and config.rope_parameters is not None
+        self.head_dim: int = config.head_dim
+        self.theta: float = config.rope_parameters["rope_theta"]
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:

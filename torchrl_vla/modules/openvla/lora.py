@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -107,9 +107,18 @@ def _add(model: OpenVLA, names: list[str], rank: int, alpha: int, dropout: float
             parameter.data = parameter.data.to(dtype)
 
 
+def _is_adapted(module: nn.Module) -> bool:
+    return isinstance(module, LoraLayer)
+
+
+def _lora_layers(model: nn.Module) -> dict[str, Any]:
+    """peft's wrappers by name."""
+    return {name: module for name, module in model.named_modules() if _is_adapted(module)}
+
+
 def has_lora(model: nn.Module) -> bool:
     """Whether the model has adapters."""
-    return any(isinstance(module, LoraLayer) for module in model.modules())
+    return bool(_lora_layers(model))
 
 
 def freeze_backbone(model: OpenVLA) -> None:
@@ -126,7 +135,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: if the model has no adapters, as then it would be its own reference.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers = list(_lora_layers(model).values())
     if not layers:
         raise ValueError("the model has no adapters to leave out: a reference without them needs use_lora=True.")
     # peft's own switch also clears requires_grad, which must outlive this block; the flag alone is what forward reads.
@@ -140,7 +149,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = flag
 
 
-def linear_rows(layer: nn.Module, x: Tensor, begin: int, end: int) -> Tensor:
+def linear_rows(layer: Any, x: Tensor, begin: int, end: int) -> Tensor:
     """Output features ``begin:end`` of a bias-free linear layer, with its adapter if it has one.
 
     Args:
@@ -152,7 +161,7 @@ def linear_rows(layer: nn.Module, x: Tensor, begin: int, end: int) -> Tensor:
     Returns:
         [..., end - begin].
     """
-    if not isinstance(layer, LoraLayer):
+    if not _is_adapted(layer):
         return F.linear(x, layer.weight[begin:end])
     output = F.linear(x, layer.get_base_layer().weight[begin:end])
     if layer.disable_adapters:
@@ -172,8 +181,8 @@ def merged_weight(model: nn.Module, name: str, *, in_float32: bool = True) -> Te
     """
     weight = model.get_parameter(name).detach()
     owner, _, leaf = name.rpartition(".")
-    layer = model.get_submodule(owner.removesuffix(".base_layer"))
-    if leaf != "weight" or not isinstance(layer, LoraLayer):
+    layer: Any = model.get_submodule(owner.removesuffix(".base_layer"))
+    if leaf != "weight" or not _is_adapted(layer):
         return weight
     down, up = layer.lora_A[_ADAPTER].weight.detach(), layer.lora_B[_ADAPTER].weight.detach()
     delta = (up.float().flatten(1) @ down.float().flatten(1)).view(weight.shape) * layer.scaling[_ADAPTER]
@@ -190,7 +199,7 @@ def merge_lora(model: OpenVLA, *, in_float32: bool = True) -> OpenVLA:
         model: the model, changed in place.
         in_float32: add in float32 and round once.
     """
-    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]:
+    for name, layer in _lora_layers(model).items():
         base = layer.get_base_layer()
         base.weight.copy_(merged_weight(model, f"{name}.base_layer.weight", in_float32=in_float32))
         model.set_submodule(name, base)
@@ -208,7 +217,7 @@ def save_adapter(model: OpenVLA, folder: str | Path, *, base_model: str | None =
     Raises:
         ValueError: if the model has no adapters.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    layers = _lora_layers(model)
     if not layers:
         raise ValueError("the model has no adapters to save.")
     layer = next(iter(layers.values()))
@@ -246,7 +255,7 @@ def load_adapter(model: OpenVLA, folder: str | Path, *, dtype: torch.dtype = tor
     config_file, weights_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     for file in (config_file, weights_file):
         if not file.is_file():
-            raise ValueError(f"{folder} has no {file.name}: name a folder that peft or torchrl-vla wrote an adapter to.")
+            raise ValueError(f"{folder} has no {file.name}: name a folder that an adapter was saved in.")
     settings = json.loads(config_file.read_text())
     unsupported = [key for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern") if settings.get(key)]
     if settings.get("peft_type") != "LORA" or unsupported:
@@ -263,7 +272,8 @@ def load_adapter(model: OpenVLA, folder: str | Path, *, dtype: torch.dtype = tor
     modules = sorted({name.split(".lora_")[0] for name in tensors})
     foreign = [name for name in modules if name not in candidates]
     if foreign or not modules:
-        raise ValueError(f"{weights_file} is for other modules ({', '.join(foreign[:3]) or 'none'}), not for this model.")
+        named = ", ".join(foreign[:3]) or "none"
+        raise ValueError(f"{weights_file} is for other modules ({named}) than this model has.")
     _select(model, "all-linear")
     _add(model, [candidates[name] for name in modules], settings["r"], settings["lora_alpha"],
          settings.get("lora_dropout", 0.0), dtype)  # fmt: skip

@@ -93,7 +93,8 @@ class OpenVLA(nn.Module):
         super().__init__()
         if attn_implementation not in ATTENTION_IMPLEMENTATIONS:
             raise ValueError(
-                f"attn_implementation must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}, got {attn_implementation!r}."
+                f"attn_implementation must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}, "
+                f"got {attn_implementation!r}."
             )
         self.config = config
         self.vision_backbone = VisionBackbone(config, attn_implementation)
@@ -308,11 +309,11 @@ class OpenVLA(nn.Module):
         return torch.cat(tokens, dim=1)
 
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
-        """Recompute each transformer layer in the backward pass instead of keeping its activations (train mode only)."""
-        for module in self.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.gradient_checkpointing = enabled
-                module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+        """Recompute each transformer layer in the backward pass, in train mode, instead of keeping its activations."""
+        layers: list[Any] = [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
+        for layer in layers:
+            layer.gradient_checkpointing = enabled
+            layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, **options: Any) -> OpenVLA:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -85,7 +87,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionTowerConfig, image_size: int, attn_implementation: str) -> None:
         super().__init__()
         self.embeddings = PatchEmbeddings(config, image_size)
-        shared = dict(
+        shared: dict[str, Any] = dict(
             hidden_size=config.embed_dim,
             num_hidden_layers=config.depth,
             num_attention_heads=config.num_heads,
@@ -97,7 +99,7 @@ class VisionTower(nn.Module):
         )
         self.layers = nn.ModuleList()
         for _ in range(config.depth - 1):
-            layer: nn.Module
+            layer: Any
             if config.num_prefix_tokens:
                 dino_config = Dinov2WithRegistersConfig(**shared)
                 layer = Dinov2WithRegistersLayer(dino_config)
