@@ -281,7 +281,8 @@ class OpenVLAConfig:
         values: dict[str, Any] = {name: getattr(self, name) for name in _LLM_FIELDS}
         for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"):
             values[name] = getattr(self, name)
-        return LlamaConfig(**values, **{"attn_implementation": attn_implementation})
+        values["attn_implementation"] = attn_implementation
+        return LlamaConfig(**values)
 
     @classmethod
     def from_folder(cls, folder: str | Path, **overrides: Any) -> OpenVLAConfig:
@@ -321,7 +322,7 @@ class OpenVLAConfig:
         return cls(**{**values, "upstream": raw, **overrides})
 
     def save(self, folder: str | Path) -> None:
-        """Write ``config.json``, and ``dataset_statistics.json`` and ``vit_overrides.json`` where they say something."""
+        """Write ``config.json``, and ``dataset_statistics.json`` and ``vit_overrides.json`` where needed."""
         llama_defaults = LlamaConfig(num_attention_heads=self.num_attention_heads)
         text = dict(self.upstream.get("text_config", {}))
         for name in _LLM_FIELDS:

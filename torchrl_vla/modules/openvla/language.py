@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,9 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        assert config.head_dim is not None and config.rope_parameters is not None
-        self.head_dim: int = config.head_dim
-        self.theta: float = config.rope_parameters["rope_theta"]
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        rope: Any = config.rope_parameters
+        self.theta: float = rope["rope_theta"]
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:

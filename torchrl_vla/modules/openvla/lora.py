@@ -30,7 +30,7 @@ def adaptable_modules(model: OpenVLA) -> list[str]:
 
     They are every linear layer of the towers, the projector and the language model, its head included, and the two
     patch embeddings (peft matches their name ``proj``). Layers that no forward reads are not built, so upstream's
-    110,828,288 adapter parameters of rank 32 on the 7B model become 109,054,144 here.
+    110,828,288 adapter parameters of rank 32 on the 7B model become 109,126,400 here.
     """
     return [
         name
