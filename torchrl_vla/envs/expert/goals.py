@@ -1,0 +1,48 @@
+"""What a task asks for, read from its BDDL definition."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Goal", "read_goals"]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One condition of a task's goal.
+
+    Args:
+        predicate: its name in lower case, such as ``"on"`` or ``"in"``.
+        subject: what it is about: the object to move.
+        target: where that belongs: another object, or a site of the model; empty for predicates of one argument.
+    """
+
+    predicate: str
+    subject: str
+    target: str = ""
+
+
+def read_goals(bddl_file: str | Path) -> tuple[Goal, ...]:
+    """Reads the conjunction of conditions that ends an episode.
+
+    Args:
+        bddl_file: the task's definition.
+
+    Returns:
+        tuple: the conditions in the order of the file.
+
+    Raises:
+        ValueError: the file states no goal.
+    """
+    text = Path(bddl_file).read_text(encoding="utf-8")
+    _, marker, goal = text.partition("(:goal")
+    goals = tuple(
+        Goal(match[1].lower(), *match[2].split()) for match in re.finditer(r"\(\s*(\w+)((?:\s+\w+)+)\s*\)", goal)
+    )
+    if not marker or not goals:
+        raise ValueError(
+            f"{bddl_file} states no goal: a BDDL task needs `(:goal (And (On object target)))` or the like."
+        )
+    return goals

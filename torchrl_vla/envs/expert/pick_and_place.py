@@ -1,0 +1,192 @@
+"""Moving one object to where it belongs, phase by phase, again if it was lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+
+import mujoco
+import numpy as np
+
+from torchrl_vla.envs.expert.arm import GRIPPER_CLOSE, GRIPPER_OPEN, Arm
+from torchrl_vla.envs.expert.geometry import CollisionPoints
+from torchrl_vla.envs.expert.goals import Goal
+from torchrl_vla.envs.expert.grasps import Grasp, plan_grasp
+from torchrl_vla.envs.expert.placement import hand_pose_for, plan_carry, release_height
+
+__all__ = ["PickAndPlace"]
+
+#: A phase yields actions and returns whether it went well.
+Phase = Generator[np.ndarray, None, bool]
+
+_APPROACH, _LIFT, _RETREAT, _RISE = 0.07, 0.04, 0.08, 0.10
+_HOVER_OFFSET, _HOVER_TURN, _HOVER_STEPS = 0.012, 0.12, 60
+_DESCENT_SPEED, _DESCENT_OFFSET, _DESCENT_GAP, _DESCENT_STEPS = 0.8, 0.006, 0.004, 30
+_CLOSE_STEPS, _CLOSE_STEPS_AT_MOST, _RELEASE_STEPS = 9, 14, 8
+_LOWER_SPEED, _LOWER_STEPS, _CARRY_STEPS, _SHORT_STEPS = 0.7, 40, 100, 15
+#: An object that moved this far since its grasp was planned needs another one.
+_MOVED = 0.008
+#: Control steps without both fingers' touch after which an object counts as lost.
+_LOST_STEPS = 3
+#: How far below the top of a container's wall the grip site may go.
+_WALL_OVERLAP = 0.02
+
+
+class PickAndPlace:
+    """Brings an object onto another one, onto a site or into a container.
+
+    Args:
+        model: the compiled model.
+        arm: the arm.
+        surfaces: collision points of the model.
+        goal: ``on`` or ``in``, the object, and the object or site where it belongs.
+
+    Raises:
+        ValueError: the goal is of another kind, or names something that the model does not have.
+    """
+
+    def __init__(self, model: mujoco.MjModel, arm: Arm, surfaces: CollisionPoints, goal: Goal) -> None:
+        if goal.predicate not in ("on", "in"):
+            raise ValueError(
+                f"The scripted expert cannot reach the goal {goal}: it moves objects ('on', 'in'), it does not open, "
+                "close or turn on anything. Choose a task whose goal is where an object lies."
+            )
+        self._arm = arm
+        self._surfaces = surfaces
+        self._into = goal.predicate == "in"
+        self._body = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_BODY, f"{goal.subject}_main")
+        self._site = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_SITE, goal.target)
+        target = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_BODY, f"{goal.target}_main")
+        self._target = int(model.body_rootid[model.site_bodyid[self._site]]) if self._site >= 0 else target
+        if self._body < 0 or self._target < 0:
+            missing = goal.subject if self._body < 0 else goal.target
+            raise ValueError(f"The model has no object or site {missing!r}, which the goal {goal} names.")
+
+    def script(self, data: mujoco.MjData) -> Generator[np.ndarray, None, None]:
+        """Yields actions ``[7]`` until the object was put down at its place.
+
+        Args:
+            data: the simulation, read anew before every action.
+        """
+        while True:
+            points, others = self._surfaces.split(data, self._body)
+            grasp = self._plan(data, points, others)
+            if (yield from self._pick(data, grasp)) and (yield from self._place(data, grasp, others)):
+                return
+            yield from self._rise(data)
+
+    def _target_position(self, data: mujoco.MjData) -> np.ndarray:
+        return (data.site_xpos[self._site] if self._site >= 0 else data.xpos[self._target]).copy()
+
+    def _origin(self, data: mujoco.MjData) -> np.ndarray:
+        return data.xpos[self._body].copy()
+
+    def _plan(self, data: mujoco.MjData, points: np.ndarray, others: np.ndarray) -> Grasp:
+        carry = self._target_position(data) - self._origin(data)
+        return plan_grasp(self._arm, data, points, others, _APPROACH, carry)
+
+    def _pick(self, data: mujoco.MjData, grasp: Grasp) -> Phase:
+        arm, above = self._arm, grasp.position + [0.0, 0.0, _APPROACH]
+        start = self._origin(data)
+
+        def in_place() -> bool:
+            return bool(np.linalg.norm(self._origin(data) - start) < _MOVED)
+
+        for step in range(_HOVER_STEPS + 1):
+            offset, turn = arm.offset(data, above, grasp.rotation)
+            if np.linalg.norm(offset[:2]) < _HOVER_OFFSET and turn < _HOVER_TURN:
+                break
+            if step == _HOVER_STEPS or not in_place():
+                return False
+            yield arm.towards(data, above, grasp.rotation, GRIPPER_OPEN)
+        for _ in range(_DESCENT_STEPS):
+            offset, _ = arm.offset(data, grasp.position, grasp.rotation)
+            if abs(offset[2]) < _DESCENT_GAP and np.linalg.norm(offset[:2]) < _DESCENT_OFFSET:
+                break
+            if not in_place():
+                return False
+            yield arm.towards(data, grasp.position, grasp.rotation, GRIPPER_OPEN, _DESCENT_SPEED)
+        for step in range(_CLOSE_STEPS_AT_MOST):
+            if step >= _CLOSE_STEPS and arm.fingers_touching(data, self._body) == 2:
+                break
+            yield arm.towards(data, grasp.position, grasp.rotation, GRIPPER_CLOSE)
+        here, _ = arm.pose(data)
+        yield from self._straight(data, here + [0.0, 0.0, _LIFT], grasp.rotation, GRIPPER_CLOSE)
+        return arm.fingers_touching(data, self._body) == 2
+
+    def _place(self, data: mujoco.MjData, grasp: Grasp, others: np.ndarray) -> Phase:
+        arm = self._arm
+        target = self._target_position(data)
+        points, _ = self._surfaces.split(data, self._body)
+        ground = self._surfaces.ground(data)
+        origin, (here, rotation) = self._origin(data), arm.pose(data)
+        held = rotation.T @ (origin - here)
+        low = release_height(points, origin, others, target[:2], ground)
+        if self._into:
+            walls, _ = self._surfaces.split(data, self._target)
+            low = max(low, walls[:, 2].max() - _WALL_OVERLAP + (origin - here)[2])
+        path = plan_carry(points, origin, others, target[:2], ground, low)
+        lost = self._loss_detector(data)
+        if path.rise_first:
+            top = here + [0.0, 0.0, path.height - origin[2]]
+            yield from self._straight(data, top, rotation, GRIPPER_CLOSE)
+        low_position, rotation = hand_pose_for(
+            arm, data, np.array([*target[:2], low]), held, grasp.wrist_angle, path.height - low
+        )
+        high_position = low_position + [0.0, 0.0, path.height - low]
+        for _ in range(_CARRY_STEPS):
+            offset, turn = arm.offset(data, high_position, rotation)
+            if np.linalg.norm(offset[:2]) < _HOVER_OFFSET and turn < _HOVER_TURN:
+                break
+            if lost():
+                return False
+            yield arm.towards(data, _climb_first(high_position, offset), rotation, GRIPPER_CLOSE)
+        for _ in range(_LOWER_STEPS):
+            offset, _ = arm.offset(data, low_position, rotation)
+            if abs(offset[2]) < _DESCENT_GAP and np.linalg.norm(offset[:2]) < _DESCENT_OFFSET:
+                break
+            if lost():
+                return False
+            yield arm.towards(data, low_position, rotation, GRIPPER_CLOSE, _LOWER_SPEED)
+        here, _ = arm.pose(data)
+        for _ in range(_RELEASE_STEPS):
+            yield arm.towards(data, here, rotation, GRIPPER_OPEN)
+        yield from self._straight(data, here + [0.0, 0.0, _RETREAT], rotation, GRIPPER_OPEN)
+        return True
+
+    def _rise(self, data: mujoco.MjData) -> Phase:
+        position, rotation = self._arm.pose(data)
+        return (yield from self._straight(data, position + [0.0, 0.0, _RISE], rotation, GRIPPER_OPEN))
+
+    def _straight(self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray, gripper: float) -> Phase:
+        """A short straight move."""
+        for _ in range(_SHORT_STEPS):
+            offset, _ = self._arm.offset(data, position, rotation)
+            if np.linalg.norm(offset) < _HOVER_OFFSET:
+                return True
+            yield self._arm.towards(data, position, rotation, gripper)
+        return False
+
+    def _loss_detector(self, data: mujoco.MjData) -> Callable[[], bool]:
+        """Says, asked once a control step, whether the object slipped out of the fingers."""
+        steps_without = 0
+
+        def lost() -> bool:
+            nonlocal steps_without
+            touching = self._arm.fingers_touching(data, self._body) == 2
+            steps_without = 0 if touching else steps_without + 1
+            return steps_without >= _LOST_STEPS
+
+        return lost
+
+
+def _climb_first(position: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """A nearer goal on the way to a position, so that a climb is at least as steep as 45 degrees.
+
+    Args:
+        position: where to go, ``[3]`` in metres.
+        offset: from here to there, ``[3]``.
+    """
+    climb, distance = offset[2], float(np.linalg.norm(offset[:2]))
+    if climb < _HOVER_OFFSET or distance <= climb:
+        return position
+    return position - np.array([*offset[:2], 0.0]) * (1.0 - climb / distance)

@@ -1,0 +1,98 @@
+"""Where an object goes, how high it is carried there, and the hand's pose that brings it there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mujoco
+import numpy as np
+
+from torchrl_vla.envs.expert.arm import Arm
+
+__all__ = ["CarryPath", "hand_pose_for", "plan_carry", "release_height"]
+
+_RELEASE_GAP = 0.008
+_CARRY_CLEARANCE, _SIDE_CLEARANCE, _BLOCKED_WITHIN = 0.025, 0.015, 0.10
+
+
+@dataclass(frozen=True)
+class CarryPath:
+    """Heights of an object's origin on its way, in metres.
+
+    Args:
+        height: at which it clears everything near the path.
+        rise_first: whether something so near is in the way that it goes straight up to begin with.
+    """
+
+    height: float
+    rise_first: bool
+
+
+def release_height(
+    points: np.ndarray, origin: np.ndarray, others: np.ndarray, target: np.ndarray, ground: float
+) -> float:
+    """Height of an object's origin at which to let go of it above what it is to stand on.
+
+    Args:
+        points: collision points of the object where it is now, ``[n, 3]`` in metres.
+        origin: its origin there, ``[3]``.
+        others: collision points of everything else, ``[m, 3]``.
+        target: horizontal position that the origin is to have, ``[2]``.
+        ground: height of the floor or table top.
+    """
+    bottom = points[:, 2].min()
+    foot = points[points[:, 2] < bottom + 0.01, :2] - origin[:2]
+    radius = np.linalg.norm(foot, axis=1).max()
+    below = others[np.linalg.norm(others[:, :2] - target, axis=1) <= radius]
+    support = max(ground, below[:, 2].max() if len(below) else -np.inf)
+    return float(support + origin[2] - bottom + _RELEASE_GAP)
+
+
+def plan_carry(
+    points: np.ndarray, origin: np.ndarray, others: np.ndarray, target: np.ndarray, ground: float, lowest: float
+) -> CarryPath:
+    """Plans how high to carry an object.
+
+    Args:
+        points: collision points of the object where it is now, ``[n, 3]`` in metres.
+        origin: its origin there, ``[3]``.
+        others: collision points of everything else, ``[m, 3]``.
+        target: horizontal position that the origin is to have, ``[2]``.
+        ground: height of the floor or table top.
+        lowest: height below which the origin need not be carried.
+    """
+    bottom = points[:, 2].min()
+    radius = np.linalg.norm(points[:, :2] - origin[:2], axis=1).max() + _SIDE_CLEARANCE
+    path = target - origin[:2]
+    length = max(float(np.linalg.norm(path)), 1e-9)
+    along = np.clip((others[:, :2] - origin[:2]) @ path / length, 0.0, length)
+    nearest = origin[:2] + along[:, None] * path / length
+    near = np.linalg.norm(others[:, :2] - nearest, axis=1) < radius
+    tallest = max(ground, others[near, 2].max() if near.any() else -np.inf)
+    height = max(float(tallest + _CARRY_CLEARANCE + origin[2] - bottom), lowest)
+    in_the_way = near & (along < _BLOCKED_WITHIN) & (others[:, 2] > bottom - 0.005)
+    return CarryPath(height, bool(in_the_way.any()))
+
+
+def hand_pose_for(
+    arm: Arm, data: mujoco.MjData, origin: np.ndarray, held: np.ndarray, wrist_angle: float, climb: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pose of the grip site that brings a held object's origin somewhere.
+
+    Args:
+        arm: the arm.
+        data: current poses.
+        origin: where the object's origin is to be, ``[3]`` in metres.
+        held: its origin in the frame of the grip site, ``[3]``.
+        wrist_angle: of the finger axis from the arm's direction, in radians.
+        climb: how far above that the arm must reach with the same orientation too, in metres.
+
+    Returns:
+        tuple: position ``[3]`` and rotation ``[3, 3]``.
+    """
+    position = origin
+    for _ in range(3):
+        tilt = max(float(arm.reach_tilt(data, position)), float(arm.reach_tilt(data, position + [0.0, 0.0, climb])))
+        rotation = arm.hand_rotation(float(arm.azimuth(data, position)), wrist_angle, tilt)
+        position = origin - rotation @ held
+    return position, rotation
