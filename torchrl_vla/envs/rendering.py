@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import logging
 import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
-__all__ = ["configure_rendering", "has_gpu", "renderer_name"]
+__all__ = ["configure_rendering", "has_gpu", "make_gl_context", "renderer_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ _PROBE_SECONDS = 60
 
 @functools.cache
 def configure_rendering() -> str:
-    """Chooses the OpenGL backend of this process and its children, before MuJoCo is imported.
+    """Chooses the OpenGL backend of this process and its children, before robosuite is imported.
 
     ``MUJOCO_GL`` wins where it is set. Otherwise EGL is taken when it renders on a GPU, else OSMesa, else EGL in
     software; each is tried in a fresh process. ``MUJOCO_GL`` and ``PYOPENGL_PLATFORM`` are set to the choice.
@@ -40,15 +42,15 @@ def configure_rendering() -> str:
 
     Raises:
         ValueError: ``MUJOCO_GL`` or ``PYOPENGL_PLATFORM`` asks for something that cannot render LIBERO.
-        RuntimeError: there is no OpenGL to render with, or MuJoCo was imported before the choice.
+        RuntimeError: there is no OpenGL to render with, or PyOpenGL was imported before the choice.
     """
     wanted = os.environ.get("MUJOCO_GL", "").strip().lower()
     if wanted:
         backend = _check_wanted(wanted)
-    elif "mujoco" in sys.modules:
+    elif "OpenGL" in sys.modules and not os.environ.get("PYOPENGL_PLATFORM"):
         raise RuntimeError(
-            "MuJoCo was imported before its OpenGL backend was chosen, and it chooses only once. Make the LIBERO "
-            "environment before importing mujoco or robosuite, or set MUJOCO_GL=egl (GPU) or MUJOCO_GL=osmesa (CPU)."
+            "PyOpenGL was imported before a backend without a display was chosen, and it chooses only once. Make the "
+            "LIBERO environment first, or set MUJOCO_GL=egl (GPU) or MUJOCO_GL=osmesa (CPU)."
         )
     else:
         backend = _choose()
@@ -60,6 +62,19 @@ def configure_rendering() -> str:
         )
     os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = backend
     return backend
+
+
+def make_gl_context(width: int, height: int) -> Any:
+    """Makes an OpenGL context of the chosen backend, also when MuJoCo was imported before the choice.
+
+    Args:
+        width: of the pictures, in pixels.
+        height: likewise.
+
+    Returns:
+        GLContext: MuJoCo's, with ``make_current()`` and ``free()``.
+    """
+    return importlib.import_module(f"mujoco.{configure_rendering()}").GLContext(width, height)
 
 
 @functools.cache

@@ -60,6 +60,7 @@ class StockSimulator:
         self._seed = seed
         self._envs: list[Any] = [None] * num_slots
         self._task_ids: list[int | None] = [None] * num_slots
+        self._initializers: list[list[Any]] = [[] for _ in range(num_slots)]
         self._observations: list[dict[str, np.ndarray]] = [{} for _ in range(num_slots)]
 
     def reset(self, slot: int, task_id: int, init_state_id: int) -> None:
@@ -73,6 +74,8 @@ class StockSimulator:
         task = self._suite.task(task_id)
         env = self._env(slot, task_id)
         generator_state = np.random.get_state()
+        # Every reset appends to this list, and each entry draws random numbers at the next one.
+        env.env.object_property_initializers = list(self._initializers[slot])
         env.seed(self._seed)
         env.reset()
         np.random.set_state(generator_state)
@@ -91,6 +94,8 @@ class StockSimulator:
         Returns:
             tuple: control steps run, and whether the task has succeeded.
         """
+        # Stock draws with whatever OpenGL context is current, which may be another slot's.
+        self._envs[slot].sim._render_context_offscreen.gl_ctx.make_current()
         for count, action in enumerate(actions, start=1):
             self._observations[slot], _, success, _ = self._envs[slot].step(action)
             if success:
@@ -98,7 +103,7 @@ class StockSimulator:
         return len(actions), False
 
     def low_dim(self, slot: int) -> dict[str, np.ndarray]:
-        """Returns ``robot0_eef_pos [3]``, ``robot0_eef_quat [4]`` (x, y, z, w), ``robot0_gripper_qpos [2]``, float64."""
+        """Returns ``robot0_eef_pos [3]``, ``robot0_eef_quat [4]`` (x, y, z, w), ``robot0_gripper_qpos [2]``."""
         names = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
         return {name: self._observations[slot][name] for name in names}
 
@@ -123,6 +128,7 @@ class StockSimulator:
                 ignore_done=True,
             )
             np.random.set_state(generator_state)
+            self._initializers[slot] = list(self._envs[slot].env.object_property_initializers)
             self._task_ids[slot] = task_id
         return self._envs[slot]
 

@@ -1,0 +1,96 @@
+"""Which task and which initial state an episode runs when the caller does not say."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from torchrl_vla.envs.tasks import TaskSuite
+
+__all__ = ["INIT_STATE_MODES", "EpisodeSchedule"]
+
+INIT_STATE_MODES = ("cycle", "random", "fixed")
+
+
+class EpisodeSchedule:
+    """Takes the tasks in turn, and each task's initial states in turn, at random, or always the same one.
+
+    Args:
+        suite: the suite.
+        task_ids: the tasks to run in turn.
+        init_state_mode: ``"cycle"``, ``"random"`` or ``"fixed"``.
+        init_state_id: the initial state that a cycle starts with, or the fixed one.
+        seed: seed of the random choices.
+
+    Raises:
+        ValueError: a task or an initial state does not exist, a task is named twice, or the mode is unknown.
+    """
+
+    def __init__(
+        self,
+        suite: TaskSuite,
+        task_ids: Sequence[int],
+        *,
+        init_state_mode: str = "cycle",
+        init_state_id: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        if not task_ids:
+            raise ValueError("task_ids is empty: name at least one task.")
+        if len(set(task_ids)) != len(task_ids):
+            raise ValueError(f"task_ids={list(task_ids)} names a task twice: list each task once.")
+        if init_state_mode not in INIT_STATE_MODES:
+            raise ValueError(f"init_state_mode must be one of {', '.join(INIT_STATE_MODES)}, got {init_state_mode!r}.")
+        self._suite = suite
+        self._task_ids = tuple(task_ids)
+        self._mode = init_state_mode
+        self._first_state = init_state_id
+        for task_id in self._task_ids:
+            self.check(task_id, init_state_id)
+        self.set_seed(seed)
+
+    def set_seed(self, seed: int | None) -> None:
+        """Starts over: the first task, the first initial state, and a fresh random generator."""
+        self._generator = np.random.default_rng(seed)
+        self._tasks_taken = 0
+        self._states_taken: Counter[int] = Counter()
+
+    def next(self, task_id: int | None = None, init_state_id: int | None = None) -> tuple[int, int]:
+        """Chooses what the caller leaves open, and moves on by what was chosen.
+
+        Args:
+            task_id: the task, if the caller wants a certain one.
+            init_state_id: the initial state, likewise.
+
+        Returns:
+            tuple: task and initial state.
+
+        Raises:
+            ValueError: the task or the initial state does not exist.
+        """
+        if task_id is None:
+            task_id = self._task_ids[self._tasks_taken % len(self._task_ids)]
+            self._tasks_taken += 1
+        if init_state_id is None:
+            count = len(self._suite.task(task_id).init_states)
+            if self._mode == "random":
+                init_state_id = int(self._generator.integers(count))
+            else:
+                taken = self._states_taken[task_id] if self._mode == "cycle" else 0
+                init_state_id = (self._first_state + taken) % count
+                self._states_taken[task_id] += 1
+        self.check(task_id, init_state_id)
+        return task_id, init_state_id
+
+    def check(self, task_id: int, init_state_id: int) -> None:
+        """Raises:
+        ValueError: the suite has no such task, or the task no such initial state.
+        """
+        count = len(self._suite.task(task_id).init_states)
+        if not 0 <= init_state_id < count:
+            raise ValueError(
+                f"init_state_id={init_state_id} is not an initial state of task {task_id} of {self._suite.name}: "
+                f"it must be in 0..{count - 1}."
+            )
