@@ -72,8 +72,8 @@ def read_statistics(folder: Path, key: str) -> dict[str, Any]:
     path = folder / STATISTICS_FILE
     if not path.is_file():
         raise ValueError(
-            f"{folder} has no {STATISTICS_FILE}, without which actions cannot be normalised. `torchrl-vla demos` writes it last: "
-            "run it again with the same options, it goes on from what is there."
+            f"{folder} has no {STATISTICS_FILE}, without which actions cannot be normalised. `torchrl-vla demos` writes "
+            "it last: run it again with the same options, it goes on from what is there."
         )
     statistics = json.loads(path.read_text())
     if key not in statistics:
