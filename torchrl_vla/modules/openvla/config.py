@@ -323,11 +323,12 @@ class OpenVLAConfig:
 
     def save(self, folder: str | Path) -> None:
         """Write ``config.json``, and ``dataset_statistics.json`` and ``vit_overrides.json`` where needed."""
-        llama_defaults = LlamaConfig(num_attention_heads=self.num_attention_heads)
+        llama_defaults = LlamaConfig()
         text = dict(self.upstream.get("text_config", {}))
         for name in _LLM_FIELDS:
             value = getattr(self, name)
-            if value is not None and (name in text or value != getattr(llama_defaults, name)):
+            implied = name not in text and name != "num_key_value_heads" and value == getattr(llama_defaults, name)
+            if value is not None and not implied:
                 text[name] = value
         text |= {"model_type": "llama", "pad_token_id": self.pad_token_id, "torch_dtype": self.torch_dtype}
         text["vocab_size"] = self.vocab_size

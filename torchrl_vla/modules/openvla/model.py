@@ -236,14 +236,15 @@ class OpenVLA(nn.Module):
     ) -> tuple[Prompt, Tensor]:
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("give either pixel_values or vision_features, and None for the other.")
+        pad_token_id = self.config.pad_token_id
+        assert pad_token_id is not None
+        prompt = arrange_prompt(input_ids, attention_mask, self.config.empty_token_id, pad_token_id)
         if vision_features is None:
             assert pixel_values is not None
             vision_features = self.encode_images(pixel_values)
         if len(input_ids) != len(vision_features):
             raise ValueError(f"{len(input_ids)} prompts were given with images of {len(vision_features)} samples.")
-        pad_token_id = self.config.pad_token_id
-        assert pad_token_id is not None
-        return arrange_prompt(input_ids, attention_mask, self.config.empty_token_id, pad_token_id), vision_features
+        return prompt, vision_features
 
     def _action_logits(self, hidden_states: Tensor) -> Tensor:
         """The head's rows of the action tokens only."""
