@@ -233,7 +233,10 @@ class LiberoSimulator:
         return len(actions), False
 
     def low_dim(self, slot: int) -> dict[str, np.ndarray]:
-        """Returns ``robot0_eef_pos [3]``, ``robot0_eef_quat [4]`` (x, y, z, w), ``robot0_gripper_qpos [2]``, float64."""
+        """Returns the end effector's pose and the fingers' positions, float64.
+
+        They are ``robot0_eef_pos [3]``, ``robot0_eef_quat [4]`` (x, y, z, w) and ``robot0_gripper_qpos [2]``.
+        """
         held = self._held(slot)
         scene, sample = held.task.scene, self._sample(held)
         return {
@@ -241,6 +244,25 @@ class LiberoSimulator:
             "robot0_eef_quat": sample["xquat"][scene.eef_body][[1, 2, 3, 0]],
             "robot0_gripper_qpos": sample["qpos"][list(scene.gripper_qpos)],
         }
+
+    def object_poses(self, slot: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Returns position ``[3]`` and quaternion ``[4]`` (x, y, z, w) of movable objects, as stock observes them."""
+        held = self._held(slot)
+        sample = self._sample(held)
+        return {
+            name: (sample["xpos"][body].copy(), sample["xquat"][body][[1, 2, 3, 0]])
+            for name, body in held.task.scene.object_bodies.items()
+        }
+
+    def model(self, slot: int) -> mujoco.MjModel:
+        """Returns the compiled model, with fixtures where the slot's task has them; shared, so not to be changed."""
+        task = self._held(slot).task
+        task.place_fixtures()
+        return task.compiled.model
+
+    def data(self, slot: int) -> mujoco.MjData:
+        """Returns a slot's simulation state, for those who may know more than what is observed; not to be changed."""
+        return self._held(slot).data
 
     def render(self, slot: int, camera: str) -> np.ndarray:
         """Returns a camera's picture of the last control step, ``uint8 [H, W, 3]``, upside down as LIBERO gives it.

@@ -1,0 +1,130 @@
+"""The simulator gives what stock LIBERO gives, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from reference import CAMERAS, Stock, assert_same, random_actions, smooth_actions
+
+from torchrl_vla.envs import simulator as simulator_module
+from torchrl_vla.envs.simulator import LiberoSimulator
+from torchrl_vla.envs.tasks import LiberoTask, TaskSuite, get_suite
+
+SLIM = [("libero_spatial", 0), ("libero_spatial", 4), ("libero_goal", 7)]
+FULL = [(suite, task) for suite in ("libero_spatial", "libero_goal") for task in range(10)]
+FULL += [("libero_object", 0), ("libero_object", 7), ("libero_10", 2), ("libero_10", 9)]
+FULL += [("libero_90", 5), ("libero_90", 33), ("libero_90", 50), ("libero_90", 85)]
+
+
+def compare(suite: str, task_id: int, init_state_ids: list[int], steps: int, picture_every: int, seed: int = 0) -> None:
+    task = get_suite(suite).task(task_id)
+    ours = LiberoSimulator(suite, cameras=CAMERAS, image_size=64, seed=seed)
+    stock = Stock(task, seed=seed)
+    for init_state_id in init_state_ids:
+        stock.draws = False
+        stock.start(task.init_states[init_state_id])
+        ours.reset(0, task_id, init_state_id)
+        assert_same("settled", ours, 0, stock, images=False)
+        make = smooth_actions if init_state_id % 2 else random_actions
+        for step, action in enumerate(make(steps, seed=task_id)):
+            stock.draws = (step + 1) % picture_every == 0
+            stock.step(action)
+            assert ours.step(0, action[None]) == (1, bool(stock.success))
+            stage = f"{suite} task {task_id} from initial state {init_state_id}, step {step}"
+            assert_same(stage, ours, 0, stock, images=stock.draws)
+            if stock.success:
+                break
+    stock.close()
+    ours.close()
+
+
+@pytest.mark.parametrize(("suite", "task_id"), SLIM)
+def test_equals_stock(suite: str, task_id: int) -> None:
+    compare(suite, task_id, [0, 1], steps=50, picture_every=10)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("suite", "task_id"), FULL)
+def test_equals_stock_in_full(suite: str, task_id: int) -> None:
+    compare(suite, task_id, [2, 17, 35], steps=120, picture_every=8, seed=7)
+
+
+@pytest.fixture(scope="module")
+def spatial() -> Iterator[LiberoSimulator]:
+    simulator = LiberoSimulator("libero_spatial", num_slots=2, cameras=CAMERAS, image_size=64)
+    yield simulator
+    simulator.close()
+
+
+def trace(simulator: LiberoSimulator, slot: int, actions: np.ndarray) -> list[np.ndarray]:
+    """Everything observable after each chunk of 3 actions."""
+    seen = []
+    for chunk in actions.reshape(-1, 3, 7):
+        simulator.step(slot, chunk)
+        data = simulator.data(slot)
+        seen += [data.qpos.copy(), data.qvel.copy(), *simulator.low_dim(slot).values()]
+        seen += [simulator.render(slot, camera) for camera in CAMERAS]
+    return seen
+
+
+def assert_equal(first: list[np.ndarray], second: list[np.ndarray]) -> None:
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_interleaved_slots_of_two_tasks_equal_each_alone(spatial: LiberoSimulator) -> None:
+    episodes = [(4, 3, random_actions(12, 1)), (9, 5, smooth_actions(12, 2))]
+    alone = []
+    for task_id, init_state_id, actions in episodes:
+        spatial.reset(0, task_id, init_state_id)
+        alone.append(trace(spatial, 0, actions))
+    for slot, (task_id, init_state_id, _) in enumerate(episodes):
+        spatial.reset(slot, task_id, init_state_id)
+    interleaved: list[list[np.ndarray]] = [[], []]
+    for start in range(0, 12, 3):
+        for slot, (_, _, actions) in enumerate(episodes):
+            interleaved[slot] += trace(spatial, slot, actions[start : start + 3])
+    for one, other in zip(alone, interleaved, strict=True):
+        assert_equal(one, other)
+
+
+def test_a_slot_reused_for_another_task_equals_a_new_one(spatial: LiberoSimulator) -> None:
+    actions = random_actions(9, 3)
+    spatial.reset(0, 1, 0)
+    expected = trace(spatial, 0, actions)
+    spatial.reset(1, 6, 2)
+    trace(spatial, 1, smooth_actions(9, 4))
+    spatial.reset(1, 1, 0)
+    assert_equal(trace(spatial, 1, actions), expected)
+
+
+def test_a_chunk_ended_by_success_equals_stock(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bowl that starts above the plate succeeds when it lands, in the middle of a chunk."""
+    task = get_suite("libero_spatial").task(0)
+    ours = LiberoSimulator("libero_spatial", image_size=64, settle_steps=0)
+    ours.reset(0, 0, 0)
+    model = ours.model(0)
+    joints = [model.body(f"{name}_main").jntadr[0] for name in ("akita_black_bowl_1", "plate_1")]
+    bowl, plate = model.jnt_qposadr[joints]
+    state = task.init_states[0].copy()
+    state[1 + bowl : 4 + bowl] = state[1 + plate : 4 + plate] + [0.0, 0.0, 0.12]
+    np.savez(tmp_path / "states.npz", states=state[None])
+    falling = LiberoTask("libero_spatial", 0, task.instruction, task.bddl_file, tmp_path / "states.npz")
+    monkeypatch.setattr(simulator_module, "get_suite", lambda name: TaskSuite(name, (falling,), 220))
+    ours = LiberoSimulator("libero_spatial", cameras=CAMERAS, image_size=64, settle_steps=0)
+    ours.reset(0, 0, 0)
+    stock = Stock(falling)
+    stock.start(state, settle_steps=0)
+    assert_same("initial state", ours, 0, stock, images=True)
+    actions = random_actions(12, 0)
+    steps, success = ours.step(0, actions)
+    assert success and 1 < steps < 12
+    for action in actions[:steps]:
+        assert not stock.success
+        stock.step(action)
+    assert stock.success and stock.reward == 1.0
+    assert_same("success", ours, 0, stock, images=True)
+    stock.close()
