@@ -9,6 +9,7 @@ import mujoco
 import numpy as np
 
 from torchrl_vla.envs.model_cache import CompiledModel
+from torchrl_vla.envs.rendering import make_gl_context
 
 __all__ = ["POSES", "SceneRenderer"]
 
@@ -32,7 +33,7 @@ class SceneRenderer:
         self._model = model = compiled.model
         self._size = image_size
         model.vis.global_.offwidth = model.vis.global_.offheight = image_size
-        self._gl = mujoco.GLContext(image_size, image_size)
+        self._gl = make_gl_context(image_size, image_size)
         self._gl.make_current()
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
