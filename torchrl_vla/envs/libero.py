@@ -9,30 +9,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase
-from torchrl.data import Bounded, Categorical, Composite, NonTensor, Unbounded
 from torchrl.envs import EnvBase
 
 from torchrl_vla.envs.installation import warn_about_mujoco_version
 from torchrl_vla.envs.proprio import PROPRIO_FORMATS
 from torchrl_vla.envs.rendering import configure_rendering
 from torchrl_vla.envs.schedule import EpisodeSchedule
+from torchrl_vla.envs.specs import ACTION_DIM, CAMERAS, STATE_DIM, image_key, make_specs
 from torchrl_vla.envs.tasks import get_suite
 
-__all__ = ["CAMERAS", "LiberoEnv"]
-
-#: The cameras that every LIBERO scene has.
-CAMERAS = (
-    "agentview",
-    "robot0_eye_in_hand",
-    "frontview",
-    "birdview",
-    "sideview",
-    "galleryview",
-    "robot0_robotview",
-)
-
-ACTION_DIM = 7
-STATE_DIM = 8
+__all__ = ["LiberoEnv"]
 
 
 class Simulator(Protocol):
@@ -91,7 +77,7 @@ class LiberoEnv(EnvBase):
         num_envs: ``None`` for an environment without batch dimension, or the number of slots, all in this process.
         chunk_size: control steps per step, ``K``.
         image_size: height and width of the pictures in pixels, ``H``.
-        cameras: names out of :data:`CAMERAS`.
+        cameras: names out of :data:`~torchrl_vla.envs.specs.CAMERAS`.
         proprio_format: ``"axis_angle"`` (OpenVLA-OFT's) or ``"quaternion"``, see :mod:`torchrl_vla.envs.proprio`.
         max_episode_steps: control steps until truncation; ``None`` for the suite's horizon.
         settle_steps: control steps without motion, not counted, before the first observation.
@@ -172,7 +158,7 @@ class LiberoEnv(EnvBase):
         self.reward_scale = reward_scale
         self._schedule = schedule
         self._proprio = PROPRIO_FORMATS[proprio_format]
-        self._image_keys = {camera: _image_key(camera, first=camera == cameras[0]) for camera in cameras}
+        self._image_keys = {camera: image_key(camera, first=camera == cameras[0]) for camera in cameras}
         self._include_instruction = include_instruction
         self._simulator: Simulator | None = None
         self._simulator_arguments: dict[str, Any] = {
@@ -183,7 +169,16 @@ class LiberoEnv(EnvBase):
             "fidelity": fidelity,
             "seed": 0 if seed is None else seed,
         }
-        self._make_specs(image_size)
+        specs = make_specs(
+            batch_size=batch_size,
+            device=self.device,
+            image_keys=self._image_keys.values(),
+            image_size=image_size,
+            chunk_size=chunk_size,
+            num_tasks=len(suite.tasks),
+            include_instruction=include_instruction,
+        )
+        self.observation_spec, self.state_spec, self.action_spec, self.reward_spec, self.done_spec = specs
         self._make_slots(sizes["num_envs"], image_size)
 
     @property
@@ -198,46 +193,11 @@ class LiberoEnv(EnvBase):
             self._simulator = None
         super().close(raise_if_closed=raise_if_closed)
 
-    def _make_specs(self, image_size: int) -> None:
-        batch, device = self.batch_size, self.device
-        chunk = () if self.chunk_size == 1 else (self.chunk_size,)
-
-        def flag() -> Categorical:
-            return Categorical(2, shape=(*batch, 1), dtype=torch.bool, device=device)
-
-        def count() -> Unbounded:
-            return Unbounded(shape=(*batch, 1), dtype=torch.int64, device=device)
-
-        def task() -> Bounded:
-            return Bounded(0, len(self.suite.tasks) - 1, shape=(*batch, 1), dtype=torch.int64, device=device)
-
-        observation = Composite(shape=batch, device=device)
-        for key in self._image_keys.values():
-            observation[key] = Bounded(
-                0, 255, shape=(*batch, 3, image_size, image_size), dtype=torch.uint8, device=device
-            )
-        observation["state"] = Unbounded(shape=(*batch, STATE_DIM), device=device)
-        self.observation_spec = Composite(
-            observation=observation,
-            task_id=task(),
-            init_state_id=count(),
-            success=flag(),
-            num_control_steps=count(),
-            shape=batch,
-            device=device,
-        )
-        if self._include_instruction:
-            self.observation_spec["language_instruction"] = NonTensor(shape=batch, example_data="", device=device)
-        # Declared as state, the two reach the environment through TransformedEnv and the buffers of ParallelEnv.
-        self.state_spec = Composite(task_id=task(), init_state_id=count(), shape=batch, device=device)
-        self.action_spec = Bounded(-1.0, 1.0, shape=(*batch, *chunk, ACTION_DIM), device=device)
-        self.reward_spec = Unbounded(shape=(*batch, 1), device=device)
-        self.done_spec = Composite(done=flag(), terminated=flag(), truncated=flag(), shape=batch, device=device)
-
     def _make_slots(self, num_slots: int, image_size: int) -> None:
         """The slots' last outputs, which a slot that does not step gives again."""
         picture = (num_slots, 3, image_size, image_size)
-        self._images = {key: torch.zeros(picture, dtype=torch.uint8) for key in self._image_keys.values()}
+        # NumPy copies them faster than PyTorch, which would wake its threads for each.
+        self._images = {key: np.zeros(picture, dtype=np.uint8) for key in self._image_keys.values()}
         self._states = torch.zeros(num_slots, STATE_DIM)
         self._task_ids = torch.zeros(num_slots, 1, dtype=torch.int64)
         self._init_state_ids = torch.zeros(num_slots, 1, dtype=torch.int64)
@@ -255,8 +215,13 @@ class LiberoEnv(EnvBase):
         init_state_id: int | Sequence[int] | None = None,
         list_of_kwargs: Sequence[Mapping[str, int]] | None = None,
     ) -> TensorDictBase:
-        if list_of_kwargs is not None and len(list_of_kwargs) != self.num_slots:
-            raise ValueError(f"list_of_kwargs needs one entry per slot ({self.num_slots}), got {len(list_of_kwargs)}.")
+        if list_of_kwargs is not None:
+            unknown = {name for own in list_of_kwargs for name in own} - {"task_id", "init_state_id"}
+            if unknown or len(list_of_kwargs) != self.num_slots:
+                raise ValueError(
+                    f"list_of_kwargs needs {self.num_slots} dictionaries (one per slot) with 'task_id' and "
+                    f"'init_state_id' or neither, got {list(list_of_kwargs)}."
+                )
         task_ids = self._requested("task_id", task_id, list_of_kwargs, tensordict)
         init_state_ids = self._requested("init_state_id", init_state_id, list_of_kwargs, tensordict)
         # All choices are made, and checked, before any slot changes.
@@ -329,14 +294,14 @@ class LiberoEnv(EnvBase):
         tensordict: TensorDictBase | None,
     ) -> list[int | None]:
         """What the caller asks of each slot: in its own arguments, else in all slots', else in the tensordict."""
-        entry = None if tensordict is None else tensordict.get(name, None)
-        requested: list[int | None] = [None] * self.num_slots if entry is None else entry.flatten().tolist()
-        if isinstance(argument, int):
-            requested = [argument] * self.num_slots
-        elif argument is not None:
-            requested = [int(value) for value in argument]
-        if len(requested) != self.num_slots:
-            raise ValueError(f"{name} must be an integer or {self.num_slots} of them (one per slot), got {argument}.")
+        if argument is None and tensordict is not None and name in tensordict:
+            argument = tensordict.get(name).cpu()
+        requested: list[int | None] = [None] * self.num_slots
+        if argument is not None:
+            values = np.asarray(argument).reshape(-1)
+            if values.dtype.kind not in "iu" or values.size not in (1, self.num_slots):
+                raise ValueError(f"{name} must be an integer, or one per slot ({self.num_slots}), got {argument}.")
+            requested = np.broadcast_to(values, self.num_slots).tolist()
         if list_of_kwargs is not None:
             requested = [own.get(name, value) for own, value in zip(list_of_kwargs, requested, strict=True)]
         return requested
@@ -363,8 +328,7 @@ class LiberoEnv(EnvBase):
         self._states[slot] = torch.from_numpy(self._proprio(simulator.low_dim(slot)))
         for camera, key in self._image_keys.items():
             # A rotation by 180 degrees, then channels first.
-            picture = torch.from_numpy(simulator.render(slot, camera)[::-1, ::-1].transpose(2, 0, 1).copy())
-            self._images[key][slot] = picture
+            self._images[key][slot] = simulator.render(slot, camera)[::-1, ::-1].transpose(2, 0, 1)
 
     def _output(self, num_control_steps: torch.Tensor, reward: torch.Tensor | None = None) -> TensorDict:
         """All slots' entries as new tensors, without the batch dimension if there is none."""
@@ -377,7 +341,8 @@ class LiberoEnv(EnvBase):
             "terminated": self._terminated.clone(),
             "truncated": self._truncated.clone(),
         }
-        observation = {key: images.clone() for key, images in self._images.items()} | {"state": self._states.clone()}
+        observation = {key: torch.from_numpy(images.copy()) for key, images in self._images.items()}
+        observation["state"] = self._states.clone()
         if reward is not None:
             entries["reward"] = reward
         if not self.batch_size:
@@ -398,9 +363,3 @@ class LiberoEnv(EnvBase):
         state = super().__getstate__()
         state.pop("_finalizer", None)
         return {**state, "_simulator": None, "_started": [False] * self.num_slots}
-
-
-def _image_key(camera: str, *, first: bool) -> str:
-    if first:
-        return "image"
-    return "wrist_image" if camera == "robot0_eye_in_hand" else f"{camera}_image"
