@@ -118,6 +118,22 @@ def test_gradient_of_log_prob_by_hand() -> None:
     torch.testing.assert_close(logits.grad, expected)
 
 
+@pytest.mark.parametrize(("event_dims", "shape"), [(1, (3, 8)), (2, (3,))])
+def test_events_of_several_tokens_are_sums(event_dims: int, shape: tuple[int, ...]) -> None:
+    logits = _logits(3, 8, 7, 16)
+    token, event = TokenCategorical(logits, 1.6), TokenCategorical(logits, 1.6, event_dims)
+    other = TokenCategorical(logits.flip(-1), 0.9), TokenCategorical(logits.flip(-1), 0.9, event_dims)
+    dims = tuple(range(-event_dims, 0))
+    drawn = event.sample((5,))
+    assert drawn.shape == (5, 3, 8, 7) and event.batch_shape == shape
+    torch.testing.assert_close(event.log_prob(drawn), token.log_prob(drawn).sum(dims))
+    torch.testing.assert_close(event.entropy(), token.entropy().sum(dims))
+    torch.testing.assert_close(kl_divergence(event, other[1]), kl_divergence(token, other[0]).sum(dims))
+    assert event.expand((2, *shape)).sample().shape == (2, 3, 8, 7)
+    with pytest.raises(ValueError, match="event_dims must be from 0 to 3"):
+        TokenCategorical(logits, event_dims=4)
+
+
 def test_expand_and_extreme_logits() -> None:
     logits = torch.tensor([0.0, -1e4, 1e4])
     dist = TokenCategorical(logits).expand(torch.Size([4]))

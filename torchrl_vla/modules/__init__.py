@@ -1,0 +1,27 @@
+"""Policies and what they are made of; they know no environment."""
+
+from torchrl_vla.modules.action_tokenizer import ActionTokenizer
+from torchrl_vla.modules.actor import OpenVLAActor, make_actor, make_value_operator
+from torchrl_vla.modules.distributions import TokenCategorical
+from torchrl_vla.modules.heads import L1ActionHead, ProprioProjector, ValueHead
+from torchrl_vla.modules.openvla.config import OpenVLAConfig
+from torchrl_vla.modules.openvla.model import OpenVLA, OpenVLAOutput
+from torchrl_vla.modules.openvla.processor import OpenVLAProcessor
+from torchrl_vla.modules.openvla.tokenizer import build_tokenizer, load_tokenizer
+
+__all__ = [
+    "ActionTokenizer",
+    "L1ActionHead",
+    "OpenVLA",
+    "OpenVLAActor",
+    "OpenVLAConfig",
+    "OpenVLAOutput",
+    "OpenVLAProcessor",
+    "ProprioProjector",
+    "TokenCategorical",
+    "ValueHead",
+    "build_tokenizer",
+    "load_tokenizer",
+    "make_actor",
+    "make_value_operator",
+]

@@ -33,8 +33,8 @@ class ImagePipeline:
     the CPU, the rest on ``device``.
 
     ``fast`` leaves out the JPEG and both roundings, and folds resize and crop into one product with a matrix per axis.
-    On rendered LIBERO frames it deviates from ``exact`` by about one level of 255 on average, most of it the JPEG's
-    doing.
+    On rendered LIBERO frames it deviates from ``exact`` by 1.2 to 1.7 levels of 255 on average and by 7 at the 99th
+    percentile, and is one level brighter; without the JPEG it would be 0.3 levels.
 
     Args:
         image_size: side of the model's square input in pixels.
@@ -131,7 +131,7 @@ def center_crop_resize(images: Tensor, area: float = CROP_AREA) -> Tensor:
     """
     top, bottom, y_weight = _crop_taps(images.shape[-2], area, images.device)
     left, right, x_weight = _crop_taps(images.shape[-1], area, images.device)
-    values = images.to(torch.float32) * np.float32(1 / 255)
+    values = images.to(torch.float32) * (1 / 255)
     values_left = values.index_select(-1, left)
     values = values_left + (values.index_select(-1, right) - values_left) * x_weight
     values_top = values.index_select(-2, top)
