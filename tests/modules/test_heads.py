@@ -17,7 +17,8 @@ def test_value_head_layers_and_dtype() -> None:
 def test_value_head_by_hand() -> None:
     head = ValueHead(1, hidden_dims=(2, 1))
     with torch.no_grad():
-        for parameter, value in zip(head.parameters(), ([[1.0], [-1.0]], [0.0, 0.0], [[2.0, 3.0]], [1.0], [[-1.0]], [0.5])):
+        values = ([[1.0], [-1.0]], [0.0, 0.0], [[2.0, 3.0]], [1.0], [[-1.0]], [0.5])
+        for parameter, value in zip(head.parameters(), values, strict=True):
             parameter.copy_(torch.tensor(value))
     # x = 4: relu (4, -4) -> (4, 0); 2*4 + 1 = 9; -9 + 0.5.  x = -4: (0, 4); 3*4 + 1 = 13; -13 + 0.5
     torch.testing.assert_close(head(torch.tensor([[4.0], [-4.0]])), torch.tensor([[-8.5], [-12.5]]))
@@ -32,7 +33,7 @@ def test_value_head_widths_are_positive(arguments: tuple) -> None:
 def test_proprio_projector_uses_exact_gelu() -> None:
     head = ProprioProjector(1, 1)
     with torch.no_grad():
-        for parameter, value in zip(head.parameters(), (1.0, 0.0, 1.0, 0.0)):
+        for parameter, value in zip(head.parameters(), (1.0, 0.0, 1.0, 0.0), strict=True):
             parameter.fill_(value)
     # x * Phi(x): Phi(1) = 0.8413447461; the tanh form gives 0.8411919906
     assert abs(head(torch.ones(1, 1)).item() - 0.8413447461) < 1e-6

@@ -1,7 +1,7 @@
 """Upstream's own numbers: OpenVLA, OpenVLA-OFT and SimpleVLA-RL on a tiny checkpoint, float32, on a CPU.
 
-Every stage is held to 1e-5 from upstream's own input of that stage. End to end the tolerance is 5e-5: upstream's float32
-run differs from the same arithmetic in float64 by up to 9e-5 there, and another CPU's kernels round as differently.
+Every stage is held to 1e-5 from upstream's own input of that stage. End to end the tolerance is 5e-5: upstream's
+float32 run differs from the same arithmetic in float64 by up to 9e-5, and another CPU's kernels round as differently.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def test_mutants_are_caught(model: OpenVLA, golden: Golden, mutate: Callable[[Op
     mutate(model)
     logits = decode(model, data).action_logits.view(1, 56, 256)
     deviation = (logits - data["logits_31744_32064"][..., :256]).abs().max()
-    assert deviation > 2 * END_TO_END if mutate is loose_rms else deviation > MUTANT
+    assert deviation > MUTANT
 
 
 def test_tanh_in_the_projector_is_caught(model: OpenVLA, golden: Golden) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from torchrl_vla.modules.openvla import OpenVLA
+from torchrl_vla.modules.openvla import OpenVLA, VisionTowerConfig
 from torchrl_vla.modules.openvla.language import arrange_prompt
 from torchrl_vla.modules.openvla.model import resolve_attention
 
@@ -83,9 +85,11 @@ def test_shapes_do_not_depend_on_values_off_the_cpu() -> None:
         assert model(torch.zeros(3, 6, 28, 28), ids).hidden_states.shape == (3, 14, 16)
 
 
-def test_it_compiles_to_one_graph(model: OpenVLA) -> None:
+def test_it_compiles_to_one_graph() -> None:
+    tower = VisionTowerConfig(embed_dim=24, depth=2, num_heads=3)
+    model = random_model(small_config(num_hidden_layers=1, siglip=tower, dinov2=replace(tower, num_prefix_tokens=5)))
     ids, mask = padded("right")
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         torch.testing.assert_close(
             compiled(pixels(3), ids, mask, torch.ones(3, 8)).action_logits,
@@ -136,9 +140,9 @@ def test_only_action_rows_of_the_head_are_read(model: OpenVLA) -> None:
 
 
 def test_every_parameter_but_the_other_head_learns(model: OpenVLA) -> None:
-    model(pixels(2), torch.tensor([[1, 10, EMPTY]] * 2), None, torch.randn(2, 8)).action_logits.square().mean().backward()
-    without = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
-    assert without == []
+    out = model(pixels(2), torch.tensor([[1, 10, EMPTY]] * 2), None, torch.randn(2, 8))
+    out.action_logits.square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 def test_checkpointing_gives_the_same_gradients(model: OpenVLA) -> None:

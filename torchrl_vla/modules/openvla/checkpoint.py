@@ -107,7 +107,6 @@ def load_pretrained(
     if load_l1_action_head and action_file is None:
         raise ValueError(f"{folder} has no action_head--N_checkpoint.pt: load it with load_l1_action_head=False.")
     use_l1_head = load_l1_action_head is not False and action_file is not None
-    config = replace(config, use_proprio=proprio_file is not None)
     if (folder / "lora_adapter").is_dir():
         _logger.info("%s: its lora_adapter folder is merged into the shards already, so it is not added again.", folder)
 

@@ -16,8 +16,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 # Fields of ours that upstream's config.json has no place for; they go under one key, and only where they differ.
 _EXTENSION_KEY = "torchrl_vla"
 _EXTENSION_FIELDS = (
-    "chunk_size", "action_dim", "num_images", "use_proprio", "proprio_dim", "bos_token_id", "eos_token_id",
-    "empty_token_id",
+    "chunk_size", "action_dim", "num_images", "proprio_dim", "bos_token_id", "eos_token_id", "empty_token_id",
 )  # fmt: skip
 # Llama fields that upstream leaves out of text_config where they are LlamaConfig's defaults.
 _LLM_FIELDS = (
@@ -288,6 +287,8 @@ class OpenVLAConfig:
     def from_folder(cls, folder: str | Path, **overrides: Any) -> OpenVLAConfig:
         """Read upstream's ``config.json``, with ``dataset_statistics.json`` and ``vit_overrides.json`` where present.
 
+        The robot's state is read where the folder has a ``proprio_projector--N_checkpoint.pt``.
+
         Args:
             folder: a checkpoint folder.
             overrides: fields to replace.
@@ -313,6 +314,7 @@ class OpenVLAConfig:
         values |= {name: raw[name] for name in ("pad_token_id", "pad_to_multiple_of", "n_action_bins") if name in raw}
         values |= raw.get(_EXTENSION_KEY, {})
         values["image_size"] = sizes[0]
+        values["use_proprio"] = any(Path(folder).glob("proprio_projector--*_checkpoint.pt"))
         values["torch_dtype"] = raw.get("torch_dtype", "bfloat16")
         values["norm_stats"] = raw.get("norm_stats") or {}
         values["dataset_statistics"] = _read_json(Path(folder) / "dataset_statistics.json")

@@ -134,9 +134,7 @@ def decode_bidirectional(model: LlamaForCausalLM, inputs_embeds: Tensor, mask: T
         attention_mask = None
     else:
         position_ids = (mask.cumsum(dim=1) - 1).clamp_min(0)
-        attention_mask = create_bidirectional_mask(
-            model.config, inputs_embeds, mask, allow_is_bidirectional_skip=False
-        )
+        attention_mask = create_bidirectional_mask(model.config, inputs_embeds, mask, allow_is_bidirectional_skip=False)
     position_embeddings = model.model.rotary_emb(inputs_embeds, position_ids)
     hidden_states = inputs_embeds
     for layer in model.model.layers:

@@ -87,9 +87,7 @@ class OpenVLA(nn.Module):
     References: `OpenVLA <https://arxiv.org/abs/2406.09246>`_, `OpenVLA-OFT <https://arxiv.org/abs/2502.19645>`_.
     """
 
-    def __init__(
-        self, config: OpenVLAConfig, *, attn_implementation: str = "sdpa", use_l1_head: bool = False
-    ) -> None:
+    def __init__(self, config: OpenVLAConfig, *, attn_implementation: str = "sdpa", use_l1_head: bool = False) -> None:
         super().__init__()
         if attn_implementation not in ATTENTION_IMPLEMENTATIONS:
             raise ValueError(
