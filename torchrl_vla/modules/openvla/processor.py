@@ -104,7 +104,7 @@ class OpenVLAProcessor:
             torch.cat([self.images(frames, device) for frames in cameras], dim=1),
             input_ids.to(device),
             None if attention_mask is None else attention_mask.to(device),
-            None if state is None else self._normalize_state(state.to(device)),
+            None if state is None else self._normalize_state(state).to(device),
         )
 
     def encode_instructions(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
@@ -124,4 +124,5 @@ class OpenVLAProcessor:
         return self._prompts[instruction]
 
     def _normalize_state(self, state: Tensor) -> Tensor:
-        return self.action_tokenizer.normalize_proprio(state).to(torch.float32)
+        statistics = self.action_tokenizer
+        return statistics.normalize_proprio(state.to(statistics.action_q01.device, torch.float32))

@@ -80,7 +80,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig(), local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"No tokenizer can be loaded from {folder} ({error}). A checkpoint folder needs tokenizer.json and "
+            f"No tokenizer can be loaded from {folder}. A checkpoint folder needs tokenizer.json and "
             "tokenizer_config.json beside the weights; copy them from the release it comes from."
         ) from error
     encode_prompt(tokenizer, "open the drawer")
