@@ -71,6 +71,7 @@ def test_shards_are_bounded_indexed_and_replaced(checkpoint: Path, tmp_path: Pat
     for file in files:
         tensors = load_file(tmp_path / file)
         assert {name for name, where in index["weight_map"].items() if where == file} == set(tensors)
+        assert (tmp_path / file).stat().st_mode == (tmp_path / "config.json").stat().st_mode
         assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 100_000
         with safe_open(tmp_path / file, framework="pt") as shard:
             assert shard.metadata() == {"format": "pt"}

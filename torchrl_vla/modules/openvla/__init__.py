@@ -1,6 +1,6 @@
 """OpenVLA and OpenVLA-OFT: configuration, model, checkpoints and adapters."""
 
-from torchrl_vla.modules.openvla.checkpoint import load_pretrained, save_pretrained, upstream_tensors
+from torchrl_vla.modules.openvla.checkpoint import resolve_checkpoint, upstream_tensors
 from torchrl_vla.modules.openvla.config import OpenVLAConfig, VisionTowerConfig
 from torchrl_vla.modules.openvla.lora import (
     add_lora,
@@ -20,10 +20,9 @@ __all__ = [
     "add_lora",
     "freeze_backbone",
     "load_adapter",
-    "load_pretrained",
     "merge_lora",
+    "resolve_checkpoint",
     "save_adapter",
-    "save_pretrained",
     "upstream_tensors",
     "without_adapters",
 ]

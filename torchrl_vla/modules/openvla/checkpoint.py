@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -68,33 +69,15 @@ def resolve_checkpoint(path_or_hub_id: str | Path, *, local_files_only: bool = F
 def load_pretrained(
     path_or_hub_id: str | Path,
     *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    attn_implementation: str | None = None,
-    load_in_4bit: bool = False,
-    local_files_only: bool = False,
-    use_local: bool = True,
-    load_l1_action_head: bool | None = None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    attn_implementation: str | None,
+    load_in_4bit: bool,
+    local_files_only: bool,
+    use_local: bool,
+    load_l1_action_head: bool | None,
 ) -> OpenVLA:
-    """Load an OpenVLA or OpenVLA-OFT checkpoint straight onto a device, one shard at a time.
-
-    Args:
-        path_or_hub_id: a folder, or a Hugging Face repository.
-        dtype: dtype of the weights; None for the checkpoint's on an accelerator and float32 on the CPU.
-        device: where to load them; None for the CPU.
-        attn_implementation: ``sdpa``, ``flash_attention_2`` or ``eager``; None for the fastest that runs.
-        load_in_4bit: quantise the linear layers to 4 bits (NF4) through bitsandbytes; needs CUDA.
-        local_files_only: do not use the network.
-        use_local: look for a folder before asking the hub.
-        load_l1_action_head: load ``action_head--N_checkpoint.pt``; None for where there is one.
-
-    Returns:
-        The model in eval mode.
-
-    Raises:
-        ValueError: if a file is missing, truncated or unsafe, a tensor has another shape than the configuration says,
-            or an option cannot be had here.
-    """
+    """What :meth:`OpenVLA.from_pretrained` does, one shard at a time, each tensor straight onto its device."""
     from torchrl_vla.modules.openvla.model import OpenVLA, resolve_attention
 
     folder = resolve_checkpoint(path_or_hub_id, local_files_only=local_files_only, use_local=use_local)
@@ -258,7 +241,7 @@ def save_pretrained(
     max_shard_bytes: int = 5 * 10**9,
     merge_in_float32: bool = True,
 ) -> None:
-    """Write a model in upstream's format, adapters merged, so that upstream's code and :func:`load_pretrained` read it.
+    """Write a model in upstream's format, adapters merged, so that upstream's code reads it, and ours.
 
     Args:
         model: the model; it is not changed.
@@ -307,7 +290,10 @@ def _save_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, dtype: tor
     size = total = 0
 
     def flush() -> None:
-        save_file(shard, folder / f"part-{len(parts)}.tmp", metadata={"format": "pt"})
+        part = folder / f"part-{len(parts)}.tmp"
+        save_file(shard, part, metadata={"format": "pt"})
+        # safetensors lets only the owner read.
+        shutil.copymode(folder / "config.json", part)
         parts.append(list(shard))
         shard.clear()
 

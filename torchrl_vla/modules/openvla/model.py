@@ -315,14 +315,53 @@ class OpenVLA(nn.Module):
             layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | Path, **options: Any) -> OpenVLA:
-        """Load a checkpoint folder or a Hugging Face repository; see :func:`checkpoint.load_pretrained`."""
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        attn_implementation: str | None = None,
+        load_in_4bit: bool = False,
+        local_files_only: bool = False,
+        use_local: bool = True,
+        load_l1_action_head: bool | None = None,
+    ) -> OpenVLA:
+        """Load an OpenVLA or OpenVLA-OFT checkpoint, upstream's or one that :meth:`save_pretrained` wrote.
+
+        Args:
+            path_or_hub_id: a folder, or a Hugging Face repository.
+            dtype: dtype of the weights; None for the checkpoint's on an accelerator and float32 on the CPU.
+            device: where to load them, straight from the files; None for the CPU.
+            attn_implementation: ``sdpa``, ``flash_attention_2`` or ``eager``; None for the fastest that runs.
+            load_in_4bit: quantise the linear layers to 4 bits (NF4) through bitsandbytes; needs CUDA.
+            local_files_only: do not use the network.
+            use_local: look for a folder before asking the hub.
+            load_l1_action_head: load ``action_head--N_checkpoint.pt``; None for where there is one. The token head is
+                always there, so with it the model serves both.
+
+        Returns:
+            The model in eval mode. Its ``proprio_projector`` is there if the checkpoint has one.
+
+        Raises:
+            ValueError: if a file is missing, truncated or unsafe, a tensor has another shape than the configuration
+                says, or an option cannot be had here.
+        """
         from torchrl_vla.modules.openvla.checkpoint import load_pretrained
 
-        return load_pretrained(path_or_hub_id, **options)
+        return load_pretrained(
+            path_or_hub_id,
+            dtype=dtype,
+            device=device,
+            attn_implementation=attn_implementation,
+            load_in_4bit=load_in_4bit,
+            local_files_only=local_files_only,
+            use_local=use_local,
+            load_l1_action_head=load_l1_action_head,
+        )
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
-        """Write upstream's format; see :func:`checkpoint.save_pretrained`."""
+        """Write upstream's format, adapters merged; the options are those of :func:`checkpoint.save_pretrained`."""
         from torchrl_vla.modules.openvla.checkpoint import save_pretrained
 
         save_pretrained(self, folder, **options)
