@@ -207,7 +207,7 @@ class DemonstrationDataset:
         its control steps were recorded.
 
         Args:
-            tokenizer: gives the bins of the actions; on the CPU.
+            tokenizer: gives the bins of the actions.
             image_size: side of the square images to learn from, in pixels.
             chunk_size: control steps ``K`` per decision.
             episodes: names of the episodes; None: all.
@@ -250,11 +250,12 @@ class DemonstrationDataset:
         steps = len(episode["action"])
         index = torch.arange(steps)[:, None] + torch.arange(chunk_size)
         action = episode["action"].clone()[index.clamp_max(steps - 1)]
+        tokens = tokenizer.encode(tokenizer.from_env(action.to(tokenizer.bin_edges.device))).cpu()
         return TensorDict(
             {
                 "observation": {"state": episode["state"].clone()},
                 "action": action,
-                "vla_action": {"tokens": tokenizer.encode(tokenizer.from_env(action))},
+                "vla_action": {"tokens": tokens},
                 "mask": index < steps,
                 "task_id": episode["task_id"].expand(steps, 1).clone(),
             },

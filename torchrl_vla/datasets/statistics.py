@@ -72,7 +72,7 @@ def read_statistics(folder: Path, key: str) -> dict[str, Any]:
     path = folder / STATISTICS_FILE
     if not path.is_file():
         raise ValueError(
-            f"{folder} has no {STATISTICS_FILE}, without which actions cannot be normalised. `torchrl-vla demos` writes "
+            f"{folder} has no {STATISTICS_FILE}, and actions cannot be normalised without. `torchrl-vla demos` writes "
             "it last: run it again with the same options, it goes on from what is there."
         )
     statistics = json.loads(path.read_text())

@@ -1,0 +1,1 @@
+"""Commands of `torchrl-vla`, one module each."""

@@ -1,0 +1,116 @@
+"""The policy that supervised fine-tuning starts from, which parts of it learn, and how it is written at the end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchrl_vla.datasets import DemonstrationDataset
+from torchrl_vla.datasets.statistics import write_statistics
+from torchrl_vla.modules import ActionTokenizer, OpenVLA, OpenVLAProcessor, load_tokenizer, make_actor
+from torchrl_vla.modules.heads import L1ActionHead
+from torchrl_vla.modules.openvla import add_lora, freeze_backbone
+from torchrl_vla.modules.openvla.checkpoint import resolve_checkpoint
+from torchrl_vla.training.finetune_config import FinetuneConfig
+from torchrl_vla.training.policy import _PROCESSOR_FILE as PROCESSOR_FILE
+from torchrl_vla.training.policy import Policy, build_policy, save_policy
+
+__all__ = ["load_student", "save_student"]
+
+_RANDOM = "random:"
+
+
+def load_student(config: FinetuneConfig, dataset: DemonstrationDataset, device: torch.device) -> Policy:
+    """The policy to train, normalising by the data's statistics, its trainable parameters chosen.
+
+    Args:
+        config: says where it comes from and what of it learns.
+        dataset: the demonstrations.
+        device: where it is put.
+
+    Raises:
+        ValueError: the checkpoint cannot be had, its action tokens were never trained, or it has another action
+            dimension than the data.
+    """
+    settings: dict[str, Any] = {}
+    if config.checkpoint.startswith(_RANDOM):
+        fresh = build_policy(config.checkpoint.removeprefix(_RANDOM), device=device)
+        model, tokenizer = fresh.model, fresh.processor.tokenizer
+        settings = {"backend": fresh.processor.images.backend}
+    else:
+        folder = resolve_checkpoint(config.checkpoint)
+        _check_tokens_were_trained(config, folder)
+        # Adapters leave the weights as they are; weights that learn need float32's small steps.
+        model = OpenVLA.from_pretrained(folder, dtype=None if config.use_lora else torch.float32, device=device)
+        tokenizer = load_tokenizer(folder)
+        if (folder / PROCESSOR_FILE).is_file():
+            settings = json.loads((folder / PROCESSOR_FILE).read_text())
+    if dataset.action_dim != model.config.action_dim:
+        raise ValueError(
+            f"{dataset.folder} has actions of {dataset.action_dim} numbers, {config.checkpoint} gives "
+            f"{model.config.action_dim}: fine-tune a policy of that action dimension."
+        )
+    if config.objective == "l1" and model.action_head is None:
+        model.action_head = _new_l1_head(model, config)
+    _choose_parameters(model, config)
+    actions = ActionTokenizer(
+        dataset.statistics, n_bins=model.config.n_action_bins, vocab_size=model.config.tokenizer_vocab_size
+    )
+    processor = OpenVLAProcessor(tokenizer, actions, image_size=model.config.image_size, **settings)
+    return Policy(model, processor, make_actor(model, processor).to(device), dataset.task_suite)
+
+
+def _check_tokens_were_trained(config: FinetuneConfig, folder: Path) -> None:
+    has_l1_head = any(folder.glob("action_head--*_checkpoint.pt"))
+    if config.objective == "tokens" and has_l1_head and not config.finetuned_on_discrete_actions:
+        raise ValueError(
+            f"{folder} has an L1 action head: such checkpoints are trained by regression on the hidden states, and "
+            "their action-token logits were never trained, so there is no token policy in them to fine-tune. Start "
+            "from a checkpoint made for tokens (the Haozhan72/Openvla-oft-SFT-* family, or base openvla/openvla-7b), "
+            "fine-tune the head instead (--objective l1), or, if its maker says that the tokens were trained too, pass "
+            "--finetuned-on-discrete-actions."
+        )
+
+
+def _new_l1_head(model: OpenVLA, config: FinetuneConfig) -> L1ActionHead:
+    if config.freeze_l1_action_head:
+        raise ValueError(
+            f"{config.checkpoint} has no L1 head to keep as it is: leave out freeze_l1_action_head, and a new head is "
+            "trained."
+        )
+    return L1ActionHead(model.config.hidden_size, model.config.action_dim).to(model.device)
+
+
+def _choose_parameters(model: OpenVLA, config: FinetuneConfig) -> None:
+    if config.use_lora:
+        add_lora(model, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout)
+        if model.proprio_projector is not None:
+            model.proprio_projector.requires_grad_(True)
+    elif config.freeze_vla_backbone:
+        freeze_backbone(model)
+    if model.action_head is not None:
+        model.action_head.requires_grad_(config.objective == "l1" and not config.freeze_l1_action_head)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+
+
+def save_student(policy: Policy, folder: Path, statistics: dict[str, Any]) -> int:
+    """Write the policy's folder: weights in bf16 with adapters merged, tokenizer, and the data's full statistics.
+
+    Args:
+        policy: the policy.
+        folder: where to write; an older policy there is replaced.
+        statistics: of the data.
+
+    Returns:
+        Size of the folder in bytes.
+    """
+    policy.model.config = replace(policy.model.config, torch_dtype="bfloat16")
+    save_policy(policy, folder)
+    # The tokenizer knows the percentiles alone; upstream's format has more.
+    write_statistics(folder, policy.statistics_key, statistics)
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
