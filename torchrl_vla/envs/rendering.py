@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-__all__ = ["configure_rendering", "has_gpu", "make_gl_context", "renderer_name"]
+__all__ = ["check_wanted_backend", "configure_rendering", "has_gpu", "make_gl_context", "renderer_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +44,13 @@ def configure_rendering() -> str:
         ValueError: ``MUJOCO_GL`` or ``PYOPENGL_PLATFORM`` asks for something that cannot render LIBERO.
         RuntimeError: there is no OpenGL to render with, or PyOpenGL was imported before the choice.
     """
-    wanted = os.environ.get("MUJOCO_GL", "").strip().lower()
-    if wanted:
-        backend = _check_wanted(wanted)
-    elif "OpenGL" in sys.modules and not os.environ.get("PYOPENGL_PLATFORM"):
-        raise RuntimeError(
-            "PyOpenGL was imported before a backend without a display was chosen, and it chooses only once. Make the "
-            "LIBERO environment first, or set MUJOCO_GL=egl (GPU) or MUJOCO_GL=osmesa (CPU)."
-        )
-    else:
+    backend = check_wanted_backend()
+    if backend is None:
+        if "OpenGL" in sys.modules and not os.environ.get("PYOPENGL_PLATFORM"):
+            raise RuntimeError(
+                "PyOpenGL was imported before a backend without a display was chosen, and it chooses only once. Make "
+                "the LIBERO environment first, or set MUJOCO_GL=egl (GPU) or MUJOCO_GL=osmesa (CPU)."
+            )
         backend = _choose()
     platform = os.environ.get("PYOPENGL_PLATFORM") or backend
     if platform.lower() != backend:
@@ -103,12 +101,19 @@ def renderer_name(backend: str) -> str:
     return probe.stdout.strip()
 
 
-def has_gpu() -> bool:
-    """Whether this machine shows a GPU, of any make, that could render."""
-    return any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/dev/dri").glob("renderD*"))
+def check_wanted_backend() -> str | None:
+    """Checks what the user asks for with ``MUJOCO_GL``, better before MuJoCo (which TorchRL imports) trips over it.
 
+    Returns:
+        str or None: ``"egl"``, ``"osmesa"``, or None when the variable is not set.
 
-def _check_wanted(wanted: str) -> str:
+    Raises:
+        ValueError: it asks for something that cannot render LIBERO.
+        RuntimeError: its library is not installed.
+    """
+    wanted = os.environ.get("MUJOCO_GL", "").strip().lower()
+    if not wanted:
+        return None
     if wanted not in _LIBRARIES:
         raise ValueError(
             f"MUJOCO_GL={wanted!r} cannot render LIBERO without a display: set it to 'egl' (GPU) or 'osmesa' (CPU), or "
@@ -121,6 +126,11 @@ def _check_wanted(wanted: str) -> str:
             continue
         return wanted
     raise RuntimeError(_missing([f"MUJOCO_GL={wanted} is set and {_LIBRARIES[wanted][0]} is not installed"]))
+
+
+def has_gpu() -> bool:
+    """Whether this machine shows a GPU, of any make, that could render."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/dev/dri").glob("renderD*"))
 
 
 def _choose() -> str:
