@@ -1,0 +1,105 @@
+"""`torchrl-vla demos`: demonstrations from the scripted expert."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+__all__ = ["DemosArguments", "main", "parse_ids"]
+
+
+@dataclass
+class DemosArguments:
+    """Record demonstrations of a scripted expert. An interrupted collection goes on when the command is repeated."""
+
+    out: Path
+    """Folder of the data set."""
+    task_suite: str = "libero_spatial"
+    """LIBERO suite."""
+    task_ids: str | None = None
+    """Tasks, such as 0-3 or 0,4,9; None: all."""
+    episodes_per_task: int = 50
+    """Episodes tried of each task; failed ones are counted and not stored."""
+    init_states: str | None = None
+    """Official initial states to start from, such as 0-39; None: all."""
+    noise: float = 0.0
+    """Standard deviation of noise on every executed action; labels stay clean."""
+    perturb_prob: float = 0.0
+    """Share of episodes in which the arm is pushed off its way a few times, so that recoveries are shown."""
+    camera_size: int = 256
+    """Height and width of the frames in pixels."""
+    wrist_camera: bool = False
+    """Record the wrist camera too."""
+    extra_steps: int = 8
+    """Control steps recorded after success."""
+    num_workers: int | None = None
+    """Processes; None: one per core."""
+    timeout: float = 600.0
+    """Seconds after which a worker that does not answer is replaced."""
+    seed: int = 0
+    """Seeds noise, perturbations and the poses of fixtures."""
+
+
+def parse_ids(text: str | None, name: str) -> list[int] | None:
+    """Numbers of a list such as ``0-3,7``; ``0..3`` means the same as ``0-3``.
+
+    Args:
+        text: the list; None stays None.
+        name: of the option, for the message.
+
+    Raises:
+        ValueError: it is no such list, or has a number twice.
+
+    Examples:
+        >>> parse_ids("0-3,7", "task_ids")
+        [0, 1, 2, 3, 7]
+    """
+    if text is None:
+        return None
+    ids: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:(?:-|\.\.)(\d+))?", part.strip())
+        if not match:
+            raise ValueError(f"{name} must be a list such as 0-3,7, got {text!r}.")
+        ids += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if len(set(ids)) != len(ids) or not ids:
+        raise ValueError(f"{name} must name at least one number and none twice, got {text!r}.")
+    return ids
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        arguments: its options.
+    """
+    options = tyro.cli(DemosArguments, prog="torchrl-vla demos", args=arguments)
+    from torchrl_vla.collectors.demonstrations import collect_demonstrations
+    from torchrl_vla.training.folder import versions
+
+    index = collect_demonstrations(
+        options.out,
+        task_suite=options.task_suite,
+        episodes_per_task=options.episodes_per_task,
+        task_ids=parse_ids(options.task_ids, "task_ids"),
+        init_state_ids=parse_ids(options.init_states, "init_states"),
+        noise=options.noise,
+        perturb_prob=options.perturb_prob,
+        camera_size=options.camera_size,
+        wrist_camera=options.wrist_camera,
+        extra_steps=options.extra_steps,
+        num_workers=options.num_workers,
+        timeout=options.timeout,
+        seed=options.seed,
+        versions=versions(),
+    )
+    print(f"{'task':>4}  {'success':>7}  {'failed':>6}  {'dropped':>7}  instruction")
+    for task_id, counts in sorted(index.counts().items()):
+        row = f"{task_id:>4}  {counts['success']:>7}  {counts['failed']:>6}  {counts['dropped']:>7}"
+        print(f"{row}  {index.instructions[task_id]}")
+    total = sum(index.counts().values(), start=type(counts)())
+    print(f" all  {total['success']:>7}  {total['failed']:>6}  {total['dropped']:>7}  in {options.out}")
