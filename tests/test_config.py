@@ -11,7 +11,8 @@ from torchrl_vla.config import EnvironmentConfig, OpenVLAActorConfig, PPOConfig,
 from torchrl_vla.presets import PRESETS, choose_preset
 
 GUIDE_PPO = dict(
-    total_timesteps=100_000, n_steps=100, batch_size=1, n_epochs=10, actor_lr=1e-5, critic_lr=3e-4, clip_ratio_high=0.28,
+    total_timesteps=100_000, n_steps=100, batch_size=1, n_epochs=10, actor_lr=1e-5, critic_lr=3e-4,
+    clip_ratio_high=0.28,
     clip_ratio_low=0.2, gamma=0.99, gae_lambda=0.95, verifier_gamma=1.0, entropy_coef=0.01, value_loss_coef=0.5,
     max_grad_norm=0.5, rollout_temperature=1.6, eval_temperature=0.0, kl_coef=0.0, traj_split_num=4,
     traj_mini_batch_size=8, separate_rollout_training=False, val_interval=1000, val_episodes=10, use_wandb=False,

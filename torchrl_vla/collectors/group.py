@@ -41,8 +41,8 @@ class GroupCollector:
     CPU.
 
     Args:
-        env: any TorchRL environment with a batch size of ``[N]`` (N slots) or ``[]`` (one) whose reset reads
-            ``task_id`` and ``init_state_id`` ``[N, 1]`` and which reports them in its observations.
+        env: any TorchRL environment, of any batch size (see :class:`EnvSlots`), whose reset reads ``task_id`` and
+            ``init_state_id`` ``[*B, 1]`` and which reports them in its observations.
         policy: reads observations and writes an action; runs without gradients on the device of its parameters.
         plans: one per batch that iterating over the collector yields; :meth:`collect` needs none.
 
@@ -59,8 +59,7 @@ class GroupCollector:
         ...     replay_buffer.extend(batch)
 
     Raises:
-        ValueError: if the environment has several batch dimensions or does not report ``task_id`` and
-            ``init_state_id``.
+        ValueError: if the environment does not report ``task_id`` and ``init_state_id``.
     """
 
     #: Large, and the loss computes them anew.

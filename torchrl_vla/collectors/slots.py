@@ -19,18 +19,18 @@ class EnvSlots:
     """Starts, observes and steps any subset of a batched environment's slots.
 
     Resets go through TorchRL's ``"_reset"`` mask and steps through its ``"_step"`` mask. An environment with an empty
-    batch size has one slot.
+    batch size has one slot, one with several batch dimensions (workers that hold several environments each) as many as
+    it has entries. There the mask selects whole workers, as TorchRL's batched environments want it: a slot that is done
+    is stepped along if another one of its worker is not, which LiberoEnv ignores.
 
     Args:
-        env: batch size ``[N]`` or ``[]``; reads and reports ``task_id`` and ``init_state_id``.
+        env: reads and reports ``task_id`` and ``init_state_id``.
 
     Raises:
-        ValueError: if it has several batch dimensions or does not report the two.
+        ValueError: if it does not report the two.
     """
 
     def __init__(self, env: EnvBase) -> None:
-        if len(env.batch_size) > 1:
-            raise ValueError(f"The environment's batch size is {tuple(env.batch_size)}; it must be [] or [N].")
         missing = {"task_id", "init_state_id"} - set(env.observation_spec.keys())
         if missing:
             raise ValueError(
@@ -39,8 +39,7 @@ class EnvSlots:
             )
         self.env = env
         self.device = env.device or torch.device("cpu")
-        self._batched = bool(env.batch_size)
-        self._size = env.batch_size[0] if self._batched else 1
+        self._size = env.batch_size.numel()
         self._tensors: dict[NestedKey, Tensor] = {}
         self._others: dict[NestedKey, list[Any]] = {}
 
@@ -54,7 +53,8 @@ class EnvSlots:
             RuntimeError: if the environment started elsewhere.
         """
         mask = self._mask(slots)
-        if not self._tensors:
+        first = not self._tensors
+        if first:
             self._tensors = dict(self.env.full_done_spec.zero().reshape(self._size).items(True, True))
             zeros = torch.zeros(self._size, 1, dtype=torch.int64, device=self.device)
             self._tensors |= {"task_id": zeros, "init_state_id": zeros}
@@ -67,7 +67,11 @@ class EnvSlots:
             request.set(key, value)
         for key, value in asked.items():
             request.set(key, self._tensors[key].index_copy(0, slots.to(self.device), value))
-        if not mask.all():
+        if first:
+            # Slots without an episode yet start too, where the first one does: a worker steps all that it holds.
+            for key, value in asked.items():
+                request.set(key, torch.where(mask.unsqueeze(-1), request.get(key), value[:1]))
+        elif not mask.all():
             request.set("_reset", mask.unsqueeze(-1))
         state = self._call(self.env.reset, request)
         for key, value in asked.items():
@@ -78,8 +82,8 @@ class EnvSlots:
                 )
         for key, value in state.items(True, True):
             rows = mask.reshape(-1, *(1,) * (value.ndim - 1))
-            self._tensors[key] = torch.where(rows, value, self._tensors[key]) if key in self._tensors else value
-        self._keep_others(slots, state)
+            self._tensors[key] = value if first else torch.where(rows, value, self._tensors[key])
+        self._keep_others(torch.arange(self._size) if first else slots, state)
 
     def observe(self, slots: Tensor) -> TensorDict:
         """What some slots, int64 ``[n]``, show now: ``[n]``, a copy."""
@@ -111,7 +115,9 @@ class EnvSlots:
         for key, values in self._others.items():
             decision.set(key, non_tensor(values))
         if len(slots) < self._size:
-            decision.set("_step", self._mask(slots))
+            mask = self._mask(slots).reshape(self.env.batch_size or (1,))
+            whole_workers = mask.flatten(1).any(1) if mask.ndim > 1 else mask
+            decision.set("_step", whole_workers.reshape(-1, *(1,) * (mask.ndim - 1)).expand_as(mask).reshape(-1))
         following = self._call(self.env.step, decision).get("next")
         tensors = dict(following.items(True, True))
         self._tensors |= {key: value for key, value in tensors.items() if key not in self.env.reward_keys}
@@ -124,7 +130,7 @@ class EnvSlots:
         return mask
 
     def _call(self, function: Callable[[TensorDictBase], TensorDictBase], tensordict: TensorDict) -> TensorDictBase:
-        return function(tensordict) if self._batched else function(tensordict.squeeze(0)).unsqueeze(0)
+        return function(tensordict.reshape(self.env.batch_size)).reshape(self._size)
 
     def _keep_others(self, slots: Tensor, state: TensorDictBase) -> None:
         for key, values in non_tensor_leaves(state).items():

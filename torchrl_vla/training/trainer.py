@@ -85,6 +85,11 @@ class PPOTrainer:
         self.updates, self.env_steps = int(state["updates"]), int(state["env_steps"])
         self.bad_steps = int(state["bad_steps"])
 
+    def latest(self, figure: str, default: float) -> float:
+        """The newest value of a figure that was logged, or the default if there is none."""
+        values = [row[figure] for row in self.logger.rows if figure in row]
+        return values[-1] if values else default
+
     def train(self) -> None:
         """Run to `total_timesteps`.
 

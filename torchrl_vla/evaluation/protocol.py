@@ -1,0 +1,87 @@
+"""The evaluation protocol: fixed initial states, each run once to its end, judged by LIBERO's own goal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tensordict import TensorDictBase
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import ExplorationType
+
+from torchrl_vla.collectors import EpisodePlan, GroupCollector, Progress
+from torchrl_vla.evaluation.report import EpisodeResult, EvaluationReport
+
+__all__ = ["evaluate", "spread_episodes"]
+
+#: Pictures are looked at and forgotten: an evaluation keeps what its report needs.
+_PICTURES = (("observation", "image"), ("observation", "wrist_image"), ("observation", "state"))
+
+
+def spread_episodes(task_ids: Iterable[int], init_state_ids: dict[int, list[int]], episodes: int) -> EpisodePlan:
+    """Episodes spread evenly over tasks and, within a task, over its initial states in order.
+
+    Args:
+        task_ids: tasks, in the order in which they get an episode each.
+        init_state_ids: initial states to use, by task.
+        episodes: how many in all; where a task has fewer states than that asks for, it starts over.
+
+    Examples:
+        >>> plan = spread_episodes([0, 1], {0: [5, 6], 1: [7]}, 5)
+        >>> [(e.task_id, e.init_state_id) for e in plan]
+        [(0, 5), (1, 7), (0, 6), (1, 7), (0, 5)]
+    """
+    tasks = list(task_ids)
+    starts = []
+    for index in range(episodes):
+        task = tasks[index % len(tasks)]
+        states = init_state_ids[task]
+        starts.append((task, states[index // len(tasks) % len(states)]))
+    return EpisodePlan(starts)
+
+
+def evaluate(
+    env: EnvBase,
+    policy: Callable[[TensorDictBase], TensorDictBase],
+    plan: EpisodePlan,
+    *,
+    task_suite: str,
+    instructions: dict[int, str],
+    greedy: bool = True,
+    progress: Callable[[Progress], None] | None = None,
+    settings: dict[str, Any] | None = None,
+) -> EvaluationReport:
+    """Run every planned episode to its end, once.
+
+    Args:
+        env: as :class:`~torchrl_vla.collectors.GroupCollector` takes it.
+        policy: the policy to judge.
+        plan: the episodes.
+        task_suite: name of the suite, for the report.
+        instructions: instruction by task id, for the report.
+        greedy: take the most likely action tokens; False samples at the policy's temperature.
+        progress: called after every decision.
+        settings: what else the report should say of how it was made.
+    """
+    collector = GroupCollector(
+        env,
+        policy,
+        exploration_type=ExplorationType.DETERMINISTIC if greedy else ExplorationType.RANDOM,
+        not_stored=(*GroupCollector.NOT_STORED, *_PICTURES),
+        progress=progress,
+    )
+    started = time.perf_counter()
+    batch = collector.collect(plan)
+    seconds = time.perf_counter() - started
+    trajectory = batch["collector", "traj_ids"]
+    decisions = trajectory.bincount(minlength=len(plan)).tolist()
+    control_steps = trajectory.bincount(
+        weights=batch["next", "num_control_steps"].squeeze(-1).double(), minlength=len(plan)
+    ).tolist()
+    success = batch["next", "success"].squeeze(-1)[batch["next", "done"].squeeze(-1)].tolist()
+    episodes = [
+        EpisodeResult(episode.task_id, episode.init_state_id, success[i], int(control_steps[i]), decisions[i])
+        for i, episode in enumerate(plan)
+    ]
+    return EvaluationReport(task_suite, instructions, episodes, seconds, {"greedy": greedy, **(settings or {})})

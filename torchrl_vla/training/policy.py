@@ -1,0 +1,185 @@
+"""A policy with all that belongs to it: built, loaded and saved as one folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from torchrl_vla.config import OpenVLAActorConfig
+from torchrl_vla.envs.tasks import get_suite
+from torchrl_vla.modules import (
+    ActionTokenizer,
+    OpenVLA,
+    OpenVLAActor,
+    OpenVLAConfig,
+    OpenVLAProcessor,
+    build_tokenizer,
+    load_tokenizer,
+    make_actor,
+)
+from torchrl_vla.modules.openvla.checkpoint import resolve_checkpoint
+from torchrl_vla.modules.openvla.lora import add_lora, freeze_backbone, without_adapters
+
+__all__ = ["Policy", "build_policy", "load_policy", "save_policy"]
+
+_RANDOM = "random:"
+_PROCESSOR_FILE = "processor.json"
+#: Suites that the small tokenizer knows the words of; their LIBERO-PRO variants use few others.
+_VOCABULARY_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Policy:
+    """A network, what makes its inputs, and the TorchRL actor over both.
+
+    Args:
+        model: the network.
+        processor: makes its inputs; holds the text tokenizer and the action tokenizer with its statistics.
+        actor: the TorchRL policy.
+        statistics_key: name of the action statistics.
+    """
+
+    model: OpenVLA
+    processor: OpenVLAProcessor
+    actor: OpenVLAActor
+    statistics_key: str
+
+    def reference_context(self) -> AbstractContextManager[Any]:
+        """A context in which the policy is the one it was before its adapters learned."""
+        return without_adapters(self.model)
+
+
+def build_policy(name: str, *, temperature: float = 1.6, device: torch.device | str = "cpu") -> Policy:
+    """Make an untrained policy.
+
+    Args:
+        name: ``tiny`` or ``7b``.
+        temperature: sampling temperature.
+        device: where to make it.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    config = OpenVLAConfig.preset(name)
+    with torch.device(device):
+        model = OpenVLA(config)
+    # Words of every suite, so that a policy can go on to another one.
+    words = [task.instruction for suite in _VOCABULARY_SUITES for task in get_suite(suite).tasks]
+    tokenizer = build_tokenizer(words, vocab_size=config.tokenizer_vocab_size, n_bins=config.n_action_bins)
+    actions = ActionTokenizer(n_bins=config.n_action_bins, vocab_size=config.tokenizer_vocab_size)
+    return _assemble(
+        model, tokenizer, actions, {"backend": "fast"}, "identity", temperature=temperature, device=torch.device(device)
+    )
+
+
+def load_policy(
+    actor: OpenVLAActorConfig,
+    *,
+    task_suite: str,
+    temperature: float = 1.6,
+    device: torch.device | str = "cpu",
+    trainable: bool = True,
+) -> Policy:
+    """Load the policy that a configuration names, and prepare what of it learns.
+
+    Args:
+        actor: checkpoint, adapters and mode.
+        task_suite: the suite whose statistics to use if the configuration names none.
+        temperature: sampling temperature.
+        device: where to load it.
+        trainable: add adapters or freeze parts as configured; False loads it to be used as it is.
+
+    Raises:
+        ValueError: the checkpoint cannot be had, or does not fit the configuration.
+    """
+    device = torch.device(device)
+    if actor.pretrained_checkpoint.startswith(_RANDOM):
+        policy = build_policy(actor.pretrained_checkpoint.removeprefix(_RANDOM), temperature=temperature, device=device)
+    else:
+        folder = resolve_checkpoint(actor.pretrained_checkpoint, use_local=actor.use_local)
+        model = OpenVLA.from_pretrained(
+            folder,
+            device=device,
+            load_in_4bit=actor.load_in_4bit,
+            load_l1_action_head=actor.load_l1_action_head or False,
+            attn_implementation=None if actor.use_flash_attention else "sdpa",
+        )
+        # No file of a released checkpoint says how many pictures it was trained on.
+        model.config = replace(model.config, num_images=actor.num_images_in_input)
+        if model.config.use_proprio and not actor.use_proprio:
+            raise ValueError(
+                f"use_proprio is off, but {folder} was trained with the robot's state: leave it on, or choose a "
+                "checkpoint without a proprio projector."
+            )
+        key = actor.unnorm_key or task_suite
+        sizes = {"n_bins": model.config.n_action_bins, "vocab_size": model.config.tokenizer_vocab_size}
+        settings_file = folder / _PROCESSOR_FILE
+        # Released checkpoints say nothing: they were trained and judged with the exact pipeline and the centre crop.
+        settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
+        actions = ActionTokenizer.from_statistics(folder, key, **sizes)
+        policy = _assemble(
+            model, load_tokenizer(folder), actions, settings, key, temperature=temperature, device=device
+        )
+    if trainable:
+        _prepare(policy.model, actor)
+    return policy
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """Write the policy in upstream's format, adapters merged, so that `load_policy` and upstream's tools read it.
+
+    Args:
+        policy: the policy; it is not changed.
+        folder: replaced as a whole once everything is written.
+    """
+    partial_folder = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    policy.model.save_pretrained(partial_folder)
+    policy.processor.tokenizer.save_pretrained(partial_folder)
+    policy.processor.action_tokenizer.save_statistics(partial_folder, policy.statistics_key)
+    images = policy.processor.images
+    settings = {"backend": images.backend, "center_crop": images.center_crop}
+    (partial_folder / _PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial_folder.rename(folder)
+
+
+def _assemble(
+    model: OpenVLA,
+    tokenizer: PreTrainedTokenizerBase,
+    actions: ActionTokenizer,
+    settings: dict[str, Any],
+    key: str,
+    *,
+    temperature: float,
+    device: torch.device,
+) -> Policy:
+    processor = OpenVLAProcessor(tokenizer, actions, image_size=model.config.image_size, **settings)
+    actor = make_actor(model, processor, actions, temperature=temperature).to(device)
+    return Policy(model, processor, actor.eval(), key)
+
+
+def _prepare(model: OpenVLA, actor: OpenVLAActorConfig) -> None:
+    if actor.freeze_vla_backbone:
+        freeze_backbone(model)
+    elif actor.use_lora:
+        targets: str | list[str] = actor.lora_target_modules
+        if targets != "all-linear":
+            targets = actor.lora_target_modules.split(",")
+        add_lora(
+            model, rank=actor.lora_rank, alpha=actor.lora_alpha, dropout=actor.lora_dropout, target_modules=targets
+        )
+    if model.action_head is not None:
+        logger.warning("The L1 head is loaded for comparison: PPO acts through the tokens and leaves it as it is.")
+        model.action_head.requires_grad_(False)

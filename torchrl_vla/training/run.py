@@ -1,0 +1,305 @@
+"""`torchrl-vla train`: check what can be checked, build the parts, run the loop, say where the results are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictSequential
+from torchrl.envs import EnvBase
+from torchrl.objectives.value import GAE
+from tqdm import tqdm
+
+from torchrl_vla.collectors import GroupCollector, Progress
+from torchrl_vla.collectors.update import UpdateCollector
+from torchrl_vla.config import EnvironmentConfig, PPOConfig, TrainConfig
+from torchrl_vla.envs import get_suite
+from torchrl_vla.envs.layout import make_env
+from torchrl_vla.envs.rendering import configure_rendering
+from torchrl_vla.evaluation.protocol import evaluate, spread_episodes
+from torchrl_vla.modules import OpenVLAActor, ValueHead, make_value_operator
+from torchrl_vla.modules.openvla.lora import has_lora
+from torchrl_vla.objectives import AsymmetricClipPPOLoss, GRPOAdvantage
+from torchrl_vla.training.checkpoint import RunCheckpoints, TrainableState
+from torchrl_vla.training.folder import open_run_folder
+from torchrl_vla.training.logging import RunLogger, check_wandb
+from torchrl_vla.training.policy import Policy, load_policy, save_policy
+from torchrl_vla.training.trainer import PPOTrainer
+
+__all__ = ["build_trainer", "choose_device", "train"]
+
+logger = logging.getLogger(__name__)
+
+
+def choose_device(name: str, gpu_id: int = 0) -> torch.device:
+    """The device a name means; auto is the GPU `gpu_id` if there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device.
+
+    Examples:
+        >>> choose_device("cpu")
+        device(type='cpu')
+    """
+    count = torch.cuda.device_count()
+    if name == "auto":
+        name = f"cuda:{gpu_id}" if count else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and (device.index or 0) >= count:
+        have = f"cuda:0..cuda:{count - 1}" if count else "no GPU: use --device cpu"
+        raise ValueError(f"device {name!r} is not on this machine, which has {have}.")
+    return device
+
+
+def initial_states(env: EnvironmentConfig, wanted: list[int] | None) -> dict[int, list[int]]:
+    """Initial states to use, by task.
+
+    Raises:
+        ValueError: the suite, a task or a state does not exist.
+    """
+    suite = get_suite(env.task_suite)
+    states = {}
+    for task_id in env.tasks:
+        count = len(suite.task(task_id).init_states)
+        states[task_id] = list(range(count)) if wanted is None else wanted
+        if max(states[task_id]) >= count:
+            raise ValueError(
+                f"Initial state {max(states[task_id])} does not exist: task {task_id} of {env.task_suite} has "
+                f"0..{count - 1}."
+            )
+    return states
+
+
+def train(config: TrainConfig, preset: str) -> Path:
+    """Run one training from start (or checkpoint) to end.
+
+    Args:
+        config: the run.
+        preset: name of the preset it started from, for the record.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        ValueError: something the user asked for cannot be had; nothing long was started then.
+    """
+    config.actor.require_tokens_for_ppo()
+    device = choose_device(config.ppo.device, config.actor.gpu_id)
+    initial_states(config.env, config.env.init_state_ids)
+    initial_states(config.env, config.env.val_init_state_ids)
+    if config.ppo.use_wandb:
+        check_wandb()
+    backend = configure_rendering()
+    folder = open_run_folder(config, preset)
+    logger.info("preset %s, device %s, OpenGL through %s", preset, device, backend)
+    tqdm.write(f"preset {preset}, policy {config.actor.pretrained_checkpoint} on {device}, results go to {folder}")
+    with build_trainer(config, folder, device) as trainer:
+        trainer.train()
+        trainer.logger.print(
+            f"Done: {trainer.updates} updates, {trainer.env_steps:,} control steps. Policy: {folder / 'policy'}   "
+            f"Figures: {trainer.logger.csv_path}   Learning curve: {trainer.logger.curve_path}"
+        )
+    return folder
+
+
+@contextmanager
+def build_trainer(config: TrainConfig, folder: Path, device: torch.device) -> Iterator[PPOTrainer]:
+    """Put a run's parts together, and close what needs closing when it ends.
+
+    Args:
+        config: the run.
+        folder: the run's folder.
+        device: where the policy lives.
+    """
+    ppo = config.ppo
+    torch.manual_seed(ppo.seed)
+    policy = load_policy(
+        config.actor, task_suite=config.env.task_suite, temperature=ppo.rollout_temperature, device=device
+    )
+    image_size = policy.model.config.image_size
+    if tuple(config.env.image_size) != (image_size, image_size):
+        raise ValueError(
+            f"image_size is {tuple(config.env.image_size)}, but {config.actor.pretrained_checkpoint} was made for "
+            f"{(image_size, image_size)}: use --image-size {image_size} {image_size}."
+        )
+    value_head = ValueHead(policy.model.config.hidden_size).to(device) if ppo.advantage_estimator == "gae" else None
+    suite = get_suite(config.env.task_suite)
+    horizon = config.env.max_episode_steps or suite.horizon
+    env = make_env(
+        config.env.task_suite,
+        task_ids=config.env.tasks,
+        num_envs=config.env.num_envs,
+        chunk_size=policy.model.config.chunk_size,
+        image_size=config.env.camera_size,
+        cameras=("agentview", "robot0_eye_in_hand")[: policy.model.config.num_images],
+        proprio_format=config.env.proprio_format,
+        max_episode_steps=horizon,
+        settle_steps=config.env.settle_steps,
+        reward_scale=config.env.reward_scale,
+        seed=ppo.seed,
+    )
+    try:
+        yield _assemble(config, folder, device, policy, value_head, env, horizon)
+    finally:
+        env.close()
+
+
+def _assemble(
+    config: TrainConfig,
+    folder: Path,
+    device: torch.device,
+    policy: Policy,
+    value_head: ValueHead | None,
+    env: EnvBase,
+    horizon: int,
+) -> PPOTrainer:
+    ppo, actor = config.ppo, policy.actor
+    value_operator = None if value_head is None else make_value_operator(actor, value_head)
+    loss = AsymmetricClipPPOLoss(
+        actor,
+        None if value_operator is None else value_operator[-1],
+        clip_ratio_low=ppo.clip_ratio_low,
+        clip_ratio_high=ppo.clip_ratio_high,
+        ratio_level=ppo.ratio_level,
+        dual_clip=ppo.dual_clip,
+        entropy_coeff=ppo.entropy_coef,
+        kl_coeff=ppo.kl_coef,
+        reference_context=_reference(policy) if ppo.kl_coef else None,
+        reconstruction_coeff=ppo.reconstruction_coef,
+        bin_centers=policy.processor.action_tokenizer.bin_centers if ppo.reconstruction_coef else None,
+        critic_coeff=None if value_head is None else ppo.value_loss_coef,
+    ).to(device)
+    groups = [{"params": [p for p in policy.model.parameters() if p.requires_grad], "lr": ppo.actor_lr}]
+    if value_head is not None:
+        groups.append({"params": list(value_head.parameters()), "lr": ppo.critic_lr})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+
+    run_logger = RunLogger(folder, use_wandb=ppo.use_wandb, wandb_entity=ppo.wandb_entity, config=vars(ppo))
+    rollout = actor if value_operator is None else TensorDictSequential(actor, value_operator[-1])
+    collector = UpdateCollector(
+        GroupCollector(env, rollout, progress=_Bar("rollout")),
+        config.env.tasks,
+        next(iter(initial_states(config.env, config.env.init_state_ids).values())),
+        min_steps=ppo.n_steps,
+        group_size=ppo.group_size,
+        horizon=horizon,
+        seed=ppo.seed,
+    )
+    components: dict[str, Any] = {
+        "policy": TrainableState(policy.model),
+        "optimizer": optimizer,
+        "collector": collector,
+    }
+    if value_head is not None:
+        components["value_head"] = TrainableState(value_head)
+
+    def save(trainer: PPOTrainer) -> None:
+        success = trainer.latest("val/success_rate", trainer.latest("rollout/success_rate", 0.0))
+        checkpoints.save(step=trainer.env_steps, success=success)
+        save_policy(policy, folder / "policy")
+
+    trainer = PPOTrainer(
+        ppo,
+        collector,
+        loss,
+        _advantage(ppo),
+        optimizer,
+        run_logger,
+        validate=_validation(config, policy.actor, env),
+        save=save,
+        device=device,
+    )
+    checkpoints = RunCheckpoints(folder / "checkpoints", keep=ppo.keep_checkpoints, trainer=trainer, **components)
+    if config.resume:
+        path = checkpoints.load_latest()
+        run_logger.restore(trainer.updates)
+        run_logger.print(f"Going on from {path}: update {trainer.updates}, {trainer.env_steps:,} control steps.")
+    return trainer
+
+
+def _reference(policy: Policy) -> Callable[[], AbstractContextManager[Any]]:
+    """The policy that the run started from: adapters left out, or, without adapters, the first weights put back."""
+    if has_lora(policy.model):
+        return policy.reference_context
+    frozen = {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def first_weights() -> Iterator[None]:
+        current = {name: p.data for name, p in policy.model.named_parameters() if name in frozen}
+        for name, parameter in policy.model.named_parameters():
+            if name in frozen:
+                parameter.data = frozen[name]
+        try:
+            yield
+        finally:
+            for name, parameter in policy.model.named_parameters():
+                if name in current:
+                    parameter.data = current[name]
+
+    return first_weights
+
+
+def _advantage(ppo: PPOConfig) -> GRPOAdvantage | Callable[[TensorDictBase], TensorDictBase]:
+    if ppo.advantage_estimator == "gae":
+        # The rollout wrote the values, of the last observations too: no network is needed here.
+        return GAE(gamma=ppo.gamma, lmbda=ppo.gae_lambda, value_network=None, average_gae=True)
+    return GRPOAdvantage(
+        ppo.advantage_estimator,
+        verifier_gamma=ppo.verifier_gamma,
+        keep_low=ppo.keep_low,
+        keep_high=ppo.keep_high,
+    )
+
+
+def _validation(config: TrainConfig, actor: OpenVLAActor, env: EnvBase) -> Callable[[], Mapping[str, float]]:
+    states = initial_states(config.env, config.env.val_init_state_ids)
+    suite = get_suite(config.env.task_suite)
+    instructions = {task: suite.task(task).instruction for task in config.env.tasks}
+    plan = spread_episodes(config.env.tasks, states, max(config.ppo.val_episodes, 1))
+    temperature = config.ppo.eval_temperature
+
+    def validate() -> Mapping[str, float]:
+        sampling = actor.temperature
+        actor.temperature = temperature or sampling
+        try:
+            report = evaluate(
+                env,
+                actor,
+                plan,
+                task_suite=config.env.task_suite,
+                instructions=instructions,
+                greedy=temperature == 0,
+                progress=_Bar("validation"),
+            )
+        finally:
+            actor.temperature = sampling
+        figures = {f"val/{name}": value for name, value in report.figures().items()}
+        by_task = {f"val/success_task_{task}": rate.rate for task, rate in report.tasks.items()}
+        return {**figures, "val/mean_reward": config.env.reward_scale * report.total.rate, **by_task}
+
+    return validate
+
+
+class _Bar:
+    """A progress bar over the episodes of a collection."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._bar: tqdm | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=progress.planned_episodes, desc=self._name, unit="episode", position=1, leave=False)
+        self._bar.n = progress.episodes
+        self._bar.set_postfix(decisions=progress.decisions, successes=progress.successes)
+        if progress.episodes == progress.planned_episodes:
+            self._bar.close()
+            self._bar = None
