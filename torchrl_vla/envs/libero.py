@@ -191,6 +191,7 @@ class LiberoEnv(EnvBase):
         if self._simulator is not None:
             self._finalizer()
             self._simulator = None
+            self._started = [False] * self.num_slots
         super().close(raise_if_closed=raise_if_closed)
 
     def _make_slots(self, num_slots: int, image_size: int) -> None:
@@ -267,7 +268,6 @@ class LiberoEnv(EnvBase):
             self._simulator = LiberoSimulator(self.suite.name, **self._simulator_arguments)
             # At interpreter exit too, while OpenGL can still be called.
             self._finalizer = weakref.finalize(self, self._simulator.close)
-            self._started = [False] * self.num_slots
             self.is_closed = False
         return self._simulator
 
