@@ -30,8 +30,9 @@ __all__ = ["SUBSTEPS", "ArmState", "DataViews", "Goals", "Robot", "control_step"
 SUBSTEPS = 25
 
 _ARM_JOINTS = 7
-#: Seconds of a physics substep, and between samples of the observations.
-_TIMESTEP, _SAMPLING_PERIOD = 0.002, 0.05
+#: Substep after which stock samples its observations: the first of a sampling period, which the reset and the setting
+#: of an initial state have shifted by a substep each.
+_SAMPLED_SUBSTEP = SUBSTEPS - 2
 #: Stiffness of the posture task in the null space of the end effector's.
 _POSTURE_KP = 10.0
 #: Change of the gripper's target per substep, of a range of [-1, 1].
@@ -101,7 +102,6 @@ class ArmState(NamedTuple):
         joint_pos, joint_vel: ``[7]``.
         jacobian: ``[7, 6]`` the transposed Jacobian, linear columns first.
         mass: ``[7, 7]`` the arm's block of the mass matrix.
-        clock: ``[2]`` seconds since observations were last sampled, and whether they were in this period (1 or 0).
     """
 
     stale: np.ndarray
@@ -115,7 +115,6 @@ class ArmState(NamedTuple):
     joint_vel: np.ndarray
     jacobian: np.ndarray
     mass: np.ndarray
-    clock: np.ndarray
 
 
 class Goals(NamedTuple):
@@ -357,24 +356,6 @@ def _torques_fast(robot, state):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _tick(clock):  # type: ignore[no-untyped-def]
-    """Advances the clock by a substep and returns whether observations are to be sampled after it.
-
-    robosuite's observables sample once per period of 50 ms, at the first substep of a period. Setting an initial state
-    has shifted the period by two substeps, so the picture that a control step returns is the one before its last
-    substep, and rounding moves it now and then.
-    """
-    clock[0] += _TIMESTEP
-    due = clock[1] == 0.0
-    if due:
-        clock[1] = 1.0
-    if clock[0] >= _SAMPLING_PERIOD:
-        clock[0] %= _SAMPLING_PERIOD
-        clock[1] = 0.0
-    return due
-
-
-@_compiled
 def control_step(model, data, views, sampled, robot, state, goals, index, sample, exact):  # type: ignore[no-untyped-def]
     """Runs one control step: 25 substeps, each with the controller's torques.
 
@@ -408,7 +389,7 @@ def control_step(model, data, views, sampled, robot, state, goals, index, sample
             _set_goal(state, goals.translation[index], goals.rotation[index], goals.rotates[index])
         _control(robot, state, views, goals.gripper[index], exact)
         _mj_step2(model, data)
-        if _tick(state.clock):
+        if substep == _SAMPLED_SUBSTEP:
             start = 0
             for array in sampled:
                 sample[start : start + array.shape[0]] = array

@@ -21,10 +21,10 @@ import mujoco
 from torchrl_vla.envs.installation import import_libero
 from torchrl_vla.envs.scene import Scene
 
-__all__ = ["CompiledModel", "cache_folder", "load_scene"]
+__all__ = ["CompiledModel", "cache_folder", "compile_model", "load_scene"]
 
 #: Changes whenever what is kept changes its meaning.
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK = 1 << 24
 
 
@@ -99,21 +99,34 @@ def _load(path: Path) -> tuple[Scene, CompiledModel] | None:
 def _build(path: Path, bddl_file: Path, seed: int) -> tuple[Scene, CompiledModel]:
     from torchrl_vla.envs.scene_builder import build_scene
 
-    @functools.lru_cache(maxsize=1)
-    def compiler(xml: str) -> tuple[str, mujoco.MjModel]:
-        key = hashlib.sha256(f"{_environment()} {xml}".encode()).hexdigest()[:32]
-        model = _load_model(key)
-        if model is None:
-            model = mujoco.MjModel.from_xml_string(xml)
-            _save_model(key, model)
-        return key, model
-
-    scene, model = build_scene(bddl_file, seed, compiler)
+    try:
+        scene, model = build_scene(bddl_file, seed, compile_model)
+    finally:
+        # The model is changed from here on, and 0.3 GB should not be held twice.
+        compile_model.cache_clear()
     _keep(path.parent, scene.save, lambda _: path.name)
     compiled = _models.get(scene.model_key)
     if compiled is None:
         compiled = _models[scene.model_key] = CompiledModel(model)
     return scene, compiled
+
+
+@functools.lru_cache(maxsize=1)
+def compile_model(xml: str) -> tuple[str, mujoco.MjModel]:
+    """Compiles a model, or reads it where that was done before; remembers the last one, which robosuite asks for twice.
+
+    Args:
+        xml: robosuite's description of the task, with absolute paths of its assets.
+
+    Returns:
+        tuple: the model's key in the cache, and the model, not to be changed.
+    """
+    key = hashlib.sha256(f"{_environment()} {xml}".encode()).hexdigest()[:32]
+    model = _load_model(key)
+    if model is None:
+        model = mujoco.MjModel.from_xml_string(xml)
+        _save_model(key, model)
+    return key, model
 
 
 def _load_model(key: str) -> mujoco.MjModel | None:

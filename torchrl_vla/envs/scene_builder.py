@@ -14,9 +14,10 @@ import mujoco
 import numpy as np
 
 from torchrl_vla.envs.installation import import_libero_envs
+from torchrl_vla.envs.rendering import configure_rendering
 from torchrl_vla.envs.scene import COMPARISONS, Burner, Predicate, Scene
 
-__all__ = ["build_scene"]
+__all__ = ["build_scene", "built_environment"]
 
 #: Gives the compiled model of an XML text, and its key.
 Compiler = Callable[[str], tuple[str, mujoco.MjModel]]
@@ -44,10 +45,7 @@ class _NoRenderContext:
 
 
 def build_scene(bddl_file: Path, seed: int, compiler: Compiler) -> tuple[Scene, mujoco.MjModel]:
-    """Constructs LIBERO's environment of a task, seeds and resets it once, and notes down what it came to.
-
-    The fixtures' poses depend on the seed and are not part of an initial state. They are those of the first reset after
-    construction: a later one on the same environment would move them, even with the same seed.
+    """Builds a task's environment and notes down what it came to.
 
     Args:
         bddl_file: the task's definition.
@@ -60,19 +58,14 @@ def build_scene(bddl_file: Path, seed: int, compiler: Compiler) -> tuple[Scene, 
     Raises:
         ValueError: the goal asks for something that is not known here.
     """
-    envs = import_libero_envs()
-    keys: list[tuple[str, mujoco.MjModel]] = []
-    generator_state = np.random.get_state()
-    try:
-        with _stubbed_robosuite(compiler, keys), contextlib.redirect_stdout(io.StringIO()):
-            env = envs.OffScreenRenderEnv(bddl_file_name=str(bddl_file), camera_heights=8, camera_widths=8)
-            env.seed(seed)
-            env.reset()
-    finally:
-        np.random.set_state(generator_state)
-    key, model = keys[-1]
-    domain = env.env
-    try:
+    compiled: list[tuple[str, mujoco.MjModel]] = []
+
+    def remember(xml: str) -> tuple[str, mujoco.MjModel]:
+        compiled.append(compiler(xml))
+        return compiled[-1]
+
+    with built_environment(bddl_file, seed, remember) as domain:
+        key, model = compiled[-1]
         scene = Scene(
             model_key=key,
             arrays=_robot_arrays(domain) | _arm_arrays(domain) | _state_arrays(domain),
@@ -82,20 +75,50 @@ def build_scene(bddl_file: Path, seed: int, compiler: Compiler) -> tuple[Scene, 
             burners=tuple(_burners(domain)),
             object_bodies={item.name: int(domain.obj_body_id[item.name]) for item in domain.objects},
         )
-    finally:
-        env.close()
     return scene, model
 
 
 @contextlib.contextmanager
-def _stubbed_robosuite(compiler: Compiler, keys: list[tuple[str, mujoco.MjModel]]) -> Iterator[None]:
+def built_environment(bddl_file: Path, seed: int, compiler: Compiler) -> Iterator[Any]:
+    """Constructs LIBERO's environment of a task without OpenGL (pictures are black), seeds it and resets it once.
+
+    The fixtures' poses depend on the seed and are not part of an initial state. They are those of the first reset after
+    construction: a later one on the same environment would move them, even with the same seed.
+
+    Args:
+        bddl_file: the task's definition.
+        seed: NumPy's seed before the reset.
+        compiler: gives the compiled model of an XML text.
+
+    Yields:
+        BDDLBaseDomain: robosuite's environment.
+    """
+    # robosuite would choose EGL for this process when it is imported.
+    configure_rendering()
+    envs = import_libero_envs()
+    generator_state = np.random.get_state()
+    with _stubbed_robosuite(compiler):
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                env = envs.OffScreenRenderEnv(bddl_file_name=str(bddl_file), camera_heights=8, camera_widths=8)
+                env.seed(seed)
+                env.reset()
+        finally:
+            np.random.set_state(generator_state)
+        try:
+            yield env.env
+        finally:
+            env.close()
+
+
+@contextlib.contextmanager
+def _stubbed_robosuite(compiler: Compiler) -> Iterator[None]:
     """Has robosuite take compiled models from ``compiler`` and make no OpenGL context."""
     from robosuite.environments import base
     from robosuite.utils.binding_utils import MjSim
 
     def simulation(xml: str) -> Any:
-        keys.append(compiler(xml))
-        return MjSim(copy.copy(keys[-1][1]))
+        return MjSim(copy.copy(compiler(xml)[1]))
 
     with (
         mock.patch.object(base, "MjRenderContextOffscreen", _NoRenderContext),
@@ -131,7 +154,6 @@ def _arm_arrays(domain: Any) -> dict[str, np.ndarray]:
     """Fields of ``control.ArmState`` as the reset left them."""
     robot = domain.robots[0]
     controller = robot.controller
-    eef_pos = domain._observables["robot0_eef_pos"]
     return {
         "stale": np.array([0 if controller.new_update else 1], dtype=np.int64),
         "goal_pos": np.array(controller.goal_pos),
@@ -144,7 +166,6 @@ def _arm_arrays(domain: Any) -> dict[str, np.ndarray]:
         "joint_vel": np.array(controller.joint_vel),
         "jacobian": np.ascontiguousarray(controller.J_full.T),
         "mass": np.ascontiguousarray(controller.mass_matrix.T),
-        "clock": np.array([eef_pos._time_since_last_sample, float(eef_pos._sampled)]),
     }
 
 
