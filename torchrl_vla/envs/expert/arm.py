@@ -16,10 +16,12 @@ GRIPPER_OPEN, GRIPPER_CLOSE = -1.0, 1.0
 #: What a full action moves the controller's goal by: metres and radians.
 _POSITION_RANGE, _ROTATION_RANGE = 0.05, 0.5
 _POSITION_GAIN, _ROTATION_GAIN = 2.0, 1.5
+#: Seconds for which the hand goes on at its velocity when told to stop; a stretched arm overshoots without this.
+_LAG = 0.05
 #: Panda's kinematics in metres: shoulder above link 0, grip site below the wrist, flange outside the wrist.
 _SHOULDER_HEIGHT, _WRIST_TO_SITE, _WRIST_OFFSET = 0.333, 0.21, 0.088
 #: Distance of wrist and shoulder from which on the elbow is almost stretched (it ends at 0.719).
-_REACH = 0.665
+_REACH = 0.645
 _TILTS = np.radians(np.arange(0.0, 41.0, 2.0))
 
 
@@ -44,6 +46,7 @@ class Arm:
     """
 
     def __init__(self, model: mujoco.MjModel, *, robot: str = "robot0", gripper: str = "gripper0") -> None:
+        self._model = model
         self._site = _index(model, mujoco.mjtObj.mjOBJ_SITE, f"{gripper}_grip_site")
         self._base = _index(model, mujoco.mjtObj.mjOBJ_BODY, f"{robot}_link0")
         self._geom_root = model.body_rootid[model.geom_bodyid]
@@ -52,11 +55,10 @@ class Arm:
             finger = _index(model, mujoco.mjtObj.mjOBJ_BODY, f"{gripper}_{side}finger")
             bodies = np.flatnonzero((np.arange(model.nbody) == finger) | (model.body_parentid == finger))
             self._finger[np.isin(model.geom_bodyid, bodies)] = number
-        #: The hand from 31 mm above the site on, and the two open fingers, whose tips reach 9 mm beyond it.
+        #: The hand from 31 mm above the site on, and what the fingers sweep: their tips reach 9 mm beyond the site.
         self.boxes = (
             HandBox(np.array([-0.105, -0.035, -0.14]), np.array([0.105, 0.035, -0.031])),
-            HandBox(np.array([-0.062, -0.011, -0.031]), np.array([-0.040, 0.011, 0.009])),
-            HandBox(np.array([0.040, -0.011, -0.031]), np.array([0.062, 0.011, 0.009])),
+            HandBox(np.array([-0.062, -0.011, -0.031]), np.array([0.062, 0.011, 0.009])),
         )
         self.half_thickness = max(float(box.high[1]) for box in self.boxes)
 
@@ -131,16 +133,21 @@ class Arm:
             touched.update(self._finger[pairs[on_object, first]].tolist())
         return len(touched - {0})
 
-    def offset(self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray) -> tuple[np.ndarray, float]:
-        """Translation ``[3]`` in metres and angle in radians from the grip site's pose to another one.
+    def offset(self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What is left to a pose once the present motion has died down.
 
         Args:
-            data: current poses.
+            data: current poses and velocities.
             position: ``[3]`` in metres.
             rotation: ``[3, 3]``.
+
+        Returns:
+            tuple: translation ``[3]`` in metres and rotation vector ``[3]`` in radians.
         """
         here, orientation = self.pose(data)
-        return position - here, float(np.linalg.norm(rotation_vector(rotation @ orientation.T)))
+        velocity = np.empty(6)
+        mujoco.mj_objectVelocity(self._model, data, mujoco.mjtObj.mjOBJ_SITE, self._site, velocity, 0)
+        return position - here - _LAG * velocity[3:], rotation_vector(rotation @ orientation.T)
 
     def towards(
         self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray, gripper: float, speed: float = 1.0
@@ -154,9 +161,9 @@ class Arm:
             gripper: ``GRIPPER_OPEN`` or ``GRIPPER_CLOSE``.
             speed: length of the longest translation, up to 1.
         """
-        here, orientation = self.pose(data)
-        move = _POSITION_GAIN * (position - here) / _POSITION_RANGE
-        turn = _ROTATION_GAIN * rotation_vector(rotation @ orientation.T) / _ROTATION_RANGE
+        translation, turning = self.offset(data, position, rotation)
+        move = _POSITION_GAIN * translation / _POSITION_RANGE
+        turn = _ROTATION_GAIN * turning / _ROTATION_RANGE
         return np.concatenate([_limit(move, speed), _limit(turn, 1.0), [gripper]])
 
 

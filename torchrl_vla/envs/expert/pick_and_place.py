@@ -18,10 +18,10 @@ __all__ = ["PickAndPlace"]
 #: A phase yields actions and returns whether it went well.
 Phase = Generator[np.ndarray, None, bool]
 
-_APPROACH, _LIFT, _RETREAT, _RISE = 0.07, 0.04, 0.08, 0.10
+_APPROACH, _LIFT, _LIFT_SPEED, _RETREAT = 0.07, 0.04, 0.3, 0.08
 _HOVER_OFFSET, _HOVER_TURN, _HOVER_STEPS = 0.012, 0.12, 60
 _DESCENT_SPEED, _DESCENT_OFFSET, _DESCENT_GAP, _DESCENT_STEPS = 0.8, 0.006, 0.004, 30
-_CLOSE_STEPS, _CLOSE_STEPS_AT_MOST, _RELEASE_STEPS = 9, 14, 8
+_CLOSE_STEPS, _CLOSE_STEPS_AT_MOST, _FIRM_STEPS, _RELEASE_STEPS = 9, 18, 3, 8
 _LOWER_SPEED, _LOWER_STEPS, _CARRY_STEPS, _SHORT_STEPS = 0.7, 40, 100, 15
 #: An object that moved this far since its grasp was planned needs another one.
 _MOVED = 0.008
@@ -72,7 +72,7 @@ class PickAndPlace:
             grasp = self._plan(data, points, others)
             if (yield from self._pick(data, grasp)) and (yield from self._place(data, grasp, others)):
                 return
-            yield from self._rise(data)
+            yield from self._rise(data, points[:, 2].max() + _APPROACH)
 
     def _target_position(self, data: mujoco.MjData) -> np.ndarray:
         return (data.site_xpos[self._site] if self._site >= 0 else data.xpos[self._target]).copy()
@@ -93,7 +93,7 @@ class PickAndPlace:
 
         for step in range(_HOVER_STEPS + 1):
             offset, turn = arm.offset(data, above, grasp.rotation)
-            if np.linalg.norm(offset[:2]) < _HOVER_OFFSET and turn < _HOVER_TURN:
+            if np.linalg.norm(offset[:2]) < _HOVER_OFFSET and np.linalg.norm(turn) < _HOVER_TURN:
                 break
             if step == _HOVER_STEPS or not in_place():
                 return False
@@ -105,12 +105,14 @@ class PickAndPlace:
             if not in_place():
                 return False
             yield arm.towards(data, grasp.position, grasp.rotation, GRIPPER_OPEN, _DESCENT_SPEED)
+        firm = 0
         for step in range(_CLOSE_STEPS_AT_MOST):
-            if step >= _CLOSE_STEPS and arm.fingers_touching(data, self._body) == 2:
+            firm = firm + 1 if arm.fingers_touching(data, self._body) == 2 else 0
+            if step >= _CLOSE_STEPS and firm >= _FIRM_STEPS:
                 break
             yield arm.towards(data, grasp.position, grasp.rotation, GRIPPER_CLOSE)
         here, _ = arm.pose(data)
-        yield from self._straight(data, here + [0.0, 0.0, _LIFT], grasp.rotation, GRIPPER_CLOSE)
+        yield from self._straight(data, here + [0.0, 0.0, _LIFT], grasp.rotation, GRIPPER_CLOSE, _LIFT_SPEED)
         return arm.fingers_touching(data, self._body) == 2
 
     def _place(self, data: mujoco.MjData, grasp: Grasp, others: np.ndarray) -> Phase:
@@ -127,19 +129,19 @@ class PickAndPlace:
         path = plan_carry(points, origin, others, target[:2], ground, low)
         lost = self._loss_detector(data)
         if path.rise_first:
-            top = here + [0.0, 0.0, path.height - origin[2]]
+            top = here + [0.0, 0.0, path.height(0.0) - origin[2]]
             yield from self._straight(data, top, rotation, GRIPPER_CLOSE)
-        low_position, rotation = hand_pose_for(
-            arm, data, np.array([*target[:2], low]), held, grasp.wrist_angle, path.height - low
-        )
-        high_position = low_position + [0.0, 0.0, path.height - low]
+        climb = path.height(path.length) - low
+        low_position, rotation = hand_pose_for(arm, data, np.array([*target[:2], low]), held, grasp.wrist_angle, climb)
         for _ in range(_CARRY_STEPS):
-            offset, turn = arm.offset(data, high_position, rotation)
-            if np.linalg.norm(offset[:2]) < _HOVER_OFFSET and turn < _HOVER_TURN:
+            offset, turn = arm.offset(data, low_position, rotation)
+            distance = float(np.linalg.norm(offset[:2]))
+            if distance < _HOVER_OFFSET and np.linalg.norm(turn) < _HOVER_TURN:
                 break
             if lost():
                 return False
-            yield arm.towards(data, _climb_first(high_position, offset), rotation, GRIPPER_CLOSE)
+            clear = np.array([0.0, 0.0, path.height(path.length - distance) - low])
+            yield arm.towards(data, _climb_first(low_position + clear, offset + clear), rotation, GRIPPER_CLOSE)
         for _ in range(_LOWER_STEPS):
             offset, _ = arm.offset(data, low_position, rotation)
             if abs(offset[2]) < _DESCENT_GAP and np.linalg.norm(offset[:2]) < _DESCENT_OFFSET:
@@ -153,17 +155,20 @@ class PickAndPlace:
         yield from self._straight(data, here + [0.0, 0.0, _RETREAT], rotation, GRIPPER_OPEN)
         return True
 
-    def _rise(self, data: mujoco.MjData) -> Phase:
+    def _rise(self, data: mujoco.MjData, height: float) -> Phase:
         position, rotation = self._arm.pose(data)
-        return (yield from self._straight(data, position + [0.0, 0.0, _RISE], rotation, GRIPPER_OPEN))
+        position[2] = max(position[2], height)
+        return (yield from self._straight(data, position, rotation, GRIPPER_OPEN))
 
-    def _straight(self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray, gripper: float) -> Phase:
+    def _straight(
+        self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray, gripper: float, speed: float = 1.0
+    ) -> Phase:
         """A short straight move."""
         for _ in range(_SHORT_STEPS):
             offset, _ = self._arm.offset(data, position, rotation)
             if np.linalg.norm(offset) < _HOVER_OFFSET:
                 return True
-            yield self._arm.towards(data, position, rotation, gripper)
+            yield self._arm.towards(data, position, rotation, gripper, speed)
         return False
 
     def _loss_detector(self, data: mujoco.MjData) -> Callable[[], bool]:
@@ -184,7 +189,7 @@ def _climb_first(position: np.ndarray, offset: np.ndarray) -> np.ndarray:
 
     Args:
         position: where to go, ``[3]`` in metres.
-        offset: from here to there, ``[3]``.
+        offset: what is left to there, ``[3]``.
     """
     climb, distance = offset[2], float(np.linalg.norm(offset[:2]))
     if climb < _HOVER_OFFSET or distance <= climb:

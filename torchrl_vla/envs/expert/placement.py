@@ -12,20 +12,37 @@ from torchrl_vla.envs.expert.arm import Arm
 __all__ = ["CarryPath", "hand_pose_for", "plan_carry", "release_height"]
 
 _RELEASE_GAP = 0.008
-_CARRY_CLEARANCE, _SIDE_CLEARANCE, _BLOCKED_WITHIN = 0.025, 0.015, 0.10
+_CARRY_CLEARANCE, _SIDE_CLEARANCE, _BLOCKED_WITHIN, _LOOK_AHEAD = 0.025, 0.015, 0.10, 0.05
 
 
 @dataclass(frozen=True)
 class CarryPath:
-    """Heights of an object's origin on its way, in metres.
+    """Which heights an object must keep on a straight way.
 
     Args:
-        height: at which it clears everything near the path.
-        rise_first: whether something so near is in the way that it goes straight up to begin with.
+        along: where on the way the points near it are, sorted, ``[n]`` in metres.
+        heights: of the object's origin that clears these points, ``[n]``.
+        lowest: height that is enough where nothing is near.
+        reach: how far ahead and behind the object is affected by a point.
+        length: of the way.
+        rise_first: whether something so near is in the way that the object goes straight up to begin with.
     """
 
-    height: float
+    along: np.ndarray
+    heights: np.ndarray
+    lowest: float
+    reach: float
+    length: float
     rise_first: bool
+
+    def height(self, travelled: float) -> float:
+        """Height of the object's origin that clears what is near and what comes next, in metres.
+
+        Args:
+            travelled: part of the way that is behind it, in metres.
+        """
+        window = slice(*np.searchsorted(self.along, [travelled - self.reach, travelled + self.reach + _LOOK_AHEAD]))
+        return float(self.heights[window].max(initial=self.lowest))
 
 
 def release_height(
@@ -51,7 +68,7 @@ def release_height(
 def plan_carry(
     points: np.ndarray, origin: np.ndarray, others: np.ndarray, target: np.ndarray, ground: float, lowest: float
 ) -> CarryPath:
-    """Plans how high to carry an object.
+    """Finds what a carried object must clear.
 
     Args:
         points: collision points of the object where it is now, ``[n, 3]`` in metres.
@@ -59,19 +76,21 @@ def plan_carry(
         others: collision points of everything else, ``[m, 3]``.
         target: horizontal position that the origin is to have, ``[2]``.
         ground: height of the floor or table top.
-        lowest: height below which the origin need not be carried.
+        lowest: height below which the origin is not carried.
     """
     bottom = points[:, 2].min()
     radius = np.linalg.norm(points[:, :2] - origin[:2], axis=1).max() + _SIDE_CLEARANCE
     path = target - origin[:2]
     length = max(float(np.linalg.norm(path)), 1e-9)
-    along = np.clip((others[:, :2] - origin[:2]) @ path / length, 0.0, length)
-    nearest = origin[:2] + along[:, None] * path / length
+    along = (others[:, :2] - origin[:2]) @ path / length
+    nearest = origin[:2] + np.clip(along, 0.0, length)[:, None] * path / length
     near = np.linalg.norm(others[:, :2] - nearest, axis=1) < radius
-    tallest = max(ground, others[near, 2].max() if near.any() else -np.inf)
-    height = max(float(tallest + _CARRY_CLEARANCE + origin[2] - bottom), lowest)
     in_the_way = near & (along < _BLOCKED_WITHIN) & (others[:, 2] > bottom - 0.005)
-    return CarryPath(height, bool(in_the_way.any()))
+    order = np.flatnonzero(near)[np.argsort(along[near], kind="stable")]
+    lift = _CARRY_CLEARANCE + origin[2] - bottom
+    return CarryPath(
+        along[order], others[order, 2] + lift, max(lowest, ground + lift), radius, length, bool(in_the_way.any())
+    )
 
 
 def hand_pose_for(
