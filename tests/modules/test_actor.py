@@ -211,7 +211,9 @@ def test_exploration_type_and_temperature() -> None:
         assert not torch.equal(actor(data.copy())[TOKENS], best)
         actor.temperature = 0.0
         assert torch.equal(actor(data.copy())[TOKENS], best)
+    loss = ClipPPOLoss(actor, None)
     actor.temperature = 0.7
+    assert loss.actor_network.temperature == 0.7
     assert actor.get_dist(data.copy()).temperature == 0.7
     assert not torch.equal(actor(data.copy())[TOKENS], best), "samples unless told otherwise"
     with pytest.raises(ValueError, match="temperature must be finite"):
@@ -308,6 +310,15 @@ def test_value_operator_and_gae() -> None:
     GAE(gamma=1.0, lmbda=1.0, value_network=operator, deactivate_vmap=True)(data)
     # gamma = lambda = 1: the advantage is the return, 1 at every step, minus the value.
     torch.testing.assert_close(data["advantage"], 1 - values["state_value"], atol=1e-5, rtol=0)
+
+
+def test_hidden_state_is_the_mean_over_the_action_rows() -> None:
+    actor = _actor()
+    outputs: list = []
+    actor.backbone.model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    hidden = actor.backbone(_observations(2, 3))["vla_action", "hidden"]
+    assert outputs[0].hidden_states.shape == (6, 14, 64)
+    torch.testing.assert_close(hidden, outputs[0].hidden_states.mean(1).view(2, 3, 64))
 
 
 def test_rollout_keeps_neither_logits_nor_hidden_states() -> None:

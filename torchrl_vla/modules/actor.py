@@ -177,7 +177,7 @@ class OpenVLAActor(ProbabilisticActor):
 
     @property
     def temperature(self) -> float:
-        """Sampling temperature of rollout and update alike; a loss built on the actor keeps the one it found."""
+        """Sampling temperature, of the rollout and of the losses built on this actor."""
         return self[-1].distribution_kwargs["temperature"]
 
     @temperature.setter
