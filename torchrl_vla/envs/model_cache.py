@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 import weakref
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,9 +83,9 @@ def _load(path: Path) -> tuple[Scene, CompiledModel] | None:
     """Reads a scene and its model, if both are there and whole."""
     try:
         scene = Scene.load(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         _discard(path, error)
         return None
     compiled = _models.get(scene.model_key)
@@ -162,11 +163,16 @@ def _keep(folder: Path, write: Callable[[Path], None], name: Callable[[Path], st
         finally:
             path.unlink(missing_ok=True)
     except OSError as error:
-        _warn_once(cache_folder(), str(error))
+        _warn_once(cache_folder(), error)
 
 
-@functools.cache
-def _warn_once(folder: Path, reason: str) -> None:
+_warned: set[Path] = set()
+
+
+def _warn_once(folder: Path, reason: OSError) -> None:
+    if folder in _warned:
+        return
+    _warned.add(folder)
     warnings.warn(
         f"Compiled models cannot be kept in {folder} ({reason}): every process compiles its own, some seconds per "
         "task. Set TORCHRL_VLA_CACHE to a folder that can be written.",

@@ -111,8 +111,8 @@ class Scene:
             path: the archive.
 
         Raises:
-            OSError: it cannot be read, or
-            ValueError, KeyError, TypeError: is not such an archive.
+            OSError: it cannot be read.
+            Exception: of many kinds, when it is not such an archive or was cut off.
         """
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files if name != "_rest"}
