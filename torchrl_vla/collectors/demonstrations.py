@@ -16,13 +16,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from torchrl_vla.collectors.demonstration_worker import DemonstrationOptions, Job, Report, run_worker
 from torchrl_vla.datasets import CorruptEpisodeError, DemonstrationDataset, DemonstrationIndex, read_episode
+from torchrl_vla.datasets.recording import DemonstrationOptions, Job, Report, run_worker
 from torchrl_vla.envs.rendering import configure_rendering
 from torchrl_vla.envs.tasks import get_suite
 
 __all__ = ["collect_demonstrations"]
 
+# A forked process would share the parent's threads and OpenGL state.
+_START_METHOD = "spawn"
 _ATTEMPTS = 2
 _MOST_ERRORS_BEFORE_SUCCESS = 3
 
@@ -31,10 +33,12 @@ class _Worker:
     """A process with the job it works on."""
 
     def __init__(self, options: DemonstrationOptions, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(_START_METHOD)
         self.connection: Connection
         self.connection, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=run_worker, args=(theirs, options, folder), daemon=True)
+        self.process: BaseProcess = context.Process(  # type: ignore[attr-defined]
+            target=run_worker, args=(theirs, options, folder), daemon=True
+        )
         self.process.start()
         theirs.close()
         self.job: Job | None = None
@@ -263,7 +267,7 @@ def _run(
                 for worker in _answered(workers):
                     job = worker.job
                     assert job is not None
-                    report = worker.report() if time.monotonic() < worker.deadline else None
+                    report = worker.report() if worker.connection.poll() else None
                     worker.job = None
                     if report is None:
                         reason = _end_of(worker, timeout)
@@ -271,6 +275,7 @@ def _run(
                         attempts[job.name] += 1
                         tqdm.write(f"Episode {job.name}: {reason}")
                         if attempts[job.name] < _ATTEMPTS:
+                            shutil.rmtree(folder / job.name, ignore_errors=True)
                             queue.put_back(job)
                             continue
                         report = Report(job, "error", 0, {}, reason)

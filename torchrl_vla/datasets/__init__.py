@@ -1,8 +1,19 @@
-"""Demonstrations on disk: episodes as memory-mapped TensorDicts, their statistics, and samples to learn from."""
+"""Demonstrations on disk: episodes as memory-mapped TensorDicts, their statistics, and samples to learn from.
 
-from torchrl_vla.datasets.demonstrations import DemonstrationDataset, DemonstrationIndex
+What only readers need (policies' tokenizers, seconds to import) is imported when it is asked for: a process that
+records episodes starts without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from torchrl_vla.datasets.episodes import CorruptEpisodeError, Episode, encode_jpeg, read_episode, write_episode
-from torchrl_vla.datasets.statistics import compute_statistics
+
+if TYPE_CHECKING:
+    from torchrl_vla.datasets.demonstrations import DemonstrationDataset, DemonstrationIndex
+    from torchrl_vla.datasets.statistics import compute_statistics
 
 __all__ = [
     "CorruptEpisodeError",
@@ -14,3 +25,15 @@ __all__ = [
     "read_episode",
     "write_episode",
 ]
+
+_MODULES = {
+    "DemonstrationDataset": "demonstrations",
+    "DemonstrationIndex": "demonstrations",
+    "compute_statistics": "statistics",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

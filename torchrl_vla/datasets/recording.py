@@ -1,4 +1,4 @@
-"""One process of the demonstration collector: simulates, renders and writes the episodes it is told to."""
+"""One process of `collect_demonstrations`: simulates, renders and writes the episodes it is told to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from torchrl_vla.datasets import Episode, encode_jpeg, write_episode
+from torchrl_vla.datasets.episodes import Episode, encode_jpeg, write_episode
 from torchrl_vla.envs.expert.expert import ScriptedExpert
 from torchrl_vla.envs.expert.goals import read_goals
 from torchrl_vla.envs.proprio import axis_angle_state
