@@ -150,7 +150,7 @@ def test_nothing_is_learned_from_groups_without_both_outcomes(tmp_path: Path, ca
 
 
 def test_validates_and_saves_when_the_interval_is_passed(tmp_path: Path):
-    """An update has 24 control steps: 72 are reached by the third; validation every 40, saving every 50 and at the end."""
+    """An update has 24 control steps, so the third reaches 72; validation is due every 40, saving every 50."""
     events: list[tuple[str, int]] = []
     trainer, _ = make_trainer(
         tmp_path,

@@ -103,8 +103,11 @@ class GroupCollector:
             Their decisions, ``[T]``, the episodes in the plan's order.
 
         Raises:
+            ValueError: if the plan is empty.
             RuntimeError: if the environment starts another episode than it was asked to.
         """
+        if not len(plan):
+            raise ValueError("The plan has no episodes; it needs at least one.")
         recorder = TrajectoryRecorder(len(plan))
         last_values = torch.zeros(len(plan), 1)
         current = torch.full((len(self._slots),), -1)  # the episode each slot runs, -1 for none

@@ -11,12 +11,36 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 
 from torchrl_vla.collectors import EpisodePlan, GroupCollector, Progress
+from torchrl_vla.envs.tasks import TaskSuite
 from torchrl_vla.evaluation.report import EpisodeResult, EvaluationReport
 
-__all__ = ["evaluate", "spread_episodes"]
+__all__ = ["evaluate", "initial_states", "spread_episodes"]
 
 #: Pictures are looked at and forgotten: an evaluation keeps what its report needs.
 _PICTURES = (("observation", "image"), ("observation", "wrist_image"), ("observation", "state"))
+
+
+def initial_states(suite: TaskSuite, task_ids: Iterable[int], wanted: list[int] | None) -> dict[int, list[int]]:
+    """Initial states to use, by task.
+
+    Args:
+        suite: the suite.
+        task_ids: its tasks to be run.
+        wanted: the same states for every task; None: all of the task's, in order.
+
+    Raises:
+        ValueError: a task or a state does not exist.
+    """
+    states = {}
+    for task_id in task_ids:
+        count = len(suite.task(task_id).init_states)
+        states[task_id] = list(range(count)) if wanted is None else wanted
+        if max(states[task_id]) >= count:
+            raise ValueError(
+                f"Initial state {max(states[task_id])} does not exist: task {task_id} of {suite.name} has "
+                f"0..{count - 1}."
+            )
+    return states
 
 
 def spread_episodes(task_ids: Iterable[int], init_state_ids: dict[int, list[int]], episodes: int) -> EpisodePlan:

@@ -8,11 +8,13 @@ import logging
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torchrl_vla.config import TrainConfig
 
-__all__ = ["open_run_folder", "versions"]
+__all__ = ["log_to", "open_run_folder", "versions"]
 
 _PACKAGES = ("torchrl-vla", "torch", "torchrl", "tensordict", "transformers", "peft", "mujoco", "robosuite", "numpy")
 
@@ -29,7 +31,7 @@ def versions() -> dict[str, str]:
 
 
 def open_run_folder(config: TrainConfig, preset: str) -> Path:
-    """Make the run's folder, or open the one to resume; its log goes to `train.log` from here on.
+    """Make the run's folder, or open the one to resume.
 
     Args:
         config: the run; `run_dir` None makes `runs/SUITE-DATE-TIME`.
@@ -47,11 +49,34 @@ def open_run_folder(config: TrainConfig, preset: str) -> Path:
             f"torchrl-vla train --resume --run-dir {folder}"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / "train.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
     if not config.resume:
         config.save(folder / "config.json")
         about = {"command": sys.argv, "preset": preset, "started": time.strftime("%Y-%m-%d %H:%M:%S"), **versions()}
         (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
     return folder
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Append what this package logs, and Python's warnings, to a file.
+
+    Args:
+        path: the file.
+    """
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    package = logging.getLogger("torchrl_vla")
+    sources = (package, logging.getLogger("py.warnings"))
+    level = package.level
+    package.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    for source in sources:
+        source.addHandler(handler)
+    try:
+        yield
+    finally:
+        for source in sources:
+            source.removeHandler(handler)
+        logging.captureWarnings(False)
+        package.setLevel(level)
+        handler.close()

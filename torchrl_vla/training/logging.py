@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from typing import Any
 from torchrl.record.loggers import Logger
 from torchrl.record.loggers.tensorboard import TensorboardLogger
 from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["RunLogger", "check_wandb", "format_table"]
 
@@ -165,8 +168,8 @@ class RunLogger:
             with self.csv_path.open("a", newline="") as stream:
                 csv.DictWriter(stream, self._columns, restval="").writerow(row)
         for name, value in metrics.items():
-            for logger in self.loggers:
-                logger.log_scalar(name, float(value), step=env_steps)
+            for sink in self.loggers:
+                sink.log_scalar(name, float(value), step=env_steps)
 
     def _write(self, path: Path, rows: list[dict[str, float]]) -> None:
         partial = path.with_suffix(".partial")
@@ -199,13 +202,14 @@ class RunLogger:
         figure.savefig(self.curve_path, dpi=120)
 
     def print(self, text: str) -> None:
-        """Write to the console without breaking a progress bar."""
+        """Write to the console, without breaking a progress bar, and to the run's log."""
         tqdm.write(text)
+        logger.info(text)
 
     def close(self) -> None:
         """Flush what is still in memory."""
-        for logger in self.loggers:
-            experiment = logger.experiment
+        for sink in self.loggers:
+            experiment = sink.experiment
             for method in ("close", "finish"):
                 if hasattr(experiment, method):
                     getattr(experiment, method)()

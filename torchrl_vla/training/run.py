@@ -10,25 +10,26 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictSequential
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torchrl.envs import EnvBase
 from torchrl.objectives.value import GAE
 from tqdm import tqdm
 
-from torchrl_vla.collectors import GroupCollector, Progress
+from torchrl_vla.collectors import GroupCollector
 from torchrl_vla.collectors.update import UpdateCollector
-from torchrl_vla.config import EnvironmentConfig, PPOConfig, TrainConfig
+from torchrl_vla.config import PPOConfig, TrainConfig
 from torchrl_vla.envs import get_suite
 from torchrl_vla.envs.layout import make_env
 from torchrl_vla.envs.rendering import configure_rendering
-from torchrl_vla.evaluation.protocol import evaluate, spread_episodes
+from torchrl_vla.evaluation.protocol import evaluate, initial_states, spread_episodes
 from torchrl_vla.modules import OpenVLAActor, ValueHead, make_value_operator
 from torchrl_vla.modules.openvla.lora import has_lora
 from torchrl_vla.objectives import AsymmetricClipPPOLoss, GRPOAdvantage
 from torchrl_vla.training.checkpoint import RunCheckpoints, TrainableState
-from torchrl_vla.training.folder import open_run_folder
+from torchrl_vla.training.folder import log_to, open_run_folder
 from torchrl_vla.training.logging import RunLogger, check_wandb
 from torchrl_vla.training.policy import Policy, load_policy, save_policy
+from torchrl_vla.training.progress import EpisodeBar
 from torchrl_vla.training.trainer import PPOTrainer
 
 __all__ = ["build_trainer", "choose_device", "train"]
@@ -59,25 +60,6 @@ def choose_device(name: str, gpu_id: int = 0) -> torch.device:
     return device
 
 
-def initial_states(env: EnvironmentConfig, wanted: list[int] | None) -> dict[int, list[int]]:
-    """Initial states to use, by task.
-
-    Raises:
-        ValueError: the suite, a task or a state does not exist.
-    """
-    suite = get_suite(env.task_suite)
-    states = {}
-    for task_id in env.tasks:
-        count = len(suite.task(task_id).init_states)
-        states[task_id] = list(range(count)) if wanted is None else wanted
-        if max(states[task_id]) >= count:
-            raise ValueError(
-                f"Initial state {max(states[task_id])} does not exist: task {task_id} of {env.task_suite} has "
-                f"0..{count - 1}."
-            )
-    return states
-
-
 def train(config: TrainConfig, preset: str) -> Path:
     """Run one training from start (or checkpoint) to end.
 
@@ -93,15 +75,25 @@ def train(config: TrainConfig, preset: str) -> Path:
     """
     config.actor.require_tokens_for_ppo()
     device = choose_device(config.ppo.device, config.actor.gpu_id)
-    initial_states(config.env, config.env.init_state_ids)
-    initial_states(config.env, config.env.val_init_state_ids)
+    suite = get_suite(config.env.task_suite)
+    initial_states(suite, config.env.tasks, config.env.init_state_ids)
+    initial_states(suite, config.env.tasks, config.env.val_init_state_ids)
     if config.ppo.use_wandb:
         check_wandb()
     backend = configure_rendering()
+    torch.manual_seed(config.ppo.seed)
+    policy = load_policy(config.actor, task_suite=suite.name, temperature=config.ppo.rollout_temperature, device=device)
+    image_size = policy.model.config.image_size
+    if tuple(config.env.image_size) != (image_size, image_size):
+        raise ValueError(
+            f"image_size is {tuple(config.env.image_size)}, but {config.actor.pretrained_checkpoint} was made for "
+            f"{(image_size, image_size)}: use --image-size {image_size} {image_size}."
+        )
     folder = open_run_folder(config, preset)
-    logger.info("preset %s, device %s, OpenGL through %s", preset, device, backend)
     tqdm.write(f"preset {preset}, policy {config.actor.pretrained_checkpoint} on {device}, results go to {folder}")
-    with build_trainer(config, folder, device) as trainer:
+    attention = policy.model.language_model.config._attn_implementation
+    with log_to(folder / "train.log"), build_trainer(config, policy, folder, device) as trainer:
+        logger.info("preset %s, device %s, OpenGL through %s, attention through %s", preset, device, backend, attention)
         trainer.train()
         trainer.logger.print(
             f"Done: {trainer.updates} updates, {trainer.env_steps:,} control steps. Policy: {folder / 'policy'}   "
@@ -111,25 +103,16 @@ def train(config: TrainConfig, preset: str) -> Path:
 
 
 @contextmanager
-def build_trainer(config: TrainConfig, folder: Path, device: torch.device) -> Iterator[PPOTrainer]:
+def build_trainer(config: TrainConfig, policy: Policy, folder: Path, device: torch.device) -> Iterator[PPOTrainer]:
     """Put a run's parts together, and close what needs closing when it ends.
 
     Args:
         config: the run.
+        policy: what is to learn.
         folder: the run's folder.
         device: where the policy lives.
     """
     ppo = config.ppo
-    torch.manual_seed(ppo.seed)
-    policy = load_policy(
-        config.actor, task_suite=config.env.task_suite, temperature=ppo.rollout_temperature, device=device
-    )
-    image_size = policy.model.config.image_size
-    if tuple(config.env.image_size) != (image_size, image_size):
-        raise ValueError(
-            f"image_size is {tuple(config.env.image_size)}, but {config.actor.pretrained_checkpoint} was made for "
-            f"{(image_size, image_size)}: use --image-size {image_size} {image_size}."
-        )
     value_head = ValueHead(policy.model.config.hidden_size).to(device) if ppo.advantage_estimator == "gae" else None
     suite = get_suite(config.env.task_suite)
     horizon = config.env.max_episode_steps or suite.horizon
@@ -183,11 +166,17 @@ def _assemble(
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
 
     run_logger = RunLogger(folder, use_wandb=ppo.use_wandb, wandb_entity=ppo.wandb_entity, config=vars(ppo))
-    rollout = actor if value_operator is None else TensorDictSequential(actor, value_operator[-1])
+    rollout: TensorDictModuleBase = actor
+    if value_operator is not None:
+        # The actor keeps its hidden state to itself; the value head reads it here, in the same pass.
+        rollout = TensorDictSequential(actor.backbone, actor[-1], value_operator[-1])
+        rollout.select_out_keys(*actor.out_keys, *value_operator.out_keys)
     collector = UpdateCollector(
-        GroupCollector(env, rollout, progress=_Bar("rollout")),
+        GroupCollector(env, rollout, progress=EpisodeBar("rollout")),
         config.env.tasks,
-        next(iter(initial_states(config.env, config.env.init_state_ids).values())),
+        next(
+            iter(initial_states(get_suite(config.env.task_suite), config.env.tasks, config.env.init_state_ids).values())
+        ),
         min_steps=ppo.n_steps,
         group_size=ppo.group_size,
         horizon=horizon,
@@ -260,8 +249,8 @@ def _advantage(ppo: PPOConfig) -> GRPOAdvantage | Callable[[TensorDictBase], Ten
 
 
 def _validation(config: TrainConfig, actor: OpenVLAActor, env: EnvBase) -> Callable[[], Mapping[str, float]]:
-    states = initial_states(config.env, config.env.val_init_state_ids)
     suite = get_suite(config.env.task_suite)
+    states = initial_states(suite, config.env.tasks, config.env.val_init_state_ids)
     instructions = {task: suite.task(task).instruction for task in config.env.tasks}
     plan = spread_episodes(config.env.tasks, states, max(config.ppo.val_episodes, 1))
     temperature = config.ppo.eval_temperature
@@ -277,7 +266,7 @@ def _validation(config: TrainConfig, actor: OpenVLAActor, env: EnvBase) -> Calla
                 task_suite=config.env.task_suite,
                 instructions=instructions,
                 greedy=temperature == 0,
-                progress=_Bar("validation"),
+                progress=EpisodeBar("validation"),
             )
         finally:
             actor.temperature = sampling
@@ -286,20 +275,3 @@ def _validation(config: TrainConfig, actor: OpenVLAActor, env: EnvBase) -> Calla
         return {**figures, "val/mean_reward": config.env.reward_scale * report.total.rate, **by_task}
 
     return validate
-
-
-class _Bar:
-    """A progress bar over the episodes of a collection."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._bar: tqdm | None = None
-
-    def __call__(self, progress: Progress) -> None:
-        if self._bar is None:
-            self._bar = tqdm(total=progress.planned_episodes, desc=self._name, unit="episode", position=1, leave=False)
-        self._bar.n = progress.episodes
-        self._bar.set_postfix(decisions=progress.decisions, successes=progress.successes)
-        if progress.episodes == progress.planned_episodes:
-            self._bar.close()
-            self._bar = None

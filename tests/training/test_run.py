@@ -1,0 +1,133 @@
+"""The main job itself, small: real LIBERO, a tiny OpenVLA, every phase of a run."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchrl_vla.cli import main
+from torchrl_vla.training.policy import build_policy, load_policy
+from torchrl_vla.training.run import choose_device, train
+
+SMALL = [
+    "--preset", "tiny", "--num-envs", "1", "--group-size", "2", "--max-episode-steps", "16", "--n-steps", "30",
+    "--camera-size", "64", "--val-episodes", "2", "--n-epochs", "1", "--save-interval", "1", "--settle-steps", "1",
+]  # fmt: skip
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_train_resume_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """GAE learns from failures too, so that an untrained policy's update is not empty."""
+    run = tmp_path / "run"
+    gae = ["--advantage-estimator", "gae", "--val-interval", "60"]
+    main(["train", *SMALL, *gae, "--num-envs", "2", "--run-dir", str(run), "--timesteps", "40"])
+    output = capsys.readouterr().out
+    assert f"results go to {run}" in output and f"Policy: {run / 'policy'}" in output
+    first = rows(run)
+    assert [float(row["update"]) for row in first] == [0.0, 1.0, 2.0]
+    assert float(first[1]["rollout/env_steps"]) == 32.0
+    # Nothing was learned before the first step: old and new probabilities are those of the same weights.
+    assert abs(float(first[1]["train/approx_kl"])) < 1e-6 and float(first[1]["train/grad_norm"]) > 0
+    for name in ("config.json", "about.json", "train.log", "learning_curve.png", "policy/model.safetensors"):
+        assert (run / name).stat().st_size > 0
+    assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+
+    main(["train", "--resume", "--run-dir", str(run), "--timesteps", "70", "--num-envs", "1"])
+    assert "Going on from" in capsys.readouterr().out
+    assert [float(row["update"]) for row in rows(run)] == [0.0, 1.0, 2.0, 3.0]
+
+    out = tmp_path / "evaluation"
+    main(
+        ["evaluate", "--checkpoint", str(run / "policy"), "--task-ids", "0", "3", "--episodes-per-task", "1",
+         "--max-episode-steps", "16", "--num-envs", "1", "--out", str(out)]
+    )  # fmt: skip
+    report = json.loads((out / "report.json").read_text())
+    assert [(e["task_id"], e["init_state_id"], e["control_steps"]) for e in report["episodes"]] == [
+        (0, 0, 16),
+        (3, 0, 16),
+    ]
+    assert report["success"].endswith("(0/2)") and report["settings"]["versions"]["mujoco"] == "3.3.2"
+
+
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path):
+    options = [*SMALL, "--advantage-estimator", "gae", "--val-interval", "0"]
+    main(["train", *options, "--run-dir", str(tmp_path / "whole"), "--timesteps", "60"])
+    main(["train", *options, "--run-dir", str(tmp_path / "parts"), "--timesteps", "30"])
+    main(["train", "--resume", "--run-dir", str(tmp_path / "parts"), "--timesteps", "60"])
+    for column in ("train/policy_loss", "train/value_loss", "train/grad_norm"):
+        assert [row[column] for row in rows(tmp_path / "whole")] == [row[column] for row in rows(tmp_path / "parts")]
+
+
+def test_a_random_policy_has_nothing_to_learn_from(tmp_path: Path, capsys: pytest.CaptureFixture):
+    run = tmp_path / "run"
+    main(["train", *SMALL, "--val-interval", "0", "--run-dir", str(run), "--timesteps", "30"])
+    assert "No group had both outcomes (1 failed throughout" in capsys.readouterr().out
+    (row,) = rows(run)
+    assert (float(row["rollout/groups"]), float(row["rollout/groups_kept"])) == (1.0, 0.0)
+    assert "train/policy_loss" not in row
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task-suite", "libero_spatal"], "Unknown task suite 'libero_spatal'. Did you mean 'libero_spatial'"),
+        (["--task-ids", "0", "10"], "task_id=10 is not a task of libero_spatial"),
+        (["--init-state-ids", "50"], "Initial state 50 does not exist: task 0 of libero_spatial has 0..49"),
+        (["--image-size", "224", "224"], r"image_size is \(224, 224\), but random:tiny was made for \(126, 126\)"),
+        (["--pretrained-checkpoint", "./nowhere"], "there is no checkpoint folder './nowhere'"),
+        (["--device", "cuda:7"], "device 'cuda:7' is not on this machine"),
+        (["--device", "quantum"], "device 'quantum' is unknown"),
+        (["--no-use-tokenized-actions", "--load-l1-action-head"], "PPO needs use_tokenized_actions=True"),
+        (["--resume"], "is not the folder of a run"),
+    ],
+)
+def test_bad_input_is_explained_before_a_folder_is_made(options: list[str], message: str, tmp_path: Path):
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit, match=message):
+        main(["train", *SMALL, "--run-dir", str(run), *options])
+    assert not run.exists()
+
+
+def test_an_existing_folder_is_not_written_over(tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="exists already. Choose another --run-dir, or go on with the run in it"):
+        main(["train", *SMALL, "--run-dir", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_unknown_command():
+    with pytest.raises(SystemExit, match="no command 'trian': choose train, evaluate"):
+        main(["trian"])
+
+
+def test_policy_folder_reads_back_the_same(tmp_path: Path):
+    from tensordict import TensorDict
+
+    from torchrl_vla.config import OpenVLAActorConfig
+    from torchrl_vla.training.policy import save_policy
+
+    torch.manual_seed(0)
+    policy = build_policy("tiny", temperature=1.0)
+    save_policy(policy, tmp_path / "policy")
+    loaded = load_policy(
+        OpenVLAActorConfig(pretrained_checkpoint=str(tmp_path / "policy")), task_suite="identity", trainable=False
+    )
+    data = TensorDict(
+        observation=TensorDict(image=torch.randint(0, 256, (3, 256, 256), dtype=torch.uint8), state=torch.randn(8)),
+        language_instruction="pick up the black bowl and place it on the plate",
+    )
+    expected, actual = (p.actor.get_dist(data.clone()).logits for p in (policy, loaded))
+    assert torch.equal(actual, expected)
+
+
+def test_cpu_is_a_device():
+    assert choose_device("cpu") == torch.device("cpu")
+    assert train.__doc__
