@@ -12,7 +12,9 @@ from torchrl_vla.envs.expert.arm import Arm
 __all__ = ["CarryPath", "hand_pose_for", "plan_carry", "release_height"]
 
 _RELEASE_GAP = 0.008
-_CARRY_CLEARANCE, _SIDE_CLEARANCE, _BLOCKED_WITHIN, _LOOK_AHEAD = 0.025, 0.015, 0.10, 0.05
+_CARRY_CLEARANCE, _SIDE_CLEARANCE, _BLOCKED_WITHIN, _LOOK_AHEAD = 0.025, 0.015, 0.10, 0.03
+#: How steeply the object climbs towards what is further ahead.
+_CLIMB_SLOPE = 0.7
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class CarryPath:
     """Which heights an object must keep on a straight way.
 
     Args:
-        along: where on the way the points near it are, sorted, ``[n]`` in metres.
+        along: where on the way the points near it are, ``[n]`` in metres.
         heights: of the object's origin that clears these points, ``[n]``.
         lowest: height that is enough where nothing is near.
         reach: how far ahead and behind the object is affected by a point.
@@ -36,13 +38,14 @@ class CarryPath:
     rise_first: bool
 
     def height(self, travelled: float) -> float:
-        """Height of the object's origin that clears what is near and what comes next, in metres.
+        """Height of the object's origin that clears what is near, and can clear in time what comes next, in metres.
 
         Args:
             travelled: part of the way that is behind it, in metres.
         """
-        window = slice(*np.searchsorted(self.along, [travelled - self.reach, travelled + self.reach + _LOOK_AHEAD]))
-        return float(self.heights[window].max(initial=self.lowest))
+        ahead = np.maximum(self.along - travelled - self.reach - _LOOK_AHEAD, 0.0)
+        needed = (self.heights - _CLIMB_SLOPE * ahead)[self.along > travelled - self.reach]
+        return float(needed.max(initial=self.lowest))
 
 
 def release_height(
@@ -86,10 +89,9 @@ def plan_carry(
     nearest = origin[:2] + np.clip(along, 0.0, length)[:, None] * path / length
     near = np.linalg.norm(others[:, :2] - nearest, axis=1) < radius
     in_the_way = near & (along < _BLOCKED_WITHIN) & (others[:, 2] > bottom - 0.005)
-    order = np.flatnonzero(near)[np.argsort(along[near], kind="stable")]
     lift = _CARRY_CLEARANCE + origin[2] - bottom
     return CarryPath(
-        along[order], others[order, 2] + lift, max(lowest, ground + lift), radius, length, bool(in_the_way.any())
+        along[near], others[near, 2] + lift, max(lowest, ground + lift), radius, length, bool(in_the_way.any())
     )
 
 
