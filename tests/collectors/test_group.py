@@ -269,6 +269,11 @@ def test_an_env_that_starts_elsewhere_is_noticed():
         GroupCollector(StubbornEnv(5, ignores_requests=True), Policy()).collect(PLAN)
 
 
+def test_an_empty_plan_is_refused():
+    with pytest.raises(ValueError, match="no episodes"):
+        GroupCollector(StubbornEnv(), Policy()).collect([])
+
+
 def test_an_env_that_does_not_report_its_start_is_refused():
     env = StubbornEnv(5)
     del env.observation_spec["init_state_id"]
