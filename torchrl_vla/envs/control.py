@@ -141,7 +141,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         warnings.warn(
             f"The compiled control loop cannot be kept on disk ({error}): every process spends some ten seconds on "
             "compiling it. Set NUMBA_CACHE_DIR to a folder that can be written.",
-            stacklevel=2,
+            stacklevel=1,  # one place for all functions, so that it is shown once
         )
         return numba.njit(nogil=True)(function)
 
