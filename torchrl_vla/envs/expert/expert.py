@@ -47,8 +47,9 @@ class ScriptedExpert:
             data: the simulation, settled; every later ``action`` reads it. The fixtures' poses in the model are this
                 episode's.
         """
-        # A state that was just simulated and the same one restored differ in how fresh these positions are.
-        mujoco.mj_kinematics(self._model, data)
+        # A state that was just simulated and the same one restored differ in how fresh poses and velocities are.
+        for refresh in (mujoco.mj_kinematics, mujoco.mj_comPos, mujoco.mj_comVel):
+            refresh(self._model, data)
         self._script = self._run(data)
 
     def action(self) -> np.ndarray:
