@@ -66,6 +66,8 @@ def test_unreachable_goals_are_refused(simulator: LiberoSimulator) -> None:
         ScriptedExpert(model, [Goal("on", "teapot_1", "plate_1")])
     with pytest.raises(ValueError, match="'shelf_1'"):
         ScriptedExpert(model, [Goal("on", "akita_black_bowl_1", "shelf_1")])
+    with pytest.raises(ValueError, match="empty"):
+        ScriptedExpert(model, [])
     with pytest.raises(RuntimeError, match="reset"):
         ScriptedExpert(model, [ON_PLATE]).action()
 

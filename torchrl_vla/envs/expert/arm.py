@@ -60,6 +60,7 @@ class Arm:
             HandBox(np.array([-0.105, -0.035, -0.14]), np.array([0.105, 0.035, -0.031])),
             HandBox(np.array([-0.062, -0.011, -0.031]), np.array([0.062, 0.011, 0.009])),
         )
+        #: Of the boxes, across the finger axis, in metres.
         self.half_thickness = max(float(box.high[1]) for box in self.boxes)
 
     def pose(self, data: mujoco.MjData) -> tuple[np.ndarray, np.ndarray]:

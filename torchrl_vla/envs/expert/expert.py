@@ -26,7 +26,7 @@ class ScriptedExpert:
         goals: the task's goal, as ``read_goals`` gives it.
 
     Raises:
-        ValueError: a goal is not about where an object lies, or names something that the model does not have.
+        ValueError: there is no goal, or one is not about where an object lies or names what the model does not have.
 
     Examples:
         >>> expert = ScriptedExpert(model, read_goals(task.bddl_file))  # doctest: +SKIP
@@ -35,6 +35,8 @@ class ScriptedExpert:
     """
 
     def __init__(self, model: mujoco.MjModel, goals: Sequence[Goal]) -> None:
+        if not goals:
+            raise ValueError("goals must not be empty: pass what read_goals(task.bddl_file) returns.")
         arm, surfaces = Arm(model), CollisionPoints(model)
         self._model = model
         self._parts = [PickAndPlace(model, arm, surfaces, goal) for goal in goals]

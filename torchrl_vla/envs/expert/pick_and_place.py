@@ -70,7 +70,7 @@ class PickAndPlace:
         while True:
             points, others = self._surfaces.split(data, self._body)
             grasp = self._plan(data, points, others)
-            if (yield from self._pick(data, grasp)) and (yield from self._place(data, grasp, others)):
+            if (yield from self._pick(data, grasp)) and (yield from self._place(data, grasp)):
                 return
             yield from self._rise(data, points[:, 2].max() + _APPROACH)
 
@@ -115,10 +115,10 @@ class PickAndPlace:
         yield from self._straight(data, here + [0.0, 0.0, _LIFT], grasp.rotation, GRIPPER_CLOSE, _LIFT_SPEED)
         return arm.fingers_touching(data, self._body) == 2
 
-    def _place(self, data: mujoco.MjData, grasp: Grasp, others: np.ndarray) -> Phase:
+    def _place(self, data: mujoco.MjData, grasp: Grasp) -> Phase:
         arm = self._arm
         target = self._target_position(data)
-        points, _ = self._surfaces.split(data, self._body)
+        points, others = self._surfaces.split(data, self._body)
         ground = self._surfaces.ground(data)
         origin, (here, rotation) = self._origin(data), arm.pose(data)
         held = rotation.T @ (origin - here)
