@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import mujoco
 import numpy as np
 import pytest
 from reference import CAMERAS, Stock, assert_same, random_actions, smooth_actions
@@ -101,22 +102,35 @@ def test_a_slot_reused_for_another_task_equals_a_new_one(spatial: LiberoSimulato
     assert_equal(trace(spatial, 1, actions), expected)
 
 
-def test_a_chunk_ended_by_success_equals_stock(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bowl that starts above the plate succeeds when it lands, in the middle of a chunk."""
-    task = get_suite("libero_spatial").task(0)
-    ours = LiberoSimulator("libero_spatial", image_size=64, settle_steps=0)
-    ours.reset(0, 0, 0)
-    model = ours.model(0)
+def falling_bowl(model: mujoco.MjModel, state: np.ndarray) -> None:
+    """The bowl starts above the plate and succeeds when it lands."""
     joints = [model.body(f"{name}_main").jntadr[0] for name in ("akita_black_bowl_1", "plate_1")]
     bowl, plate = model.jnt_qposadr[joints]
-    state = task.init_states[0].copy()
     state[1 + bowl : 4 + bowl] = state[1 + plate : 4 + plate] + [0.0, 0.0, 0.12]
+
+
+def turning_knob(model: mujoco.MjModel, state: np.ndarray) -> None:
+    """The stove's knob turns by itself; the burner, drawn from then on, must show when stock's does."""
+    [knob] = [joint for joint in range(model.njnt) if "flat_stove" in model.joint(joint).name]
+    state[1 + model.jnt_qposadr[knob]] = 0.3
+    state[1 + model.nq + model.jnt_dofadr[knob]] = 4.0
+
+
+@pytest.mark.parametrize(
+    ("suite", "task_id", "prepare"), [("libero_spatial", 0, falling_bowl), ("libero_goal", 7, turning_knob)]
+)
+def test_a_chunk_ended_by_success_equals_stock(suite, task_id, prepare, tmp_path, monkeypatch) -> None:
+    task = get_suite(suite).task(task_id)
+    ours = LiberoSimulator(suite, settle_steps=0)
+    ours.reset(0, task_id, 0)
+    state = task.init_states[0].copy()
+    prepare(ours.model(0), state)
     np.savez(tmp_path / "states.npz", states=state[None])
-    falling = LiberoTask("libero_spatial", 0, task.instruction, task.bddl_file, tmp_path / "states.npz")
-    monkeypatch.setattr(simulator_module, "get_suite", lambda name: TaskSuite(name, (falling,), 220))
-    ours = LiberoSimulator("libero_spatial", cameras=CAMERAS, image_size=64, settle_steps=0)
+    changed = LiberoTask(suite, 0, task.instruction, task.bddl_file, tmp_path / "states.npz")
+    monkeypatch.setattr(simulator_module, "get_suite", lambda name: TaskSuite(name, (changed,), 220))
+    ours = LiberoSimulator(suite, cameras=CAMERAS, image_size=64, settle_steps=0)
     ours.reset(0, 0, 0)
-    stock = Stock(falling)
+    stock = Stock(changed)
     stock.start(state, settle_steps=0)
     assert_same("initial state", ours, 0, stock, images=True)
     actions = random_actions(12, 0)
@@ -127,4 +141,7 @@ def test_a_chunk_ended_by_success_equals_stock(tmp_path, monkeypatch: pytest.Mon
         stock.step(action)
     assert stock.success and stock.reward == 1.0
     assert_same("success", ours, 0, stock, images=True)
+    stock.step(actions[steps])
+    ours.step(0, actions[steps : steps + 1])
+    assert_same("after success", ours, 0, stock, images=True)
     stock.close()
