@@ -46,6 +46,16 @@ class FusedSelfAttention(nn.Module):
         return self.proj(output.reshape(batch, tokens, -1)), None
 
 
+class DINOv2Layer(Dinov2WithRegistersLayer):
+    """transformers' layer with its forward spelled out: what it passes to its attention differs between versions."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, N, D] to [B, N, D]."""
+        attended, _ = self.attention(self.norm1(hidden_states))
+        hidden_states = self.layer_scale1(attended) + hidden_states
+        return self.layer_scale2(self.mlp(self.norm2(hidden_states))) + hidden_states
+
+
 class PatchEmbeddings(nn.Module):
     """Patches of an image plus their positions, after DINOv2's class and register tokens where the tower has them.
 
@@ -97,12 +107,14 @@ class VisionTower(nn.Module):
             patch_size=config.patch_size,
             attn_implementation=attn_implementation,
         )
+        # SigLIP's layers insist on a mask.
+        self._layer_arguments = {} if config.num_prefix_tokens else {"attention_mask": None}
         self.layers = nn.ModuleList()
         for _ in range(config.depth - 1):
             layer: Any
             if config.num_prefix_tokens:
                 dino_config = Dinov2WithRegistersConfig(**shared)
-                layer = Dinov2WithRegistersLayer(dino_config)
+                layer = DINOv2Layer(dino_config)
                 layer.attention = FusedSelfAttention(dino_config)
                 # transformers only knows whole ratios; timm's hidden width is exact.
                 layer.mlp.fc1 = nn.Linear(config.embed_dim, config.mlp_dim)
@@ -117,7 +129,7 @@ class VisionTower(nn.Module):
         """[B, 3, H, W] normalised pixels to [B, N, D] patch features."""
         hidden_states = self.embeddings(pixel_values)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, None)
+            hidden_states = layer(hidden_states, **self._layer_arguments)
         return hidden_states[:, self.embeddings.num_prefix_tokens :]
 
 
