@@ -246,6 +246,7 @@ def test_one_demonstration_per_task(config: FinetuneConfig, capsys: pytest.Captu
 def test_bad_combinations_are_explained(config: FinetuneConfig, tmp_path: Path):
     with pytest.raises(ValueError, match="batch_size is 999, but the demonstrations have 24 samples"):
         finetune(replace(config, batch_size=999))
+    assert not config.out.exists()
     with pytest.raises(ValueError, match="gives 6"):
         finetune(replace(config, out=tmp_path / "d", checkpoint=str(save_start(tmp_path / "six", action_dim=6))))
     with pytest.raises(ValueError, match="no L1 head to keep"):

@@ -144,7 +144,7 @@ class Finetuner:
                 if done or self.step % config.log_interval == 0:
                     row = {f"train/{name}": float(value) / (self.step - logged) for name, value in sums.items()}
                     self._check_finite(row)
-                    row["train/learning_rate"] = self.schedule.get_last_lr()[0]
+                    row["train/learning_rate"] = float(self.schedule.get_last_lr()[0])
                     row["time/steps_per_second"] = (self.step - logged) / (time.perf_counter() - started)
                     sums, logged, started = {}, self.step, time.perf_counter()
                     bar.set_postfix({"loss": f"{row['train/loss']:.3f}"})
@@ -235,12 +235,12 @@ def finetune(config: FinetuneConfig) -> Path:
         ValueError: something the user asked for cannot be had; nothing long was started then.
     """
     began = time.perf_counter()
+    _check_folder(config)
     device = choose_device(config.device)
     torch.manual_seed(config.seed)
     dataset = DemonstrationDataset(config.dataset)
     policy = load_student(config, dataset, device)
     train, held_out = dataset.split(per_task=config.episodes_per_task, held_out=config.val_episodes_per_task)
-    _open_folder(config)
     trainable = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
     tqdm.write(
         f"{len(train)} demonstrations to learn from, {len(held_out)} held out; {trainable:,} parameters learn on "
@@ -261,8 +261,10 @@ def finetune(config: FinetuneConfig) -> Path:
     )
     if config.compile or (config.compile is None and device.type == "cuda"):
         policy.model.compile(dynamic=False)
+    buffer = sample_buffer(samples, config.batch_size)
+    _describe(config)
     logger = RunLogger(config.out)
-    trainer = Finetuner(config, policy, inputs, sample_buffer(samples, config.batch_size), validation, logger)
+    trainer = Finetuner(config, policy, inputs, buffer, validation, logger)
     if config.resume:
         trainer.checkpoints.load_latest()
         logger.restore(trainer.step)
@@ -281,14 +283,17 @@ def finetune(config: FinetuneConfig) -> Path:
     return folder
 
 
-def _open_folder(config: FinetuneConfig) -> None:
-    """Make the run's folder and describe the run in it, or make sure that there is one to resume."""
+def _check_folder(config: FinetuneConfig) -> None:
     folder = config.out
+    if not config.resume and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} exists already: choose another --out, or go on with the run in it with --resume.")
+
+
+def _describe(config: FinetuneConfig) -> None:
+    """Make the run's folder, and note in it what is run."""
     if config.resume:
         return
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} exists already: choose another --out, or go on with the run in it with --resume.")
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save(folder / "config.json")
+    config.out.mkdir(parents=True, exist_ok=True)
+    config.save(config.out / "config.json")
     about = {"command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"), **versions()}
-    (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+    (config.out / "about.json").write_text(json.dumps(about, indent=2) + "\n")
