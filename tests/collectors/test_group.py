@@ -25,6 +25,7 @@ from torchrl.objectives.value import GAE
 
 from torchrl_vla.collectors import EpisodePlan, GroupCollector, Progress
 from torchrl_vla.collectors.trajectories import TrajectoryRecorder
+from torchrl_vla.envs.toy import ToyTrackingEnv
 from torchrl_vla.objectives import GRPOAdvantage
 
 SUCCESS_AFTER, FAILURE_AFTER = 1, 4
@@ -182,6 +183,22 @@ def test_finished_slots_are_not_stepped():
     env = StubbornEnv(5)
     batch = GroupCollector(env, Policy()).collect(PLAN)
     assert env.slot_steps == len(batch)
+
+
+@pytest.mark.parametrize("make", [partial(ToyTrackingEnv, 4), partial(SerialEnv, 4, ToyTrackingEnv)])
+def test_a_reset_leaves_the_other_slots_alone(make):
+    """ToyTrackingEnv reports no last action for any slot of a reset; those that go on must still see theirs."""
+
+    def act(tensordict: TensorDictBase) -> TensorDictBase:
+        return tensordict.set("action", 2 * torch.rand(*tensordict.batch_size, 4, 2) - 1)
+
+    torch.manual_seed(0)
+    batch = GroupCollector(make(), act).collect(EpisodePlan.grid([0], range(16)))
+    ends = batch["next", "done"].squeeze(-1)
+    assert ends[batch["next", "success"].squeeze(-1)].all() and 0 < batch["next", "success"].sum() < 16
+    last_action = batch["observation", "state"][1:, :2]
+    expected = torch.where(ends[:-1, None], 0.0, batch["action"][:-1, -1])
+    torch.testing.assert_close(last_action, expected)
 
 
 def test_storage_is_compact():

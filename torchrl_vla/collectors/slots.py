@@ -80,9 +80,8 @@ class EnvSlots:
                     f"Asked to start at {key} {value.flatten().tolist()}, the environment started at "
                     f"{state.get(key)[slots].flatten().tolist()}: its reset must read {key!r} from the TensorDict."
                 )
-        for key, value in state.items(True, True):
-            rows = mask.reshape(-1, *(1,) * (value.ndim - 1))
-            self._tensors[key] = value if first else torch.where(rows, value, self._tensors[key])
+        # The request held everything, so TorchRL has kept the entries of the slots that were not reset.
+        self._tensors |= dict(state.items(True, True))
         self._keep_others(torch.arange(self._size) if first else slots, state)
 
     def observe(self, slots: Tensor) -> TensorDict:

@@ -310,7 +310,6 @@ class AsymmetricClipPPOLoss(ClipPPOLoss):
         log_ratio = self._per_ratio(log_ratio, batch_dims).sum(-1)
         valid = self._per_ratio(valid, batch_dims).any(-1)
         advantage = advantage.reshape(*advantage.shape[:-1], *(1,) * (valid.ndim - batch_dims)).expand(valid.shape)
-        advantage = zero_invalid(advantage, valid)
         clipped = log_ratio.clamp(*self._clip_bounds)
         gain = torch.minimum(log_ratio.exp() * advantage, clipped.exp() * advantage)
         if self.dual_clip is not None:
