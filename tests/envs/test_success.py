@@ -43,7 +43,8 @@ def stirred(domain: Any, scene: Scene, init_states: np.ndarray, count: int) -> I
         data.qvel[:] = 0
         mujoco.mj_forward(model, data)
         if index % 8:
-            for predicate in scene.goal:
+            # Last first: what others are put on or in is named there.
+            for predicate in reversed(scene.goal):
                 nudge(model, data, predicate, generator)
                 mujoco.mj_forward(model, data)
         yield
