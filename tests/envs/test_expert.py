@@ -143,7 +143,7 @@ def test_a_bowl_is_grasped_at_its_rim_away_from_walls(simulator: LiberoSimulator
     arm, surfaces = Arm(model), CollisionPoints(model)
     bowl = model.body("akita_black_bowl_1_main").id
     points, others = surfaces.split(data, bowl)
-    grasp = plan_grasp(arm, data, points, others, 0.07, np.zeros(3))
+    grasp = plan_grasp(arm, data, points, others, approach=0.07, carry=np.zeros(3))
     outward = grasp.position[:2] - data.xpos[bowl, :2]
     assert 0.03 < np.linalg.norm(outward) < 0.06
     assert points[:, 2].max() - grasp.position[2] == pytest.approx(0.022, abs=1e-3)
@@ -154,8 +154,12 @@ def test_a_bowl_is_grasped_at_its_rim_away_from_walls(simulator: LiberoSimulator
     across, height = np.meshgrid(np.linspace(-0.05, 0.05, 21), np.linspace(0.9, 1.05, 31))
     side = np.outer(across.ravel(), [-direction[1], direction[0]])
     wall = np.column_stack([data.xpos[bowl, :2] + 0.075 * direction + side, height.ravel()])
-    other = plan_grasp(arm, data, points, np.concatenate([others, wall]), 0.07, np.zeros(3))
+    obstructed = np.concatenate([others, wall])
+    other = plan_grasp(arm, data, points, obstructed, approach=0.07, carry=np.zeros(3))
     assert np.linalg.norm(other.position - grasp.position) > 0.02
+    # So does its failure.
+    other = plan_grasp(arm, data, points, others, approach=0.07, carry=np.zeros(3), avoid=[grasp.position])
+    assert np.linalg.norm(other.position - grasp.position) >= 0.02
 
 
 def test_heights_of_carrying_and_releasing() -> None:

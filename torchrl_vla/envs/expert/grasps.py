@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mujoco
@@ -15,7 +17,7 @@ __all__ = ["Grasp", "plan_grasp"]
 #: The widest side that the fingers, which open 80 mm, are put across.
 _LARGEST_WIDTH = 0.072
 _LARGEST_WRIST_TURN = 1.9
-_RIM_ANGLES = 24
+_RIM_ANGLES, _RIM_SECTOR, _RIM_THICKNESS = 24, np.radians(12.0), 0.006
 _RIM_INSET, _RIM_SHIFTS, _RIM_DEPTHS, _RIM_CLEARANCE = 0.0045, (0.0, 0.008, 0.016), (0.022, 0.016), 0.012
 _SIDE_TURNS = np.radians([0.0, -8.0, 8.0, -16.0, 16.0, -24.0, 24.0])
 _SIDE_SHIFTS = (0.0, -0.4, 0.4, -0.6, 0.6)
@@ -23,6 +25,8 @@ _SIDE_DEPTH, _LOW_HEIGHT, _LOW_CLEARANCE, _LOW_FRACTION = 0.026, 0.03, 0.010, 0.
 #: Cost of a radian of wrist turn, a metre of shift, a metre that a grasp is too shallow, a radian off the side's
 #: direction, a metre of width, a radian of tilt across the fingers, a point that the hand would hit.
 _TURN, _SHIFT, _SHALLOW, _SKEW, _WIDTH, _TILT, _HIT = 0.25, 20.0, 20.0, 3.0, 8.0, 3.0, 0.2
+#: Cost of being this near, in metres, to a grasp that failed.
+_FAILED, _FAILED_RADIUS = 1.0, 0.02
 _MARGIN, _NEIGHBOURHOOD = 0.004, 0.28
 _RESCORED, _CARRY_FRACTIONS, _CARRY_WEIGHT = 30, (0.6, 1.0), 0.1
 
@@ -54,7 +58,14 @@ class _Candidates:
 
 
 def plan_grasp(
-    arm: Arm, data: mujoco.MjData, points: np.ndarray, others: np.ndarray, approach: float, carry: np.ndarray
+    arm: Arm,
+    data: mujoco.MjData,
+    points: np.ndarray,
+    others: np.ndarray,
+    *,
+    approach: float,
+    carry: np.ndarray,
+    avoid: Sequence[np.ndarray] = (),
 ) -> Grasp:
     """Chooses how to grasp an object.
 
@@ -65,6 +76,7 @@ def plan_grasp(
         others: collision points of everything else, ``[m, 3]``.
         approach: height from which the hand comes down, in metres above the grasp.
         carry: displacement of the object that is to follow, ``[3]`` in metres.
+        avoid: positions of the grip site that failed before, each ``[3]``.
 
     Returns:
         Grasp: the cheapest candidate.
@@ -74,25 +86,31 @@ def plan_grasp(
         candidates = _rim_candidates(points)
     else:
         candidates = _side_candidates(points, centre, direction, (long_half, short_half))
+    for failed in avoid:
+        candidates.costs[np.linalg.norm(candidates.positions - failed, axis=1) < _FAILED_RADIUS] += _FAILED
     return _choose(arm, data, candidates, others, approach, carry)
 
 
 def _rim_candidates(points: np.ndarray) -> _Candidates:
-    """Grasps of a bowl's or plate's wall, one finger inside."""
-    bottom, top = points[:, 2].min(), points[:, 2].max()
-    rim = points[points[:, 2] > top - 0.012]
-    centre = (rim[:, :2].min(axis=0) + rim[:, :2].max(axis=0)) / 2
-    offsets = rim[:, :2] - centre
-    angles = np.arange(_RIM_ANGLES) * 2 * np.pi / _RIM_ANGLES
-    outward = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    radii = (offsets @ outward.T).max(axis=0)
-    angle, shift, depth = (
-        grid.ravel() for grid in np.meshgrid(np.arange(_RIM_ANGLES), _RIM_SHIFTS, _RIM_DEPTHS, indexing="ij")
-    )
-    horizontal = centre + (radii[angle] - _RIM_INSET - shift)[:, None] * outward[angle]
-    height = np.maximum(top - depth, bottom + _RIM_CLEARANCE)
-    costs = _SHIFT * shift + _SHALLOW * (height - height.min())
-    return _Candidates(np.column_stack([horizontal, height]), angles[angle], costs)
+    """Grasps of a bowl's or plate's wall, one finger inside. Tilted bowls have a rim of uneven height."""
+    centre = (points[:, :2].min(axis=0) + points[:, :2].max(axis=0)) / 2
+    offsets = points[:, :2] - centre
+    bearings = np.arctan2(offsets[:, 1], offsets[:, 0])
+    bottom = points[:, 2].min()
+    positions, yaws, costs = [], [], []
+    for angle in np.arange(_RIM_ANGLES) * 2 * np.pi / _RIM_ANGLES:
+        sector = np.cos(bearings - angle) > np.cos(_RIM_SECTOR)
+        if not sector.any():
+            continue
+        outward = np.array([np.cos(angle), np.sin(angle)])
+        top = points[sector, 2].max()
+        radius = (offsets[sector & (points[:, 2] > top - _RIM_THICKNESS)] @ outward).max()
+        for shift, depth in itertools.product(_RIM_SHIFTS, _RIM_DEPTHS):
+            horizontal = centre + (radius - _RIM_INSET - shift) * outward
+            positions.append([*horizontal, max(top - depth, bottom + _RIM_CLEARANCE)])
+            yaws.append(angle)
+            costs.append(_SHIFT * shift + _SHALLOW * (_RIM_DEPTHS[0] - depth))
+    return _Candidates(np.array(positions), np.array(yaws), np.array(costs))
 
 
 def _side_candidates(

@@ -57,6 +57,8 @@ class PickAndPlace:
         self._site = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_SITE, goal.target)
         target = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_BODY, f"{goal.target}_main")
         self._target = int(model.body_rootid[model.site_bodyid[self._site]]) if self._site >= 0 else target
+        free = model.jnt_bodyid[model.jnt_type == mujoco.mjtJoint.mjJNT_FREE]
+        self._movable = free[free != self._body]
         if self._body < 0 or self._target < 0:
             missing = goal.subject if self._body < 0 else goal.target
             raise ValueError(f"The model has no object or site {missing!r}, which the goal {goal} names.")
@@ -67,10 +69,16 @@ class PickAndPlace:
         Args:
             data: the simulation, read anew before every action.
         """
+        failed: list[np.ndarray] = []
         while True:
             points, others = self._surfaces.split(data, self._body)
-            grasp = self._plan(data, points, others)
-            if (yield from self._pick(data, grasp)) and (yield from self._place(data, grasp)):
+            origin = self._origin(data)
+            carry = self._target_position(data) - origin
+            avoid = [origin + offset for offset in failed]
+            grasp = plan_grasp(self._arm, data, points, others, approach=_APPROACH, carry=carry, avoid=avoid)
+            if not (yield from self._pick(data, grasp)):
+                failed.append(grasp.position - origin)
+            elif (yield from self._place(data, grasp)):
                 return
             yield from self._rise(data, points[:, 2].max() + _APPROACH)
 
@@ -79,10 +87,6 @@ class PickAndPlace:
 
     def _origin(self, data: mujoco.MjData) -> np.ndarray:
         return data.xpos[self._body].copy()
-
-    def _plan(self, data: mujoco.MjData, points: np.ndarray, others: np.ndarray) -> Grasp:
-        carry = self._target_position(data) - self._origin(data)
-        return plan_grasp(self._arm, data, points, others, _APPROACH, carry)
 
     def _pick(self, data: mujoco.MjData, grasp: Grasp) -> Phase:
         arm, above = self._arm, grasp.position + [0.0, 0.0, _APPROACH]
@@ -105,6 +109,7 @@ class PickAndPlace:
             if not in_place():
                 return False
             yield arm.towards(data, grasp.position, grasp.rotation, GRIPPER_OPEN, _DESCENT_SPEED)
+        heights = data.xpos[self._movable, 2].copy()
         firm = 0
         for step in range(_CLOSE_STEPS_AT_MOST):
             firm = firm + 1 if arm.fingers_touching(data, self._body) == 2 else 0
@@ -113,6 +118,11 @@ class PickAndPlace:
             yield arm.towards(data, grasp.position, grasp.rotation, GRIPPER_CLOSE)
         here, _ = arm.pose(data)
         yield from self._straight(data, here + [0.0, 0.0, _LIFT], grasp.rotation, GRIPPER_CLOSE, _LIFT_SPEED)
+        if (data.xpos[self._movable, 2] - heights).max(initial=0.0) > _LIFT / 2:
+            # A bowl that stood in another one can take it along: put both down.
+            yield from self._straight(data, here, grasp.rotation, GRIPPER_CLOSE, _LIFT_SPEED)
+            yield from self._release(data, grasp.rotation)
+            return False
         return arm.fingers_touching(data, self._body) == 2
 
     def _place(self, data: mujoco.MjData, grasp: Grasp) -> Phase:
@@ -150,10 +160,14 @@ class PickAndPlace:
                 return False
             yield arm.towards(data, low_position, rotation, GRIPPER_CLOSE, _LOWER_SPEED)
         here, _ = arm.pose(data)
-        for _ in range(_RELEASE_STEPS):
-            yield arm.towards(data, here, rotation, GRIPPER_OPEN)
+        yield from self._release(data, rotation)
         yield from self._straight(data, here + [0.0, 0.0, _RETREAT], rotation, GRIPPER_OPEN)
         return True
+
+    def _release(self, data: mujoco.MjData, rotation: np.ndarray) -> Generator[np.ndarray, None, None]:
+        here, _ = self._arm.pose(data)
+        for _ in range(_RELEASE_STEPS):
+            yield self._arm.towards(data, here, rotation, GRIPPER_OPEN)
 
     def _rise(self, data: mujoco.MjData, height: float) -> Phase:
         position, rotation = self._arm.pose(data)
