@@ -68,7 +68,7 @@ def nudge(model: mujoco.MjModel, data: mujoco.MjData, predicate: Predicate, gene
 
 @pytest.mark.parametrize(("suite", "task_id"), SLIM)
 def test_agrees_with_the_original_predicates(suite: str, task_id: int) -> None:
-    check(suite, task_id, states=96)
+    check(suite, task_id, states=200)
 
 
 @pytest.mark.full

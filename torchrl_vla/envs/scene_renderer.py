@@ -39,10 +39,13 @@ class SceneRenderer:
         model.vis.global_.offwidth = model.vis.global_.offheight = image_size
         self._gl = make_gl_context(image_size, image_size)
         self._gl.make_current()
-        samples = model.vis.quality.offsamples
-        model.vis.quality.offsamples = samples if exact else 0
+        quality = model.vis.quality
+        samples, shadow_size = quality.offsamples, quality.shadowsize
+        quality.offsamples = samples if exact else 0
+        # LIBERO's lights cast no shadows, and an unused map of them takes 64 MB.
+        quality.shadowsize = shadow_size if model.light_castshadow.any() else 0
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
-        model.vis.quality.offsamples = samples
+        quality.offsamples, quality.shadowsize = samples, shadow_size
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self.close = weakref.finalize(self, _free, self._gl, self._context)
         self._scene = mujoco.MjvScene(model, maxgeom=_MAX_GEOMS)

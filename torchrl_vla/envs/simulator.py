@@ -119,7 +119,7 @@ class LiberoSimulator:
 
     Slots may be stepped one after the other in one thread. What is shared, and made when it is first needed: the
     compiled model (0.3 GB, one for all tasks of ``libero_spatial``, one per task of ``libero_object``) and its render
-    context (0.6 GB). A slot takes 5 MB.
+    context (0.55 GB). A slot takes 5 MB.
 
     Args:
         task_suite: name of the suite.
