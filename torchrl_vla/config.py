@@ -244,7 +244,8 @@ class OpenVLAActorConfig:
     """
 
     pretrained_checkpoint: str = "openvla-7b-oft-finetuned-libero-spatial"
-    """Folder or hub id of an OpenVLA or OpenVLA-OFT checkpoint; random:tiny and random:7b build untrained ones."""
+    """Folder or hub id of an OpenVLA or OpenVLA-OFT checkpoint; bundled:tiny is the small policy that comes with the
+    package; random:tiny and random:7b build untrained ones."""
     use_local: bool = True
     """Look for a local folder before the hub."""
     unnorm_key: str | None = None

@@ -13,19 +13,19 @@ def _tiny() -> TrainConfig:
     """A small OpenVLA on a machine without a GPU: minutes, to see everything work."""
     return TrainConfig(
         ppo=PPOConfig(
-            total_timesteps=12_000,
+            total_timesteps=8_000,
             n_steps=1_500,
             batch_size=32,
             n_epochs=2,
             actor_lr=1e-4,
             rollout_temperature=1.0,
-            val_interval=6_000,
+            val_interval=4_000,
             val_episodes=8,
             log_interval=1,
-            save_interval=6_000,
+            save_interval=4_000,
         ),
         env=EnvironmentConfig(num_envs=8, image_size=(126, 126)),
-        actor=OpenVLAActorConfig(pretrained_checkpoint="random:tiny", use_lora=False),
+        actor=OpenVLAActorConfig(pretrained_checkpoint="bundled:tiny", use_lora=False),
     )
 
 

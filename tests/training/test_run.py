@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from torchrl_vla.cli import main
-from torchrl_vla.training.policy import build_policy, load_policy
+from torchrl_vla.config import OpenVLAActorConfig
+from torchrl_vla.envs import get_suite
+from torchrl_vla.training.policy import BUNDLED, build_policy, load_policy, save_policy
 from torchrl_vla.training.run import choose_device, train
 
 SMALL = [
-    "--preset", "tiny", "--num-envs", "1", "--group-size", "2", "--max-episode-steps", "16", "--n-steps", "30",
-    "--camera-size", "64", "--val-episodes", "2", "--n-epochs", "1", "--save-interval", "1", "--settle-steps", "1",
+    "--preset", "tiny", "--pretrained-checkpoint", "random:tiny", "--num-envs", "1", "--group-size", "2",
+    "--max-episode-steps", "16", "--n-steps", "30", "--camera-size", "64", "--val-episodes", "2", "--n-epochs", "1",
+    "--save-interval", "1", "--settle-steps", "1",
 ]  # fmt: skip
 
 
@@ -111,14 +114,11 @@ def test_unknown_command():
 def test_policy_folder_reads_back_the_same(tmp_path: Path):
     from tensordict import TensorDict
 
-    from torchrl_vla.config import OpenVLAActorConfig
-    from torchrl_vla.training.policy import save_policy
-
     torch.manual_seed(0)
     policy = build_policy("tiny", temperature=1.0)
     save_policy(policy, tmp_path / "policy")
     loaded = load_policy(
-        OpenVLAActorConfig(pretrained_checkpoint=str(tmp_path / "policy")), task_suite="identity", trainable=False
+        OpenVLAActorConfig(pretrained_checkpoint=str(tmp_path / "policy")), task_suite="libero_spatial", trainable=False
     )
     data = TensorDict(
         observation=TensorDict(image=torch.randint(0, 256, (3, 256, 256), dtype=torch.uint8), state=torch.randn(8)),
@@ -126,6 +126,18 @@ def test_policy_folder_reads_back_the_same(tmp_path: Path):
     )
     expected, actual = (p.actor.get_dist(data.clone()).logits for p in (policy, loaded))
     assert torch.equal(actual, expected)
+
+
+def test_bundled_policy_knows_the_suite():
+    policy = load_policy(
+        OpenVLAActorConfig(pretrained_checkpoint=BUNDLED), task_suite="libero_spatial", trainable=False
+    )
+    assert sum(p.numel() for p in policy.model.parameters()) < 8e6
+    instruction = get_suite("libero_spatial").task(0).instruction
+    ids, _ = policy.processor.encode_instructions([instruction])
+    assert policy.processor.tokenizer.unk_token_id not in ids
+    low, high = policy.processor.action_tokenizer.action_q01, policy.processor.action_tokenizer.action_q99
+    assert (low[:3] < -0.3).all() and (high[:3] > 0.3).all()
 
 
 def test_cpu_is_a_device():

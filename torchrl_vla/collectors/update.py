@@ -77,7 +77,7 @@ class UpdateCollector:
                 plan = EpisodePlan(starts, group_size=self.group_size, first_group_id=self.groups_done)
                 parts.append(self.collector.collect(plan))
                 self.groups_done += count
-                steps += int(parts[-1]["next", "num_control_steps"].sum())
-            batch = torch.cat(parts)
-            self.mean_length = steps / int(batch["next", "done"].sum())
+                steps += int(parts[-1].get(("next", "num_control_steps")).sum())
+            batch: TensorDict = torch.cat(parts)  # type: ignore[arg-type, assignment]
+            self.mean_length = steps / int(batch.get(("next", "done")).sum())
             yield batch

@@ -274,9 +274,7 @@ class AsymmetricClipPPOLoss(ClipPPOLoss):
     def _advantage(self, tensordict: TensorDictBase) -> Tensor:
         advantage = tensordict.get(self.tensor_keys.advantage, None)
         if advantage is None and self.critic_network is None:
-            raise KeyError(
-                f"The batch has no {self.tensor_keys.advantage!r}: compute it first (GRPOAdvantage, GAE)."
-            )
+            raise KeyError(f"The batch has no {self.tensor_keys.advantage!r}: compute it first (GRPOAdvantage, GAE).")
         if advantage is None:
             self.value_estimator(tensordict)
             advantage = tensordict.get(self.tensor_keys.advantage)
@@ -360,9 +358,7 @@ class AsymmetricClipPPOLoss(ClipPPOLoss):
     def _critic(self, tensordict: TensorDictBase, valid: Tensor, counts: TensorDictBase) -> dict[str, Tensor]:
         target = tensordict.get(self.tensor_keys.value_target, None)
         if target is None:
-            raise KeyError(
-                f"The critic needs {self.tensor_keys.value_target!r}, the target return that GAE writes."
-            )
+            raise KeyError(f"The critic needs {self.tensor_keys.value_target!r}, the target return that GAE writes.")
         target = zero_invalid(target, valid)
         old_value = tensordict.get(self.tensor_keys.value, None)
         value = self.critic_network(tensordict.detach() if self.separate_losses else tensordict)

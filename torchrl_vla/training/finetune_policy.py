@@ -16,7 +16,7 @@ from torchrl_vla.modules.heads import L1ActionHead
 from torchrl_vla.modules.openvla import add_lora, freeze_backbone
 from torchrl_vla.modules.openvla.checkpoint import resolve_checkpoint
 from torchrl_vla.training.finetune_config import FinetuneConfig
-from torchrl_vla.training.policy import _PROCESSOR_FILE as PROCESSOR_FILE
+from torchrl_vla.training.policy import PROCESSOR_FILE as PROCESSOR_FILE
 from torchrl_vla.training.policy import Policy, build_policy, save_policy
 
 __all__ = ["load_student", "save_student"]

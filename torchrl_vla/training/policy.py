@@ -28,10 +28,14 @@ from torchrl_vla.modules import (
 from torchrl_vla.modules.openvla.checkpoint import resolve_checkpoint
 from torchrl_vla.modules.openvla.lora import add_lora, freeze_backbone, without_adapters
 
-__all__ = ["Policy", "build_policy", "load_policy", "save_policy"]
+__all__ = ["BUNDLED", "PROCESSOR_FILE", "Policy", "build_policy", "load_policy", "save_policy"]
 
 _RANDOM = "random:"
-_PROCESSOR_FILE = "processor.json"
+#: The policy that comes with the package, made as docs/tiny_policy.md says.
+BUNDLED = "bundled:tiny"
+_BUNDLED_FOLDER = Path(__file__).parents[1] / "assets" / "tiny_policy"
+#: Image settings of a policy folder; released checkpoints have none.
+PROCESSOR_FILE = "processor.json"
 #: Suites that the small tokenizer knows the words of; their LIBERO-PRO variants use few others.
 _VOCABULARY_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 
@@ -59,11 +63,14 @@ class Policy:
         return without_adapters(self.model)
 
 
-def build_policy(name: str, *, temperature: float = 1.6, device: torch.device | str = "cpu") -> Policy:
+def build_policy(
+    name: str, *, statistics_key: str = "libero_spatial", temperature: float = 1.6, device: torch.device | str = "cpu"
+) -> Policy:
     """Make an untrained policy.
 
     Args:
         name: ``tiny`` or ``7b``.
+        statistics_key: name that its action statistics (none: actions are taken as they are) are saved under.
         temperature: sampling temperature.
         device: where to make it.
 
@@ -78,7 +85,13 @@ def build_policy(name: str, *, temperature: float = 1.6, device: torch.device | 
     tokenizer = build_tokenizer(words, vocab_size=config.tokenizer_vocab_size, n_bins=config.n_action_bins)
     actions = ActionTokenizer(n_bins=config.n_action_bins, vocab_size=config.tokenizer_vocab_size)
     return _assemble(
-        model, tokenizer, actions, {"backend": "fast"}, "identity", temperature=temperature, device=torch.device(device)
+        model,
+        tokenizer,
+        actions,
+        {"backend": "fast"},
+        statistics_key,
+        temperature=temperature,
+        device=torch.device(device),
     )
 
 
@@ -104,9 +117,12 @@ def load_policy(
     """
     device = torch.device(device)
     if actor.pretrained_checkpoint.startswith(_RANDOM):
-        policy = build_policy(actor.pretrained_checkpoint.removeprefix(_RANDOM), temperature=temperature, device=device)
+        name = actor.pretrained_checkpoint.removeprefix(_RANDOM)
+        policy = build_policy(name, statistics_key=task_suite, temperature=temperature, device=device)
     else:
-        folder = resolve_checkpoint(actor.pretrained_checkpoint, use_local=actor.use_local)
+        bundled = actor.pretrained_checkpoint == BUNDLED
+        name = str(_BUNDLED_FOLDER) if bundled else actor.pretrained_checkpoint
+        folder = resolve_checkpoint(name, use_local=actor.use_local)
         model = OpenVLA.from_pretrained(
             folder,
             device=device,
@@ -123,7 +139,7 @@ def load_policy(
             )
         key = actor.unnorm_key or task_suite
         sizes = {"n_bins": model.config.n_action_bins, "vocab_size": model.config.tokenizer_vocab_size}
-        settings_file = folder / _PROCESSOR_FILE
+        settings_file = folder / PROCESSOR_FILE
         # Released checkpoints say nothing: they were trained and judged with the exact pipeline and the centre crop.
         settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
         actions = ActionTokenizer.from_statistics(folder, key, **sizes)
@@ -149,7 +165,7 @@ def save_policy(policy: Policy, folder: Path) -> None:
     policy.processor.action_tokenizer.save_statistics(partial_folder, policy.statistics_key)
     images = policy.processor.images
     settings = {"backend": images.backend, "center_crop": images.center_crop}
-    (partial_folder / _PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+    (partial_folder / PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
     if folder.exists():
         shutil.rmtree(folder)
     partial_folder.rename(folder)

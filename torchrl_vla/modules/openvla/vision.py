@@ -49,9 +49,9 @@ class FusedSelfAttention(nn.Module):
 class DINOv2Layer(Dinov2WithRegistersLayer):
     """transformers' layer with its forward spelled out: what it passes to its attention differs between versions."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         """[B, N, D] to [B, N, D]."""
-        attended, _ = self.attention(self.norm1(hidden_states))
+        attended = self.attention(self.norm1(hidden_states))[0]
         hidden_states = self.layer_scale1(attended) + hidden_states
         return self.layer_scale2(self.mlp(self.norm2(hidden_states))) + hidden_states
 
