@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if arguments[0] not in _COMMANDS:
         sys.exit(f"torchrl-vla: no command {arguments[0]!r}: choose {', '.join(_COMMANDS)}.")
+    # PyTorch's threads would spin while they wait, and keep the simulating processes off the cores that they share.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = importlib.import_module(f"torchrl_vla.commands.{arguments[0]}")
     try:
         command.main(arguments[1:])
