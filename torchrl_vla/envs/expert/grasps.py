@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ _SIDE_DEPTH, _LOW_HEIGHT, _LOW_CLEARANCE, _LOW_FRACTION = 0.026, 0.03, 0.010, 0.
 _TURN, _SHIFT, _SHALLOW, _SKEW, _WIDTH, _TILT, _HIT = 0.25, 20.0, 20.0, 3.0, 8.0, 3.0, 0.2
 #: Cost of being this near, in metres, to a grasp that failed.
 _FAILED, _FAILED_RADIUS = 1.0, 0.02
-_MARGIN, _NEIGHBOURHOOD = 0.004, 0.28
+_MARGIN, _NEIGHBOURHOOD, _BELOW = 0.004, 0.28, 0.08
 _RESCORED, _CARRY_FRACTIONS, _CARRY_WEIGHT = 30, (0.6, 1.0), 0.1
 
 
@@ -157,8 +158,13 @@ def _choose(
     centre = candidates.positions.mean(axis=0)
     usable = np.flatnonzero(np.isfinite(costs)).tolist()
     obstacles = _near(others, centre)
-    costs[usable] += [_HIT * hits(index, obstacles, np.zeros(3)) for index in usable]
-    best = sorted(usable, key=costs.__getitem__)[:_RESCORED]
+    best: list[int] = []
+    for index in sorted(usable, key=costs.__getitem__):
+        if len(best) == _RESCORED and costs[index] >= costs[best[-1]]:
+            break  # hits only add to what this and all further ones cost
+        costs[index] += _HIT * hits(index, obstacles, np.zeros(3))
+        bisect.insort(best, index, key=costs.__getitem__)
+        del best[_RESCORED:]
     for fraction in _CARRY_FRACTIONS:
         obstacles = _near(others, centre + fraction * carry)
         costs[best] += [_CARRY_WEIGHT * hits(index, obstacles, fraction * carry) for index in best]
@@ -169,8 +175,10 @@ def _choose(
 
 
 def _near(points: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """Points that a hand around an object could meet, as columns ``[3, n]``."""
-    return np.ascontiguousarray(points[np.linalg.norm(points - centre, axis=1) < _NEIGHBOURHOOD].T)
+    """Points that a hand, which comes from above, could meet around an object, as columns ``[3, n]``."""
+    offsets = points - centre
+    near = (np.linalg.norm(offsets, axis=1) < _NEIGHBOURHOOD) & (offsets[:, 2] > -_BELOW)
+    return np.ascontiguousarray(points[near].T)
 
 
 def _points_inside(arm: Arm, points: np.ndarray, position: np.ndarray, rotation: np.ndarray) -> int:
