@@ -1,0 +1,50 @@
+"""How environments are shared out over processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torchrl_vla.collectors import EpisodePlan, GroupCollector
+from torchrl_vla.envs.layout import choose_workers, make_env
+
+
+@pytest.mark.parametrize(
+    ("num_envs", "cores", "memory", "workers"),
+    [
+        (8, 2, 24e9, 2),
+        (6, 4, 24e9, 3),
+        (7, 4, 24e9, 1),
+        (64, 16, 12e9, 4),
+        (64, 16, 1e12, 16),
+        (1, 16, 1e12, 1),
+        (4, 4, 0.0, 1),
+    ],
+)
+def test_workers_fit_cores_memory_and_number(num_envs, cores, memory, workers):
+    assert choose_workers(num_envs, cores=cores, memory=memory) == workers
+
+
+def test_uneven_shares_are_refused():
+    with pytest.raises(ValueError, match="5 environments cannot be shared evenly by 2 workers"):
+        make_env("libero_spatial", num_envs=5, workers=2)
+
+
+def test_several_environments_in_each_of_two_processes():
+    """Five episodes in 2 x 2 slots: every one is run once, whichever worker has a free slot."""
+    env = make_env("libero_spatial", num_envs=4, workers=2, task_ids=[0, 1], image_size=32, max_episode_steps=16)
+    try:
+        assert env.batch_size == torch.Size([2, 2])
+
+        def policy(tensordict):
+            return tensordict.set("action", torch.zeros(*tensordict.shape, 8, 7))
+
+        plan = EpisodePlan([(0, 3), (1, 4), (0, 5), (1, 6), (0, 7)])
+        batch = GroupCollector(env, policy).collect(plan)
+    finally:
+        env.close()
+    done = batch["next", "done"].squeeze(-1)
+    assert batch["init_state_id"][done].flatten().tolist() == [3, 4, 5, 6, 7]
+    assert batch["task_id"][done].flatten().tolist() == [0, 1, 0, 1, 0]
+    assert batch["next", "num_control_steps"].flatten().tolist() == [8] * 10
+    assert len(set(batch["language_instruction"])) == 2
