@@ -89,6 +89,8 @@ class LiberoEnv(EnvBase):
             from the shared memory; :class:`~torchrl_vla.envs.InstructionFromTaskId` adds it outside of ``ParallelEnv``.
         seed: seed of the random initial states, and of the fixtures' poses (``None``: the evaluation protocol's 0).
             ``set_seed`` changes the former only: an initial state stays the same in all workers.
+        sampled_init_states: start from states drawn from the tasks' regions with this seed, as many as there are
+            official ones and numbered from 0 too, none of them official; ``None`` for the official ones.
         device: device of the tensordicts.
 
     Raises:
@@ -122,6 +124,7 @@ class LiberoEnv(EnvBase):
         fidelity: str = "exact",
         include_instruction: bool = True,
         seed: int | None = None,
+        sampled_init_states: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         suite = get_suite(task_suite)
@@ -137,6 +140,8 @@ class LiberoEnv(EnvBase):
             raise ValueError(f"reward_scale must be positive and finite, got {reward_scale}.")
         if proprio_format not in PROPRIO_FORMATS:
             raise ValueError(f"proprio_format must be one of {', '.join(PROPRIO_FORMATS)}, got {proprio_format!r}.")
+        if sampled_init_states is not None and sampled_init_states < 0:
+            raise ValueError(f"sampled_init_states must be a seed, 0 or more, got {sampled_init_states}.")
         if fidelity not in ("exact", "fast"):
             raise ValueError(f"fidelity must be 'exact' or 'fast', got {fidelity!r}.")
         if isinstance(cameras, str) or not cameras or len(set(cameras)) != len(cameras) or set(cameras) - set(CAMERAS):
@@ -168,6 +173,7 @@ class LiberoEnv(EnvBase):
             "settle_steps": settle_steps,
             "fidelity": fidelity,
             "seed": 0 if seed is None else seed,
+            "sampled_init_states": sampled_init_states,
         }
         specs = make_specs(
             batch_size=batch_size,

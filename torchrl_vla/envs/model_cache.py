@@ -22,7 +22,16 @@ import mujoco
 from torchrl_vla.envs.installation import import_libero
 from torchrl_vla.envs.scene import Scene
 
-__all__ = ["CompiledModel", "cache_folder", "compile_model", "load_scene"]
+__all__ = [
+    "CompiledModel",
+    "cache_folder",
+    "compile_model",
+    "discard_file",
+    "environment_key",
+    "keep_file",
+    "load_scene",
+    "locked",
+]
 
 #: Changes whenever what is kept changes its meaning.
 _FORMAT = 2
@@ -70,11 +79,11 @@ def load_scene(bddl_file: Path, seed: int) -> tuple[Scene, CompiledModel]:
     Returns:
         tuple: the scene and the model, the same object for all tasks that share it.
     """
-    text = f"{_environment()} {seed} ".encode() + bddl_file.read_bytes()
+    text = f"{environment_key()} {seed} ".encode() + bddl_file.read_bytes()
     path = cache_folder() / "scenes" / f"{hashlib.sha256(text).hexdigest()[:32]}.npz"
     loaded = _load(path)
     if loaded is None:
-        with _lock(path):
+        with locked(path):
             loaded = _load(path) or _build(path, bddl_file, seed)
     return loaded
 
@@ -86,7 +95,7 @@ def _load(path: Path) -> tuple[Scene, CompiledModel] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        _discard(path, error)
+        discard_file(path, error)
         return None
     compiled = _models.get(scene.model_key)
     if compiled is None:
@@ -105,7 +114,7 @@ def _build(path: Path, bddl_file: Path, seed: int) -> tuple[Scene, CompiledModel
     finally:
         # The model is changed from here on, and 0.3 GB should not be held twice.
         compile_model.cache_clear()
-    _keep(path.parent, scene.save, lambda _: path.name)
+    keep_file(path.parent, scene.save, lambda _: path.name)
     compiled = _models.get(scene.model_key)
     if compiled is None:
         compiled = _models[scene.model_key] = CompiledModel(model)
@@ -122,7 +131,7 @@ def compile_model(xml: str) -> tuple[str, mujoco.MjModel]:
     Returns:
         tuple: the model's key in the cache, and the model, not to be changed.
     """
-    key = hashlib.sha256(f"{_environment()} {xml}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{environment_key()} {xml}".encode()).hexdigest()[:32]
     model = _load_model(key)
     if model is None:
         model = mujoco.MjModel.from_xml_string(xml)
@@ -138,20 +147,28 @@ def _load_model(key: str) -> mujoco.MjModel | None:
                 raise ValueError("its checksum is wrong")
             return mujoco.MjModel.from_binary_path(str(path))
         except (OSError, ValueError) as error:
-            _discard(path, error)
+            discard_file(path, error)
     return None
 
 
 def _save_model(key: str, model: mujoco.MjModel) -> None:
-    _keep(
+    keep_file(
         cache_folder() / "models",
         lambda path: mujoco.mj_saveModel(model, str(path), None),
         lambda path: f"{key}-{_checksum(path):08x}.mjb",
     )
 
 
-def _keep(folder: Path, write: Callable[[Path], None], name: Callable[[Path], str]) -> None:
-    """Writes a file under another name and renames it, so that nobody ever reads a part of it."""
+def keep_file(folder: Path, write: Callable[[Path], None], name: Callable[[Path], str]) -> None:
+    """Writes a file under another name and renames it, so that nobody ever reads a part of it.
+
+    Where the folder cannot be written to, a warning says so once and nothing is kept.
+
+    Args:
+        folder: made if it does not exist.
+        write: writes the file at the path it is given.
+        name: what to call the written file.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
@@ -174,15 +191,19 @@ def _warn_once(folder: Path, reason: OSError) -> None:
         return
     _warned.add(folder)
     warnings.warn(
-        f"Compiled models cannot be kept in {folder} ({reason}): every process compiles its own, some seconds per "
+        f"Compiled models cannot be kept in {folder} ({reason}): every process builds its own, some seconds per "
         "task. Set TORCHRL_VLA_CACHE to a folder that can be written.",
         stacklevel=2,
     )
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Lets one process at a time build a scene; where there is nothing to lock, everyone builds."""
+def locked(path: Path) -> Iterator[None]:
+    """Lets one process at a time build what a path is to hold; where there is nothing to lock, everyone builds.
+
+    Args:
+        path: the file to be built; the lock stands beside it.
+    """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +213,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 @functools.cache
-def _environment() -> str:
+def environment_key() -> str:
     """What compiled models depend on besides the task: versions, and LIBERO's sources and assets by size and date."""
     libero = import_libero()
     sources = Path(str(libero.__file__)).parent / "envs"
@@ -214,7 +235,13 @@ def _checksum(path: Path) -> int:
     return checksum
 
 
-def _discard(path: Path, error: Exception) -> None:
+def discard_file(path: Path, error: Exception) -> None:
+    """Removes a file that cannot be read, and warns of it.
+
+    Args:
+        path: the file.
+        error: what is wrong with it.
+    """
     warnings.warn(f"{path} is damaged and will be built again: {error}", stacklevel=2)
     with contextlib.suppress(OSError):
         path.unlink()

@@ -11,11 +11,12 @@ import numpy as np
 
 from torchrl_vla.envs.control import ArmState, DataViews, Robot, control_step, goal_changes
 from torchrl_vla.envs.model_cache import CompiledModel, load_scene
+from torchrl_vla.envs.sampled_states import sampled_init_states
 from torchrl_vla.envs.scene import Scene
 from torchrl_vla.envs.scene_renderer import POSES, SceneRenderer
 from torchrl_vla.envs.stock import SETTLE_ACTION
 from torchrl_vla.envs.success import GoalChecker
-from torchrl_vla.envs.tasks import get_suite
+from torchrl_vla.envs.tasks import LiberoTask, get_suite
 
 __all__ = ["LiberoSimulator"]
 
@@ -35,11 +36,12 @@ class _Episode:
 
 
 class _Task:
-    """A task's scene with what is derived from it."""
+    """A task's scene with what is derived from it, and the states that its episodes start from."""
 
-    def __init__(self, scene: Scene, compiled: CompiledModel) -> None:
+    def __init__(self, scene: Scene, compiled: CompiledModel, init_states: np.ndarray) -> None:
         self.scene = scene
         self.compiled = compiled
+        self.init_states = init_states
         self.robot = Robot(**{name: scene.arrays[name] for name in Robot._fields})
         self.succeeded = GoalChecker(scene, compiled.model.ngeom)
 
@@ -129,6 +131,8 @@ class LiberoSimulator:
         settle_steps: control steps without motion after the initial state is set.
         fidelity: ``"exact"`` or ``"fast"``.
         seed: seed of the fixtures' poses.
+        sampled_init_states: seed of as many initial states as there are official ones, drawn from the tasks' regions
+            (see :mod:`torchrl_vla.envs.sampled_states`); None for the official ones.
 
     Raises:
         ValueError: there is no such suite or fidelity, or a number is out of range.
@@ -152,6 +156,7 @@ class LiberoSimulator:
         settle_steps: int = 10,
         fidelity: str = "exact",
         seed: int = 0,
+        sampled_init_states: int | None = None,
     ) -> None:
         if fidelity not in ("exact", "fast"):
             raise ValueError(f"fidelity must be 'exact' or 'fast', got {fidelity!r}.")
@@ -166,6 +171,7 @@ class LiberoSimulator:
         self._settle_steps = settle_steps
         self._exact = fidelity == "exact"
         self._seed = seed
+        self._sampled = sampled_init_states
         self._slots: list[_Slot | None] = [None] * num_slots
         self._tasks: dict[int, _Task] = {}
         self._renderers: dict[CompiledModel, SceneRenderer] = {}
@@ -186,11 +192,10 @@ class LiberoSimulator:
         """
         self._checked(slot)
         task = self._task(task_id)
-        states = self._suite.task(task_id).init_states
-        if not 0 <= init_state_id < len(states):
+        if not 0 <= init_state_id < len(task.init_states):
             raise ValueError(
                 f"init_state_id={init_state_id} is not an initial state of task {task_id} of {self._suite.name}: it "
-                f"must be in 0..{len(states) - 1}."
+                f"must be in 0..{len(task.init_states) - 1}."
             )
         held = self._slots[slot]
         if held is None or held.task.compiled is not task.compiled:
@@ -203,7 +208,7 @@ class LiberoSimulator:
             task.place_fixtures()
             mujoco.mj_fwdPosition(task.compiled.model, held.data)
             return
-        held.start(task, states[init_state_id])
+        held.start(task, task.init_states[init_state_id])
         for _ in range(self._settle_steps):
             self.step(slot, np.array([SETTLE_ACTION]))
         self._settled[key] = held.save()
@@ -303,11 +308,17 @@ class LiberoSimulator:
 
     def _task(self, task_id: int) -> _Task:
         if task_id not in self._tasks:
-            task = _Task(*load_scene(self._suite.task(task_id).bddl_file, self._seed))
+            definition = self._suite.task(task_id)
+            task = _Task(*load_scene(definition.bddl_file, self._seed), self._init_states(definition))
             for camera in self._cameras:
                 _camera(task.compiled.model, camera)
             self._tasks[task_id] = task
         return self._tasks[task_id]
+
+    def _init_states(self, task: LiberoTask) -> np.ndarray:
+        if self._sampled is None:
+            return task.init_states
+        return sampled_init_states(task.bddl_file, len(task.init_states), seed=self._sampled, fixture_seed=self._seed)
 
     def _held(self, slot: int) -> _Slot:
         held = self._slots[self._checked(slot)]
