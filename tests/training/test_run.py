@@ -12,8 +12,9 @@ import torch
 from torchrl_vla.cli import main
 from torchrl_vla.config import OpenVLAActorConfig
 from torchrl_vla.envs import get_suite
+from torchrl_vla.training.devices import choose_device
 from torchrl_vla.training.policy import BUNDLED, build_policy, load_policy, save_policy
-from torchrl_vla.training.run import choose_device, train
+from torchrl_vla.training.run import train
 
 SMALL = [
     "--preset", "tiny", "--pretrained-checkpoint", "random:tiny", "--num-envs", "1", "--group-size", "2",

@@ -76,10 +76,10 @@ def main(arguments: Sequence[str]) -> None:
     from torchrl_vla.envs import get_suite
     from torchrl_vla.envs.layout import make_env
     from torchrl_vla.evaluation.protocol import evaluate, initial_states, spread_episodes
+    from torchrl_vla.training.devices import choose_device
     from torchrl_vla.training.folder import versions
     from torchrl_vla.training.policy import load_policy
     from torchrl_vla.training.progress import EpisodeBar
-    from torchrl_vla.training.run import choose_device
 
     suite = get_suite(config.task_suite)
     tasks = config.task_ids if config.task_ids is not None else list(range(len(suite.tasks)))

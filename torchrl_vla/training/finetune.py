@@ -23,6 +23,7 @@ from torchrl_vla.datasets import DemonstrationDataset
 from torchrl_vla.modules.openvla.augmentation import ImageAugmentation
 from torchrl_vla.objectives.sft import ActionL1Loss, TokenCrossEntropyLoss
 from torchrl_vla.training.checkpoint import RunCheckpoints, TrainableState
+from torchrl_vla.training.devices import choose_device
 from torchrl_vla.training.ema import ParameterAverage
 from torchrl_vla.training.finetune_config import FinetuneConfig
 from torchrl_vla.training.finetune_data import InputBuilder, load_samples, sample_buffer
@@ -30,7 +31,6 @@ from torchrl_vla.training.finetune_policy import load_student, save_student
 from torchrl_vla.training.folder import versions
 from torchrl_vla.training.logging import RunLogger
 from torchrl_vla.training.policy import Policy
-from torchrl_vla.training.run import choose_device
 from torchrl_vla.training.trainer import TrainingDiverged
 
 __all__ = ["Finetuner", "finetune"]

@@ -36,6 +36,8 @@ BUNDLED = "bundled:tiny"
 _BUNDLED_FOLDER = Path(__file__).parents[1] / "assets" / "tiny_policy"
 #: Image settings of a policy folder; released checkpoints have none.
 PROCESSOR_FILE = "processor.json"
+#: Subfolder of a run with what it can be resumed from.
+CHECKPOINTS = "checkpoints"
 #: Suites that the small tokenizer knows the words of; their LIBERO-PRO variants use few others.
 _VOCABULARY_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 
@@ -95,6 +97,22 @@ def build_policy(
     )
 
 
+def find_policy(name: str, *, use_local: bool = True) -> Path:
+    """The folder of a policy that has one: the bundled one, a checkpoint, or the policy of a run's folder.
+
+    Args:
+        name: ``bundled:tiny``, a folder or a hub id.
+        use_local: look for a folder of that name before asking the hub.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    folder = _BUNDLED_FOLDER if name == BUNDLED else resolve_checkpoint(name, use_local=use_local)
+    if (folder / CHECKPOINTS).is_dir() and (folder / "policy").is_dir():
+        return folder / "policy"
+    return folder
+
+
 def load_policy(
     actor: OpenVLAActorConfig,
     *,
@@ -120,9 +138,7 @@ def load_policy(
         name = actor.pretrained_checkpoint.removeprefix(_RANDOM)
         policy = build_policy(name, statistics_key=task_suite, temperature=temperature, device=device)
     else:
-        bundled = actor.pretrained_checkpoint == BUNDLED
-        name = str(_BUNDLED_FOLDER) if bundled else actor.pretrained_checkpoint
-        folder = resolve_checkpoint(name, use_local=actor.use_local)
+        folder = find_policy(actor.pretrained_checkpoint, use_local=actor.use_local)
         model = OpenVLA.from_pretrained(
             folder,
             device=device,

@@ -26,38 +26,16 @@ from torchrl_vla.modules import OpenVLAActor, ValueHead, make_value_operator
 from torchrl_vla.modules.openvla.lora import has_lora
 from torchrl_vla.objectives import AsymmetricClipPPOLoss, GRPOAdvantage
 from torchrl_vla.training.checkpoint import RunCheckpoints, TrainableState
+from torchrl_vla.training.devices import choose_device
 from torchrl_vla.training.folder import log_to, open_run_folder
 from torchrl_vla.training.logging import RunLogger, check_wandb
 from torchrl_vla.training.policy import Policy, load_policy, save_policy
 from torchrl_vla.training.progress import EpisodeBar
 from torchrl_vla.training.trainer import PPOTrainer
 
-__all__ = ["build_trainer", "choose_device", "train"]
+__all__ = ["build_trainer", "train"]
 
 logger = logging.getLogger(__name__)
-
-
-def choose_device(name: str, gpu_id: int = 0) -> torch.device:
-    """The device a name means; auto is the GPU `gpu_id` if there is one, else the CPU.
-
-    Raises:
-        ValueError: there is no such device.
-
-    Examples:
-        >>> choose_device("cpu")
-        device(type='cpu')
-    """
-    count = torch.cuda.device_count()
-    if name == "auto":
-        name = f"cuda:{gpu_id}" if count else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and (device.index or 0) >= count:
-        have = f"cuda:0..cuda:{count - 1}" if count else "no GPU: use --device cpu"
-        raise ValueError(f"device {name!r} is not on this machine, which has {have}.")
-    return device
 
 
 def train(config: TrainConfig, preset: str) -> Path:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -23,15 +23,15 @@ from torchrl_vla.modules.openvla.config import OpenVLAConfig
 from torchrl_vla.modules.openvla.layout import parameter_names, unused_shapes, unused_weight
 from torchrl_vla.modules.openvla.lora import merged_weight
 from torchrl_vla.modules.openvla.quantization import prepare_4bit, quantize_weight
+from torchrl_vla.modules.openvla.shards import INDEX, SINGLE, check_shards, find_shards, head_file, head_step, listed
 
 if TYPE_CHECKING:
     from torchrl_vla.modules.openvla.model import OpenVLA
 
 _logger = logging.getLogger(__name__)
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_HUB_FILES = ["*.json", "*.safetensors", "*_checkpoint.pt", "tokenizer*", "*.model"]
+# The code is never run here: it says which upstream wrote the checkpoint, and goes along with an export.
+_HUB_FILES = ["*.json", "*.safetensors", "*_checkpoint.pt", "tokenizer*", "*.model", "*.py"]
 
 
 def resolve_checkpoint(path_or_hub_id: str | Path, *, local_files_only: bool = False, use_local: bool = True) -> Path:
@@ -85,8 +85,8 @@ def load_pretrained(
     device = torch.device("cpu" if device is None else device)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.torch_dtype)
-    proprio_file = _head_file(folder, "proprio_projector")
-    action_file = _head_file(folder, "action_head")
+    proprio_file = head_file(folder, "proprio_projector")
+    action_file = head_file(folder, "action_head")
     if load_l1_action_head and action_file is None:
         raise ValueError(f"{folder} has no action_head--N_checkpoint.pt: load it with load_l1_action_head=False.")
     use_l1_head = load_l1_action_head is not False and action_file is not None
@@ -98,10 +98,10 @@ def load_pretrained(
         model = OpenVLA(config, attn_implementation=attention, use_l1_head=use_l1_head)
     if load_in_4bit:
         prepare_4bit(model, device, dtype)
-    shards = _find_shards(folder)
+    shards = find_shards(folder)
     unused = unused_shapes(config)
     ours = parameter_names(model)
-    _check_shards(shards, {name: tuple(model.get_parameter(own).shape) for name, own in ours.items()} | unused)
+    check_shards(shards, {name: tuple(model.get_parameter(own).shape) for name, own in ours.items()} | unused)
     for path, names in shards.items():
         with safe_open(path, framework="pt", device=str(device)) as shard:
             for name in names:
@@ -116,9 +116,9 @@ def load_pretrained(
     if use_l1_head:
         assert action_file is not None
         _load_head(model.action_head, action_file, device, dtype)
-        model.checkpoint_step = _step(action_file)
+        model.checkpoint_step = head_step(action_file)
     elif proprio_file is not None:
-        model.checkpoint_step = _step(proprio_file)
+        model.checkpoint_step = head_step(proprio_file)
     return model.eval()
 
 
@@ -130,84 +130,31 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module, leaf, nn.Parameter(tensor) if quantized is None else quantized)
 
 
-def _find_shards(folder: Path) -> dict[Path, list[str]]:
-    """The names of the tensors in each shard, by path."""
-    if (folder / _INDEX).is_file():
-        weight_map: dict[str, str] = json.loads((folder / _INDEX).read_text())["weight_map"]
-        shards: dict[Path, list[str]] = {}
-        for name, file in weight_map.items():
-            shards.setdefault(folder / file, []).append(name)
-    elif (folder / _SINGLE).is_file():
-        shards = {folder / _SINGLE: list(_shapes(folder / _SINGLE))}
-    else:
-        raise ValueError(f"{folder} has neither {_INDEX} nor {_SINGLE}: it holds no weights.")
-    missing = [path.name for path in shards if not path.is_file()]
-    if missing:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}, which {_INDEX} names: download the missing files.")
-    return shards
-
-
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a shard, read from its header alone."""
-    try:
-        with safe_open(path, framework="pt") as shard:
-            return {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file ({error}): download it again.") from error
-
-
-def _check_shards(shards: dict[Path, list[str]], expected: dict[str, tuple[int, ...]]) -> None:
-    """Compare what is in the shards with what the model needs, before anything is loaded."""
-    found: dict[str, tuple[int, ...]] = {}
-    for path, names in shards.items():
-        shapes = _shapes(path)
-        absent = sorted(set(names) - set(shapes))
-        if absent:
-            raise ValueError(f"{path} lacks {_listed(absent)}, which {_INDEX} says it has: download it again.")
-        found |= {name: shapes[name] for name in names}
-    for name, shape in expected.items():
-        if name in found and found[name] != shape:
-            raise ValueError(
-                f"{name} is {list(found[name])} in the checkpoint, but its config.json makes it {list(shape)}: the "
-                "configuration is of another model."
-            )
-    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if missing:
-        raise ValueError(f"the checkpoint lacks {_listed(missing)}: its configuration is of another model.")
-    if unknown:
-        raise ValueError(f"the checkpoint has {_listed(unknown)}, which an OpenVLA has no place for.")
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-def _step(path: Path) -> str:
-    """``150000`` of ``action_head--150000_checkpoint.pt``."""
-    return path.name.partition("--")[2].removesuffix("_checkpoint.pt")
-
-
-def _head_file(folder: Path, kind: str) -> Path | None:
-    """The file of a head, that of the latest step if there are several."""
-    files = sorted(
-        folder.glob(f"{kind}--*_checkpoint.pt"),
-        key=lambda path: int(_step(path)) if _step(path).isdigit() else float("inf"),
-    )
-    if len(files) > 1:
-        _logger.warning("%s has %d files of %s; %s is loaded.", folder, len(files), kind, files[-1].name)
-    return files[-1] if files else None
-
-
 def _load_head(module: nn.Module | None, path: Path, device: torch.device, dtype: torch.dtype) -> None:
-    """Load a head's ``.pt`` file, whose names start with ``module.``."""
     assert module is not None
+    for name, tensor in read_head(module, path).items():
+        _assign(module, name, tensor.to(device, dtype, copy=True))
+
+
+def read_head(module: nn.Module, path: Path, *, device: str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a head's ``.pt`` file by our names, mapped from the file; theirs start with ``module.``.
+
+    Args:
+        module: the head they are for, to be compared with.
+        path: the file.
+        device: ``cpu``, or ``meta`` to read no weights.
+
+    Raises:
+        ValueError: if the file is truncated or holds anything but tensors of this head's names and shapes.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and is not loaded: it could run code ({error}).") from error
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is truncated or no PyTorch file ({error}): download it again.") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} is no state dict of tensors, so no head can be read from it.")
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     for name, shape in expected.items():
@@ -215,9 +162,9 @@ def _load_head(module: nn.Module | None, path: Path, device: torch.device, dtype
             raise ValueError(f"{path} lacks {name}.")
         if tuple(state[name].shape) != shape:
             raise ValueError(f"{name} is {list(state[name].shape)} in {path}, but this model makes it {list(shape)}.")
-        _assign(module, name, state[name].to(device, dtype, copy=True))
     if set(state) - set(expected):
-        raise ValueError(f"{path} has {_listed(sorted(set(state) - set(expected)))}, which this head has no place for.")
+        raise ValueError(f"{path} has {listed(sorted(set(state) - set(expected)))}, which this head has no place for.")
+    return state
 
 
 def upstream_tensors(model: OpenVLA, *, merge_in_float32: bool = True) -> Iterator[tuple[str, Tensor]]:
@@ -283,7 +230,7 @@ def save_pretrained(
 
 def _save_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype, max_bytes: int) -> None:
     """Write tensors to numbered shards and an index, with one shard in memory at a time."""
-    for stale in [*folder.glob("model-*-of-*.safetensors"), folder / _SINGLE, folder / _INDEX]:
+    for stale in [*folder.glob("model-*-of-*.safetensors"), folder / SINGLE, folder / INDEX]:
         stale.unlink(missing_ok=True)
     parts: list[list[str]] = []
     shard: dict[str, Tensor] = {}
@@ -307,7 +254,7 @@ def _save_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, dtype: tor
         total += tensor.nbytes
     flush()
     if len(parts) == 1:
-        os.replace(folder / "part-0.tmp", folder / _SINGLE)
+        os.replace(folder / "part-0.tmp", folder / SINGLE)
         return
     weight_map: dict[str, str] = {}
     for number, names in enumerate(parts):
@@ -315,4 +262,4 @@ def _save_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, dtype: tor
         os.replace(folder / f"part-{number}.tmp", folder / file)
         weight_map |= dict.fromkeys(names, file)
     index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import LlamaConfig
 
@@ -17,6 +17,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _EXTENSION_KEY = "torchrl_vla"
 _EXTENSION_FIELDS = (
     "chunk_size", "action_dim", "num_images", "proprio_dim", "bos_token_id", "eos_token_id", "empty_token_id",
+    "trained_for",
 )  # fmt: skip
 # Llama fields that upstream leaves out of text_config where they are LlamaConfig's defaults.
 _LLM_FIELDS = (
@@ -117,6 +118,7 @@ class OpenVLAConfig:
         use_proprio: whether the robot's state is fed as one more token after the patches.
         proprio_dim: length of that state.
         torch_dtype: dtype of the checkpoint's weights: float32, bfloat16 or float16.
+        trained_for: the way of acting that was trained last, where it is on record: ``"tokens"`` or ``"l1"``.
         norm_stats: un-normalisation statistics by data set, as ``config.json`` has them.
         dataset_statistics: those of ``dataset_statistics.json``, which go before ``norm_stats``.
         upstream: other keys of a ``config.json`` that was read, kept for writing it back.
@@ -154,6 +156,7 @@ class OpenVLAConfig:
     use_proprio: bool = False
     proprio_dim: int = 8
     torch_dtype: str = "bfloat16"
+    trained_for: Literal["tokens", "l1"] | None = None
     norm_stats: dict[str, Any] = field(default_factory=dict, repr=False)
     dataset_statistics: dict[str, Any] = field(default_factory=dict, repr=False)
     upstream: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -197,6 +200,10 @@ class OpenVLAConfig:
                 token is None or 0 <= token < self.vocab_size, f"{name} {token} is outside 0..{self.vocab_size - 1}."
             )
         _require(self.torch_dtype in _DTYPES, f"torch_dtype must be one of {_DTYPES}, got {self.torch_dtype!r}.")
+        _require(
+            self.trained_for in (None, "tokens", "l1"),
+            f"trained_for must be 'tokens' or 'l1', or be left out, got {self.trained_for!r}.",
+        )
         if self.pad_token_id is None:
             object.__setattr__(self, "pad_token_id", min(self.tokenizer_vocab_size, self.vocab_size - 1))
 

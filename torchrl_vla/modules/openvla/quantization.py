@@ -15,6 +15,25 @@ if TYPE_CHECKING:
 _FULL_PRECISION = ("language_model.lm_head", "action_head", "proprio_projector")
 
 
+def check_4bit(device: torch.device) -> None:
+    """Refuse what 4-bit weights cannot do without.
+
+    Args:
+        device: where the weights will be.
+
+    Raises:
+        ValueError: without CUDA or without bitsandbytes.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise ValueError(
+            f"load_in_4bit needs a CUDA device, but the model goes to {str(device)!r} and CUDA is "
+            f"{'' if torch.cuda.is_available() else 'not '}available: pass device='cuda' on a GPU machine, or leave "
+            "load_in_4bit out."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("load_in_4bit needs bitsandbytes: install it with `pip install torchrl-vla[cuda]`.")
+
+
 def prepare_4bit(model: OpenVLA, device: torch.device, compute_dtype: torch.dtype) -> None:
     """Put bitsandbytes' 4-bit layers (NF4) in the place of a weightless model's linear layers.
 
@@ -28,22 +47,10 @@ def prepare_4bit(model: OpenVLA, device: torch.device, compute_dtype: torch.dtyp
 
     Reference: `QLoRA <https://arxiv.org/abs/2305.14314>`_.
     """
-    if device.type != "cuda" or not torch.cuda.is_available():
-        raise ValueError(
-            f"load_in_4bit needs a CUDA device, but the model goes to {str(device)!r} and CUDA is "
-            f"{'' if torch.cuda.is_available() else 'not '}available: pass device='cuda' on a GPU machine, or leave "
-            "load_in_4bit out."
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("load_in_4bit needs bitsandbytes: install it with `pip install torchrl-vla[cuda]`.")
+    check_4bit(device)
     from bitsandbytes.nn import Linear4bit
 
-    linears = [
-        (name, module)
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and not name.startswith(_FULL_PRECISION)
-    ]
-    for name, module in linears:
+    for name, module in quantized_linears(model).items():
         with torch.device("meta"):
             layer = Linear4bit(
                 module.in_features,
@@ -55,6 +62,15 @@ def prepare_4bit(model: OpenVLA, device: torch.device, compute_dtype: torch.dtyp
         model.set_submodule(name, layer)
     # peft reads this to choose its adapter for 4-bit layers.
     model.is_loaded_in_4bit = True
+
+
+def quantized_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that are quantised, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and not name.startswith(_FULL_PRECISION)
+    }
 
 
 def quantize_weight(module: nn.Module, leaf: str, tensor: Tensor) -> nn.Parameter | None:

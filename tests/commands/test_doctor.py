@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchrl_vla.cli import main
+from torchrl_vla.modules import OpenVLA, OpenVLAConfig
+from torchrl_vla.training import doctor
+from torchrl_vla.training.policy import BUNDLED
+
+DATA = Path(__file__).parents[1] / "data" / "openvla" / "checkpoint"
+
+
+def diagnose(*options: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(["doctor", *options])
+    return end.value.code  # type: ignore[return-value]
+
+
+def test_the_bundled_policy_fits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "doctor.json"
+    assert diagnose(BUNDLED, "--task-suite", "libero_spatial", "--device", "cpu", "--json", str(out)) == 0
+    table = capsys.readouterr().out
+    assert "can seed RL   yes" in table and f"Findings: {out}" in table and "problem" not in table
+    found = json.loads(out.read_text())
+    assert found["fits"] and found["mode"] == "tokens" and found["statistics"] == ["libero_spatial"]
+    # 7.5 million run, and those that no forward reads.
+    assert found["parameters"] == 8_055_680 and found["parameters_by_part"]["unused"] == 595_456
+    assert found["memory"]["rollout"]["weights"] == 4 * (8_055_680 - 595_456)
+    assert found["steps"] == {"proprio_projector": "0"}
+    assert {check["name"] for check in found["checks"]} == {
+        "mode", "tokenizer", "statistics", "memory", "dtype", "attention", "renderer", "versions",
+    }  # fmt: skip
+
+
+def test_problems_are_told_with_what_to_do(capsys: pytest.CaptureFixture) -> None:
+    assert diagnose(str(DATA), "--task-suite", "libero_goal", "--device", "cpu") == 1
+    table = capsys.readouterr().out
+    assert "can seed RL   no" in table and "action_head of step 150000" in table
+    assert "problem  mode: its action-token logits were never trained" in table
+    assert "Haozhan72/Openvla-oft-SFT-libero-spatial-traj1" in table
+    assert "problem  tokenizer: No tokenizer can be loaded" in table
+    assert "problem  statistics: No statistics for 'libero_goal'" in table and "libero_spatial_no_noops" in table
+
+
+def test_an_l1_checkpoint_can_be_evaluated_and_its_maker_believed(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "l1"
+    shutil.copytree(DATA, folder)
+    for file in (Path(__file__).parents[1] / "data" / "llama_tokenizer").iterdir():
+        shutil.copy(file, folder)
+    options = ["--task-suite", "libero_spatial", "--device", "cpu"]
+    assert diagnose(str(folder), *options) == 1
+    assert diagnose(str(folder), *options, "--purpose", "evaluate") == 0
+    assert "it acts by its L1 head" in capsys.readouterr().out
+    assert diagnose(str(folder), *options, "--finetuned-on-discrete-actions") == 0
+    assert "hybrid: the user says" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "model-00002-of-00003.safetensors").unlink(), "lacks model-00002-of-00003.safetensors"),
+        (lambda f: (f / "config.json").unlink(), "has no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "is not valid JSON"),
+        (lambda f: (f / "action_head--150000_checkpoint.pt").write_bytes(b"no"), "truncated or no PyTorch file|code"),
+    ],
+    ids=["shard", "config", "json", "head"],
+)
+def test_what_cannot_be_read_has_its_own_code(change, message, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "spoiled"
+    shutil.copytree(DATA, folder, copy_function=shutil.copyfile)
+    change(folder)
+    assert diagnose(str(folder), "--device", "cpu") == 2
+    assert any(part in capsys.readouterr().err for part in message.split("|"))
+
+
+def test_a_7b_model_without_memory_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchrl_vla.modules.openvla.memory import MemoryEstimate
+
+    gib = 2**30
+    monkeypatch.setattr(doctor.os, "sysconf", lambda name: 16 * gib if name == "SC_PHYS_PAGES" else 1)
+    needs = {"rollout": MemoryEstimate(14 * gib, 0, 0, gib), "training": MemoryEstimate(14 * gib, gib, 2 * gib, gib)}
+    check = doctor._check_memory(torch.device("cpu"), needs)
+    assert check.status == "problem" and "training needs 18.0 GiB" in check.message and "has 16.0" in check.message
+    assert doctor._check_memory(torch.device("cpu"), {"rollout": needs["rollout"]}).status == "ok"
+
+
+def test_wrong_versions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = doctor.importlib.metadata.version
+    monkeypatch.setattr(
+        doctor.importlib.metadata, "version", lambda name: "3.4.0" if name == "mujoco" else version(name)
+    )
+    check = doctor._check_versions()
+    assert check.status == "problem" and "mujoco is 3.4.0, wanted is ==3.3.2" in check.message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
+def test_4bit_without_cuda_is_a_problem(capsys: pytest.CaptureFixture) -> None:
+    assert diagnose(BUNDLED, "--device", "cpu", "--load-in-4bit") == 1
+    assert "problem  4-bit: load_in_4bit needs a CUDA device" in capsys.readouterr().out
+
+
+def test_bad_options(capsys: pytest.CaptureFixture) -> None:
+    assert diagnose(BUNDLED, "--batch-size", "0") == 2
+    assert "batch_size must be at least 1" in capsys.readouterr().err
+
+
+def test_a_runs_folder_stands_for_its_policy(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    OpenVLA(OpenVLAConfig.tiny()).save_pretrained(tmp_path / "policy")
+    assert diagnose(str(tmp_path), "--device", "cpu") == 1
+    assert f"checkpoint    {tmp_path / 'policy'}" in capsys.readouterr().out

@@ -1,0 +1,120 @@
+"""`torchrl-vla doctor`: what is in a checkpoint, and whether this machine can do the job."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+__all__ = ["DoctorArguments", "main"]
+
+#: Exit codes.
+FITS, PROBLEMS, UNREADABLE = 0, 1, 2
+
+
+@dataclass
+class DoctorArguments:
+    """Say what is in a checkpoint and whether this machine can train or evaluate it. No weights are read.
+
+    Exit code 0: it fits; 1: there are problems, each with what to do about it; 2: the checkpoint cannot be had or read.
+    """
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """Folder or hub id of a checkpoint, folder of a run, or bundled:tiny."""
+    purpose: Literal["train", "evaluate"] = "train"
+    """train: RL on its action tokens; evaluate: acting alone."""
+    task_suite: str | None = None
+    """Suite to look for in the action statistics; None: any will do."""
+    num_envs: int = 8
+    """Decisions at a time in a rollout."""
+    batch_size: int = 1
+    """Decisions per forward and backward pass."""
+    num_images_in_input: int = 1
+    """Cameras: 1 agentview, 2 with the wrist camera."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the weights; auto: the checkpoint's on a GPU, float32 on the CPU, as loading does."""
+    load_in_4bit: bool = False
+    """Quantise the frozen weights to 4 bits."""
+    use_lora: bool = True
+    """Train LoRA adapters instead of the weights."""
+    lora_rank: int = 32
+    """Rank of the adapters."""
+    freeze_vla_backbone: bool = False
+    """Train the heads only."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass."""
+    load_l1_action_head: bool = False
+    """Load the L1 regression head; evaluating an L1 checkpoint does so anyway."""
+    finetuned_on_discrete_actions: bool = False
+    """The maker of the checkpoint says that its action tokens were trained."""
+    device: str = "auto"
+    """Device of the policy: auto takes the GPU if there is one."""
+    json: Path | None = None
+    """Write the findings to this file too."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_envs", "batch_size", "num_images_in_input", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        arguments: its options.
+
+    Raises:
+        SystemExit: always, with the exit code.
+    """
+    options = tyro.cli(DoctorArguments, prog="torchrl-vla doctor", args=arguments)
+    import torch
+
+    from torchrl_vla.modules.openvla.inspection import inspect_checkpoint
+    from torchrl_vla.modules.openvla.memory import estimate_memory
+    from torchrl_vla.training.devices import choose_device
+    from torchrl_vla.training.doctor import Diagnosis, check_checkpoint, check_machine
+    from torchrl_vla.training.policy import find_policy
+
+    try:
+        device = choose_device(options.device)
+        summary = inspect_checkpoint(
+            find_policy(options.checkpoint), finetuned_on_discrete_actions=options.finetuned_on_discrete_actions
+        )
+    except ValueError as error:
+        print(f"torchrl-vla doctor: {error}", file=sys.stderr)
+        sys.exit(UNREADABLE)
+    auto = "float32" if device.type == "cpu" else summary.config.torch_dtype
+    dtype = getattr(torch, auto if options.dtype == "auto" else options.dtype)
+    acts_by_l1 = options.purpose == "evaluate" and summary.mode.name == "l1"
+    shared = dict(
+        dtype=dtype,
+        num_images=options.num_images_in_input,
+        load_l1_action_head=options.load_l1_action_head or acts_by_l1,
+        load_in_4bit=options.load_in_4bit,
+    )
+    needs = {"rollout": estimate_memory(summary.config, batch_size=options.num_envs, training=False, **shared)}
+    if options.purpose == "train":
+        needs["training"] = estimate_memory(
+            summary.config,
+            batch_size=options.batch_size,
+            training=True,
+            use_lora=options.use_lora,
+            lora_rank=options.lora_rank,
+            freeze_vla_backbone=options.freeze_vla_backbone,
+            gradient_checkpointing=options.gradient_checkpointing,
+            **shared,
+        )
+    checks = check_checkpoint(summary, purpose=options.purpose, task_suite=options.task_suite)
+    checks += check_machine(device, dtype, needs, load_in_4bit=options.load_in_4bit)
+    diagnosis = Diagnosis(summary, needs, checks)
+    print(diagnosis)
+    if options.json is not None:
+        options.json.write_text(json.dumps(diagnosis.as_dict(), indent=2) + "\n")
+        print(f"\nFindings: {options.json}")
+    sys.exit(FITS if diagnosis.fits else PROBLEMS)

@@ -1,0 +1,127 @@
+"""Files of a checkpoint folder: the shards and what their headers say, and the files of the heads."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+_logger = logging.getLogger(__name__)
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a shard's header says of a tensor.
+
+    Args:
+        shape: its shape.
+        dtype: its dtype, as safetensors calls it (``BF16``, ``F32``).
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def find_shards(folder: Path) -> dict[Path, list[str]]:
+    """The names of the tensors in each shard, by path.
+
+    Raises:
+        ValueError: if there are no weights, or a shard of the index is missing.
+    """
+    if (folder / INDEX).is_file():
+        try:
+            weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+            raise ValueError(f"{folder / INDEX} is no index of shards ({error}): download it again.") from error
+        shards: dict[Path, list[str]] = {}
+        for name, file in weight_map.items():
+            shards.setdefault(folder / file, []).append(name)
+    elif (folder / SINGLE).is_file():
+        shards = {folder / SINGLE: list(read_header(folder / SINGLE))}
+    else:
+        raise ValueError(f"{folder} has neither {INDEX} nor {SINGLE}: it holds no weights.")
+    missing = [path.name for path in shards if not path.is_file()]
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names: download the missing files.")
+    return shards
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a shard by name, read from its header alone.
+
+    Raises:
+        ValueError: if the file is truncated or none of safetensors'.
+    """
+    try:
+        with safe_open(path, framework="pt") as shard:
+            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
+            return {name: TensorInfo(tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}): download it again.") from error
+
+
+def check_shards(shards: dict[Path, list[str]], expected: dict[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
+    """Compare what is in the shards with what the model needs, before anything is loaded.
+
+    Args:
+        shards: from :func:`find_shards`.
+        expected: shapes by upstream's name.
+
+    Returns:
+        The tensors found, by name.
+
+    Raises:
+        ValueError: if a tensor is missing, unknown or of another shape.
+    """
+    found: dict[str, TensorInfo] = {}
+    for path, names in shards.items():
+        header = read_header(path)
+        absent = sorted(set(names) - set(header))
+        if absent:
+            raise ValueError(f"{path} lacks {listed(absent)}, which {INDEX} says it has: download it again.")
+        found |= {name: header[name] for name in names}
+    for name, shape in expected.items():
+        if name in found and found[name].shape != shape:
+            raise ValueError(
+                f"{name} is {list(found[name].shape)} in the checkpoint, but its config.json makes it {list(shape)}: "
+                "the configuration is of another model."
+            )
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing:
+        raise ValueError(f"the checkpoint lacks {listed(missing)}: its configuration is of another model.")
+    if unknown:
+        raise ValueError(f"the checkpoint has {listed(unknown)}, which an OpenVLA has no place for.")
+    return found
+
+
+def listed(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def head_step(path: Path) -> str:
+    """``150000`` of ``action_head--150000_checkpoint.pt``."""
+    return path.name.partition("--")[2].removesuffix("_checkpoint.pt")
+
+
+def head_file(folder: Path, kind: str) -> Path | None:
+    """The file of a head, that of the latest step if there are several.
+
+    Args:
+        folder: a checkpoint folder.
+        kind: ``action_head`` or ``proprio_projector``.
+    """
+    files = sorted(
+        folder.glob(f"{kind}--*_checkpoint.pt"),
+        key=lambda path: int(head_step(path)) if head_step(path).isdigit() else float("inf"),
+    )
+    if len(files) > 1:
+        _logger.warning("%s has %d files of %s; %s is loaded.", folder, len(files), kind, files[-1].name)
+    return files[-1] if files else None

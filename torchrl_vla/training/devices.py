@@ -1,0 +1,63 @@
+"""Devices of a run, checked before anything long is started."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["choose_device", "choose_head_device"]
+
+
+def choose_device(name: str, gpu_id: int = 0) -> torch.device:
+    """The device a name means; auto is the GPU `gpu_id` if there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device.
+
+    Examples:
+        >>> choose_device("cpu")
+        device(type='cpu')
+    """
+    count = torch.cuda.device_count()
+    if name == "auto":
+        name = f"cuda:{gpu_id}" if count else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and (device.index or 0) >= count:
+        have = f"cuda:0..cuda:{count - 1}" if count else "no GPU: use --device cpu"
+        raise ValueError(f"device {name!r} is not on this machine, which has {have}.")
+    return device
+
+
+def choose_head_device(device: torch.device, *, use_multi_gpu: bool, secondary_gpu_id: int) -> torch.device:
+    """The device of the small heads beside the language model.
+
+    Args:
+        device: of the policy.
+        use_multi_gpu: put the heads on a GPU of their own.
+        secondary_gpu_id: that GPU.
+
+    Raises:
+        ValueError: there is no such GPU, or the policy is on it or on none.
+
+    Examples:
+        >>> choose_head_device(torch.device("cpu"), use_multi_gpu=False, secondary_gpu_id=1)
+        device(type='cpu')
+    """
+    if not use_multi_gpu:
+        return device
+    count = torch.cuda.device_count()
+    have = f"{count} GPU{'s' * (count != 1)}"
+    if secondary_gpu_id >= count:
+        raise ValueError(
+            f"use_multi_gpu puts the heads on secondary_gpu_id={secondary_gpu_id}, but this machine has {have}: leave "
+            "use_multi_gpu out, and the heads stay beside the policy."
+        )
+    secondary = torch.device("cuda", secondary_gpu_id)
+    if device.type != "cuda" or (device.index or 0) == secondary_gpu_id:
+        raise ValueError(
+            f"use_multi_gpu needs the policy on another GPU than the heads (secondary_gpu_id={secondary_gpu_id}), but "
+            f"it is on {device}: choose another --gpu-id or --device."
+        )
+    return secondary
