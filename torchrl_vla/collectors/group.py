@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -32,7 +33,9 @@ class GroupCollector:
     The set of episodes is fixed before they run, so that nothing is in a batch because it ended first (TorchRL's
     ``Collector(trajs_per_batch=...)`` fills its batches that way, which favours short episodes), and no episode
     straddles two weight updates. A slot whose episode is over takes the next one; once none is left, the policy sees
-    only the slots still running, and only those are stepped.
+    only the slots still running, and only those are stepped. Where a worker of a
+    :class:`~torchrl_vla.envs.watchdog.WatchedParallelEnv` had to be replaced, its episodes run again from their start
+    and what was collected of them is dropped: the batch has every planned episode once, as if nothing had happened.
 
     A decision is stored once: what the policy saw and wrote, without ``not_stored``; under ``"next"`` only reward,
     done flags and ``next_keys``, and ``value_key`` if the policy writes it, as GAE needs it (after the last decision:
@@ -111,18 +114,27 @@ class GroupCollector:
         recorder = TrajectoryRecorder(len(plan))
         last_values = torch.zeros(len(plan), 1)
         current = torch.full((len(self._slots),), -1)  # the episode each slot runs, -1 for none
-        started = finished = successes = 0
+        waiting = deque(range(len(plan)))
+        finished = successes = 0
         with set_exploration_type(self.exploration_type):
             while finished < len(plan):
-                free = (current < 0).nonzero().squeeze(-1)[: len(plan) - started]
+                free = (current < 0).nonzero().squeeze(-1)[: len(waiting)]
                 if len(free):
-                    current[free] = torch.arange(started, started + len(free))
-                    self._slots.start(free, plan[started : started + len(free)])
-                    started += len(free)
+                    current[free] = torch.tensor([waiting.popleft() for _ in free])
+                    self._slots.start(free, [plan[episode] for episode in current[free].tolist()])
                 slots = (current >= 0).nonzero().squeeze(-1)
                 seen = self._slots.observe(slots)
                 written = self._act(seen)
                 following = self._slots.step(slots, written)
+                lost = self._slots.lost()[slots]
+                if lost.any():
+                    # Their worker was replaced. However far they had come, they run again from their start.
+                    recorder.discard(current[slots[lost]])
+                    waiting.extendleft(current[slots[lost]].tolist())
+                    current[slots[lost]] = -1
+                    slots, seen = slots[~lost], seen[~lost]
+                    written = {key: value[~lost] for key, value in written.items()}
+                    following = {key: value[~lost] for key, value in following.items()}
                 recorder.append(current[slots], self._decisions(seen, written, following))
                 over = following["done"].reshape(-1).cpu()
                 if self.value_key in written:

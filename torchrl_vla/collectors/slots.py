@@ -9,10 +9,11 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, TransformedEnv
 
 from torchrl_vla.collectors.plan import Episode
 from torchrl_vla.collectors.trajectories import non_tensor, non_tensor_leaves
+from torchrl_vla.envs.watchdog import WatchedParallelEnv
 
 
 class EnvSlots:
@@ -40,6 +41,9 @@ class EnvSlots:
         self.env = env
         self.device = env.device or torch.device("cpu")
         self._size = env.batch_size.numel()
+        self._base_env = env
+        while isinstance(self._base_env, TransformedEnv):
+            self._base_env = self._base_env.base_env
         self._tensors: dict[NestedKey, Tensor] = {}
         self._others: dict[NestedKey, list[Any]] = {}
 
@@ -122,6 +126,14 @@ class EnvSlots:
         self._tensors |= {key: value for key, value in tensors.items() if key not in self.env.reward_keys}
         self._keep_others(slots, following)
         return {key: value[slots] for key, value in tensors.items()}
+
+    def lost(self) -> Tensor:
+        """Slots, bool ``[size]``, whose worker was replaced during the last step: their episodes are gone."""
+        mask = torch.zeros(self._size, dtype=torch.bool)
+        if isinstance(self._base_env, WatchedParallelEnv):
+            for worker in self._base_env.lost_workers:
+                mask.view(self._base_env.num_workers, -1)[worker] = True
+        return mask
 
     def _mask(self, slots: Tensor) -> Tensor:
         mask = torch.zeros(self._size, dtype=torch.bool, device=self.device)

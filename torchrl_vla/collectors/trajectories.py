@@ -59,6 +59,15 @@ class TrajectoryRecorder:
         self._rows.append((episodes, self.lengths[episodes], decisions))
         self.lengths[episodes] += 1
 
+    def discard(self, episodes: Tensor) -> None:
+        """Forget the decisions of some episodes, int64 ``[n]``, which start again."""
+        rows = []
+        for recorded, steps, decisions in self._rows:
+            kept = ~torch.isin(recorded, episodes)
+            rows.append((recorded, steps, decisions) if kept.all() else (recorded[kept], steps[kept], decisions[kept]))
+        self._rows = rows
+        self.lengths[episodes] = 0
+
     def finish(self) -> TensorDict:
         """The decisions of all episodes, ``[T]``, ordered by episode and time; the recorder is empty afterwards."""
         total = int(self.lengths.sum())

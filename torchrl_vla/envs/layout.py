@@ -7,10 +7,11 @@ import logging
 import os
 from typing import Any
 
-from torchrl.envs import EnvBase, ParallelEnv, TransformedEnv
+from torchrl.envs import EnvBase, TransformedEnv
 
 from torchrl_vla.envs.instruction import InstructionFromTaskId
 from torchrl_vla.envs.libero import LiberoEnv
+from torchrl_vla.envs.watchdog import WatchedParallelEnv
 
 __all__ = ["choose_workers", "make_env"]
 
@@ -42,13 +43,17 @@ def choose_workers(num_envs: int, *, cores: int | None = None, memory: float | N
     return max(workers for workers in range(1, most + 1) if num_envs % workers == 0)
 
 
-def make_env(task_suite: str, *, num_envs: int = 1, workers: int | None = None, **options: Any) -> EnvBase:
+def make_env(
+    task_suite: str, *, num_envs: int = 1, workers: int | None = None, worker_timeout: float = 120.0, **options: Any
+) -> EnvBase:
     """LIBERO in the layout that fits this machine: in this process, or spread over several.
 
     Args:
         task_suite: name of the suite.
         num_envs: environments in all.
         workers: processes; None: chosen by cores and memory. Must divide `num_envs`.
+        worker_timeout: seconds after which a process that does not answer is replaced, see
+            :class:`~torchrl_vla.envs.watchdog.WatchedParallelEnv`.
         options: further arguments of :class:`LiberoEnv`.
 
     Returns:
@@ -66,5 +71,5 @@ def make_env(task_suite: str, *, num_envs: int = 1, workers: int | None = None, 
     worker = functools.partial(
         LiberoEnv, task_suite, num_envs=num_envs // workers, include_instruction=False, **options
     )
-    env = ParallelEnv(workers, worker, mp_start_method="spawn")
+    env = WatchedParallelEnv(workers, worker, mp_start_method="spawn", worker_timeout=worker_timeout)
     return TransformedEnv(env, InstructionFromTaskId(task_suite))

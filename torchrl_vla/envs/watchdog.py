@@ -1,0 +1,357 @@
+"""Environments in processes that are watched: one that dies or hangs is replaced, and its episodes are given up."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.data.utils import CloudpickleWrapper
+from torchrl.envs import EnvBase, EnvCreator, ParallelEnv
+from torchrl.envs.batched_envs import _run_worker_pipe_shared_mem
+from torchrl.envs.utils import clear_mpi_env_vars
+
+__all__ = ["WatchedParallelEnv"]
+
+logger = logging.getLogger(__name__)
+
+#: A worker may fail so often, with fewer commands than `_CALM` done in between, before the environment gives up.
+_MAX_FAILURES = 3
+_CALM = 100
+#: A start or a reset may take so many times as long as a step: libraries are loaded and models compiled.
+_START_PATIENCE = 5
+#: TorchRL's own loop never sleeps, which takes a core from the workers. A step lasts 15 ms and more.
+_POLL_SECONDS, _CHECK_SECONDS = 2e-4, 0.05
+
+
+class WatchedParallelEnv(ParallelEnv):
+    """TorchRL's ``ParallelEnv``, in which a worker that dies or does not answer in time is replaced by a new one.
+
+    The new worker starts the episodes of the old one from their beginning. A reset thus simply succeeds. A step cannot
+    go on with them: it reports them as truncated, with the reward 0 and their first observation, and
+    :attr:`lost_workers` names their workers, so that a collector can drop what it has of them and run them again. The
+    other workers' episodes are not touched. A ``ValueError`` of an environment is raised here as it is: asking again
+    would not help.
+
+    Args:
+        num_workers: number of processes.
+        create_env_fn: makes a worker's environment, or one such function per worker.
+
+    Keyword Args:
+        worker_timeout: seconds after which a step counts as hanging; five times as long for starts and resets.
+        options: further arguments of ``ParallelEnv``, except those that turn its shared buffers off.
+
+    Raises:
+        ValueError: the timeout is not positive.
+        RuntimeError: a worker failed three times in a row; the message says how.
+
+    Examples:
+        >>> make = functools.partial(LiberoEnv, "libero_spatial", num_envs=4)  # doctest: +SKIP
+        >>> env = WatchedParallelEnv(4, make, worker_timeout=60.0)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        create_env_fn: Callable[[], EnvBase] | Sequence[Callable[[], EnvBase]],
+        *,
+        worker_timeout: float = 120.0,
+        **options: Any,
+    ) -> None:
+        if not worker_timeout > 0:
+            raise ValueError(f"worker_timeout must be positive, got {worker_timeout}: it is in seconds.")
+        super().__init__(num_workers, create_env_fn, use_buffers=True, **options)
+        self.worker_timeout = worker_timeout
+        #: Workers that were replaced during the last step, so that their episodes are lost.
+        self.lost_workers: frozenset[int] = frozenset()
+        self._stepping = False
+        self._static_seed = False
+        self._lost: set[int] = set()
+
+    def set_seed(self, seed: int | None = None, static_seed: bool = False) -> int | None:
+        self._replace_the_dead()
+        self._static_seed = static_seed
+        return super().set_seed(seed, static_seed)
+
+    def _reset(self, tensordict: TensorDictBase | None, **kwargs: Any) -> TensorDictBase:
+        self._replace_the_dead()
+        state = super()._reset(tensordict, **kwargs)
+        mask = None if tensordict is None else tensordict.get("_reset", None)
+        # Nothing is lost where all episodes of a worker start anew.
+        self._lost = {index for index in self._lost if mask is not None and not mask[index].all()}
+        return state
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        self._replace_the_dead()
+        self.lost_workers = frozenset()
+        self._stepping = True
+        try:
+            return super()._step(tensordict)
+        finally:
+            self._stepping = False
+
+    #: A step and then a reset: TorchRL's single command for both could not tell which of them a worker died in.
+    step_and_maybe_reset = EnvBase.step_and_maybe_reset
+
+    def _start_workers(self) -> None:
+        """Starts all workers; ``close`` makes up for the change of the number of threads."""
+        torch.set_num_threads(self.num_threads or max(1, torch.get_num_threads() - self.num_workers))
+        self._context = multiprocessing.get_context(self._mp_start_method)
+        self._shm_done_flags = multiprocessing.RawArray("b", self.num_workers)
+        self.event = None
+        everyone = range(self.num_workers)
+        self._workers: list[Any] = [None for _ in everyone]
+        self._events: list[Any] = [None for _ in everyone]
+        self.parent_channels: list[Any] = [None for _ in everyone]
+        self._starting: set[int] = set()
+        self._lost = set()
+        self._failures = [0 for _ in everyone]
+        self._commands_done = [0 for _ in everyone]
+        # What a new worker does first: a reset to the episodes of the old one.
+        self._first_commands: list[Any] = [None for _ in everyone]
+        for index in everyone:
+            self._launch(index)
+        self.is_closed = False
+        self._wait_for_workers(everyone)
+        self.set_spec_lock_()
+
+    def _launch(self, index: int) -> None:
+        connection, worker_connection = self._context.Pipe()
+        self._events[index] = self._context.Event()
+        self._shm_done_flags[index] = 0
+        make = self.create_env_fn[index]
+        options = {
+            "parent_pipe": connection,
+            "env_fun": make if isinstance(make, (EnvCreator, CloudpickleWrapper)) else CloudpickleWrapper(make),
+            "env_fun_kwargs": self.create_env_kwargs[index],
+            "mp_event": self._events[index],
+            "shared_tensordict": self.shared_tensordicts[index],
+            "_selected_input_keys": self._selected_input_keys,
+            "_selected_reset_keys": self._selected_reset_keys,
+            "_selected_step_keys": self._selected_step_keys,
+            "_non_tensor_keys": self._non_tensor_keys,
+            "non_blocking": self.non_blocking,
+            "num_threads": self.num_sub_threads,
+            "filter_warnings": self._filter_warnings_subprocess(),
+            "worker_idx": index,
+            "shm_done_flags": self._shm_done_flags,
+        }
+        process = self._context.Process(target=_serve, args=(worker_connection,), kwargs=options, daemon=self.daemon)
+        with clear_mpi_env_vars():
+            process.start()
+        worker_connection.close()
+        self._workers[index] = process
+        self.parent_channels[index] = _Channel(connection)
+        self._starting.add(index)
+
+    def _wait_for_workers(self, workers_range: Iterable[int]) -> None:
+        """Waits until workers have done what they were told, replacing those that do not."""
+        indices = list(workers_range)
+        start_patience = _START_PATIENCE * self.worker_timeout
+        patience = dict.fromkeys(indices, self.worker_timeout if self._stepping else start_patience)
+        asked = dict.fromkeys(indices, time.monotonic())
+        next_check = 0.0
+        while asked:
+            for index in [index for index in asked if self._is_done(index)]:
+                del asked[index]
+            if time.monotonic() >= next_check:
+                for index in asked:
+                    failure = self._failure(index)
+                    if failure is None and time.monotonic() > asked[index] + patience[index]:
+                        failure = f"did not answer within {patience[index]:g} s"
+                    if failure is not None:
+                        self._replace(index, failure)
+                        patience[index], asked[index] = start_patience, time.monotonic()
+                next_check = time.monotonic() + _CHECK_SECONDS
+            if asked:
+                time.sleep(_POLL_SECONDS)
+        if self._stepping:
+            self.lost_workers = frozenset(self._lost.intersection(indices))
+            self._lost -= self.lost_workers
+            for index in self.lost_workers:
+                self._truncate(index)
+
+    def _is_done(self, index: int) -> bool:
+        """Whether a worker has nothing left to do; tells one that has just started what to do."""
+        if index in self._starting:
+            return self._welcome(index)
+        if not self._shm_done_flags[index] or (self._non_tensor_keys and not self.parent_channels[index].poll()):
+            return False
+        self._shm_done_flags[index] = 0
+        self._commands_done[index] += 1
+        if self._commands_done[index] >= _CALM:
+            self._failures[index] = 0
+        return True
+
+    def _welcome(self, index: int) -> bool:
+        channel = self.parent_channels[index]
+        if not channel.poll() or channel.receive() != "started":
+            return False
+        self._starting.remove(index)
+        channel.send(("init", None))
+        if self._seeds is not None:
+            channel.send(("seed", (self._seeds[index], self._static_seed)))
+            if channel.poll(self.worker_timeout):
+                channel.receive()
+        if self._first_commands[index] is None:
+            return True
+        channel.send(self._first_commands[index])
+        return False
+
+    def _failure(self, index: int) -> str | None:
+        """How a worker ended, in words that follow its name; None while it lives.
+
+        Raises:
+            ValueError: its environment raised one.
+        """
+        process, channel = self._workers[index], self.parent_channels[index]
+        if process.is_alive():
+            return None
+        while channel.error is None and channel.poll():
+            if channel.receive() is None:
+                break
+        if channel.error is None:
+            if process.exitcode is not None and process.exitcode < 0:
+                return f"was ended by {signal.Signals(-process.exitcode).name}"
+            return f"ended with exit code {process.exitcode}"
+        is_value_error, message, text = channel.error
+        if is_value_error:
+            self.close()
+            raise ValueError(message) from RuntimeError(f"in worker {index}:\n{text}")
+        return f"raised an error:\n{text}"
+
+    def _replace(self, index: int, failure: str) -> None:
+        """Starts a new worker in the place of another one.
+
+        Raises:
+            RuntimeError: that does not help.
+        """
+        self._failures[index] += 1
+        self._commands_done[index] = 0
+        if self._failures[index] >= _MAX_FAILURES:
+            self._workers[index].kill()
+            self.close()
+            raise RuntimeError(
+                f"Environment worker {index} failed {_MAX_FAILURES} times in a row. The last time it {failure}. EGL "
+                "drivers can deadlock: MUJOCO_GL=osmesa renders on the CPU instead. SIGKILL mostly means that memory "
+                f"ran out: run fewer environments or workers. A slow machine needs a worker_timeout above "
+                f"{self.worker_timeout:g} s."
+            )
+        logger.warning("Environment worker %d %s. It is replaced, and its episodes start again.", index, failure)
+        channel = self.parent_channels[index]
+        self._workers[index].kill()  # ends a stopped process too
+        self._workers[index].join()
+        channel.close()
+        if channel.command is not None:
+            self._first_commands[index] = self._restart(channel.command)
+        self._lost.add(index)
+        self._launch(index)
+
+    def _restart(self, command: tuple[str, Any]) -> tuple[str, Any]:
+        """The reset that brings a new worker to the start of the episodes that it was told to start or to go on with.
+
+        The workers' shared memory still holds what they were, in the entries of the state.
+        """
+        name, data = command
+        if name != "reset":
+            return "reset", (list(self.state_spec.keys(True, True)), {})
+        keys, arguments = data
+        return "reset", (keys and [key for key in keys if key != "_reset"], arguments)
+
+    def _truncate(self, index: int) -> None:
+        """Reports a worker's episodes as truncated, at the observation that its reset gave."""
+        shared = self.shared_tensordicts[index]
+        following = shared.get("next")
+        following.update_(shared.exclude("next").select(*following.keys(True, True), strict=False))
+        for key in self.done_keys:
+            following.get(key).fill_("terminated" not in key)
+        for key in self.reward_keys:
+            following.get(key).zero_()
+
+    def _replace_the_dead(self) -> None:
+        """Replaces workers that have ended since the last command."""
+        if self.is_closed:
+            return
+        failures = {index: self._failure(index) for index in range(self.num_workers)}
+        dead = {index: failure for index, failure in failures.items() if failure is not None}
+        for index, failure in dead.items():
+            self._replace(index, failure)
+        self._wait_for_workers(dead)
+
+    def _shutdown_workers(self) -> None:
+        for channel in self.parent_channels:
+            channel.send(("close", None))
+        deadline = time.monotonic() + self.shutdown_timeout
+        for process in self._workers:
+            process.join(max(0.0, deadline - time.monotonic()))
+        self._terminate_and_join_workers(self._workers, timeout=2.0)
+        for channel in self.parent_channels:
+            channel.close()
+        del self.shared_tensordicts, self.shared_tensordict_parent, self._workers, self.parent_channels
+
+
+class _Channel:
+    """The pipe to a worker, which may be dead: that is noticed while its answer is waited for, not when it is told."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        #: The last command to the environment.
+        self.command: tuple[str, Any] | None = None
+        #: What the worker said when it ended: whether it was a ValueError, the message, the traceback.
+        self.error: tuple[bool, str, str] | None = None
+
+    def send(self, command: tuple[str, Any]) -> None:
+        if command[0] in ("reset", "step"):
+            self.command = command
+        with contextlib.suppress(OSError):
+            self._connection.send(command)
+
+    def receive(self) -> Any:
+        """The next message; None at the end of the pipe."""
+        try:
+            message = self._connection.recv()
+        except (EOFError, OSError):
+            return None
+        if isinstance(message, _LastWords):
+            self.error = message.words
+        return message
+
+    recv = receive
+
+    def poll(self, seconds: float = 0.0) -> bool:
+        try:
+            return self._connection.poll(seconds)
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class _LastWords:
+    """How a worker ended."""
+
+    def __init__(self, error: Exception) -> None:
+        # Not the error itself, which need not survive the way through the pipe.
+        self.words = (isinstance(error, ValueError), str(error), "".join(traceback.format_exception(error)))
+
+
+def _serve(connection: Connection, **options: Any) -> None:
+    """A worker's life: TorchRL's loop, and last words if it ends in an error."""
+    # Ctrl-C reaches all processes of a terminal: the parent closes its workers when it is ready.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        _run_worker_pipe_shared_mem(child_pipe=connection, **options)
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            connection.send(_LastWords(error))
+        sys.exit(1)
