@@ -31,7 +31,7 @@ def test_tiny_has_every_part_of_the_7b_model() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == 7_460_224
     assert model.proprio_projector is not None
     assert {type(module).__name__ for module in model.modules()} >= {
-        "DINOv2Layer", "SiglipEncoderLayer", "LlamaDecoderLayer", "VisionProjector",
+        "Dinov2WithRegistersLayer", "SiglipEncoderLayer", "LlamaDecoderLayer", "VisionProjector",
     }  # fmt: skip
 
 

@@ -6,9 +6,12 @@ float32 run differs from the same arithmetic in float64 by up to 9e-5, and anoth
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchrl_vla.modules.openvla import OpenVLA
-from torchrl_vla.modules.openvla.language import Prompt, arrange_prompt, decode_bidirectional, sequence_mask
+from torchrl_vla.modules.openvla.blocks import LayerStack
+from torchrl_vla.modules.openvla.language import (
+    Prompt,
+    arrange_prompt,
+    decode_bidirectional,
+    decoder_stack,
+    sequence_mask,
+)
 from torchrl_vla.modules.openvla.layout import upstream_name
 from torchrl_vla.modules.openvla.model import OpenVLAOutput
 from torchrl_vla.modules.openvla.vision import VisionTower
@@ -177,15 +187,20 @@ def last_block(model: OpenVLA) -> None:
 
 
 def loose_rms(model: OpenVLA) -> None:
-    for module in model.modules():
-        if hasattr(module, "variance_epsilon"):
-            module.variance_epsilon = 1e-5
+    language_model = model.language_model
+    config = copy.copy(language_model.config)
+    config.rms_norm_eps = language_model.model.norm.variance_epsilon = 1e-5
+    language_model.stack = decoder_stack(language_model.model.layers, config)
 
 
 def tanh_towers(model: OpenVLA) -> None:
-    for module in model.vision_backbone.modules():
-        if hasattr(module, "activation_fn"):
-            module.activation_fn = nn.GELU("tanh")
+    for tower in (model.vision_backbone.featurizer, model.vision_backbone.fused_featurizer):
+
+        def run(x: Tensor, _stack: LayerStack = tower.stack) -> Tensor:
+            with mock.patch.object(F, "gelu", functools.partial(F.gelu, approximate="tanh")):
+                return _stack(x)
+
+        tower.stack = run
 
 
 def swapped_towers(model: OpenVLA) -> None:
@@ -205,9 +220,13 @@ def embedded_slots(model: OpenVLA) -> None:
 
 
 def causal(model: OpenVLA) -> None:
-    for layer in model.language_model.model.layers:
-        forward = layer.self_attn.forward
-        layer.self_attn.forward = lambda *a, _f=forward, **k: _f(*a, **{**k, "is_causal": True})
+    stack = model.language_model.stack
+
+    def run(x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        triangle = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        return stack(x, cos, sin, triangle[None, None] if mask is None else mask & triangle)
+
+    model.language_model.stack = run
 
 
 def prefix_kept_last(model: OpenVLA) -> None:

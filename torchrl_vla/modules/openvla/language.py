@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import create_bidirectional_mask
 
+from torchrl_vla.modules.openvla.blocks import Attention, LayerStack, LlamaBlock, fuse_llama_layer, read_llama_layer
+
 
 class RotaryEmbedding(nn.Module):
     """Llama's rotary angles without a buffer, so that casting or meta-building the model cannot spoil them.
@@ -34,11 +36,21 @@ class RotaryEmbedding(nn.Module):
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
-def build_language_model(config: LlamaConfig) -> LlamaForCausalLM:
-    """A Llama with :class:`RotaryEmbedding` in place of transformers' buffered one."""
-    model = LlamaForCausalLM(config)
+def build_language_model(config: LlamaConfig) -> Any:
+    """A Llama with :class:`RotaryEmbedding` in place of transformers' buffered one, and its layers' stack."""
+    model: Any = LlamaForCausalLM(config)
     model.model.rotary_emb = RotaryEmbedding(config)
+    model.stack = decoder_stack(model.model.layers, config)
     return model
+
+
+def decoder_stack(layers: nn.ModuleList, config: LlamaConfig) -> LayerStack:
+    """The decoder's layers, run bidirectionally."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    head_dim = config.hidden_size // heads
+    attention = Attention(config, head_dim, heads // kv_heads)
+    sizes = (config.hidden_size, kv_heads * head_dim, config.intermediate_size)
+    return LayerStack(layers, read_llama_layer, LlamaBlock(attention, config.rms_norm_eps, *sizes), fuse_llama_layer)
 
 
 class Prompt(NamedTuple):
@@ -118,11 +130,11 @@ def sequence_mask(prompt: Prompt, num_patches: int, num_slots: int) -> Tensor | 
     return torch.cat([before, prompt.mask, after], dim=1)
 
 
-def decode_bidirectional(model: LlamaForCausalLM, inputs_embeds: Tensor, mask: Tensor | None) -> Tensor:
+def decode_bidirectional(model: Any, inputs_embeds: Tensor, mask: Tensor | None) -> Tensor:
     """Run the decoder with every token attending to every real token, as OpenVLA-OFT does.
 
     Args:
-        model: the language model.
+        model: a language model of :func:`build_language_model`.
         inputs_embeds: [B, S, D].
         mask: bool [B, S], True at real tokens; None if there is no padding, which leaves attention its fastest kernel.
 
@@ -135,10 +147,5 @@ def decode_bidirectional(model: LlamaForCausalLM, inputs_embeds: Tensor, mask: T
     else:
         position_ids = (mask.cumsum(dim=1) - 1).clamp_min(0)
         attention_mask = create_bidirectional_mask(model.config, inputs_embeds, mask, allow_is_bidirectional_skip=False)
-    position_embeddings = model.model.rotary_emb(inputs_embeds, position_ids)
-    hidden_states = inputs_embeds
-    for layer in model.model.layers:
-        hidden_states = layer(
-            hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, is_causal=False
-        )
-    return model.model.norm(hidden_states)
+    cos, sin = model.model.rotary_emb(inputs_embeds, position_ids)
+    return model.model.norm(model.stack(inputs_embeds, cos, sin, attention_mask))

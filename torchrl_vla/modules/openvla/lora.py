@@ -167,8 +167,8 @@ def linear_rows(layer: Any, x: Tensor, begin: int, end: int) -> Tensor:
     if layer.disable_adapters:
         return output
     down, up = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
-    low_rank = down(layer.lora_dropout[_ADAPTER](x.to(down.weight.dtype)))
-    return output + (F.linear(low_rank, up.weight[begin:end]) * layer.scaling[_ADAPTER]).to(output.dtype)
+    low_rank = F.linear(layer.lora_dropout[_ADAPTER](x), down.weight.to(x.dtype))
+    return output + F.linear(low_rank, up.weight[begin:end].to(x.dtype)) * layer.scaling[_ADAPTER]
 
 
 def merged_weight(model: nn.Module, name: str, *, in_float32: bool = True) -> Tensor:

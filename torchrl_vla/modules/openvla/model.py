@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from torchrl_vla.modules.heads import L1ActionHead, ProprioProjector
+from torchrl_vla.modules.openvla.blocks import LayerStack, count_optimizer_steps, refresh
 from torchrl_vla.modules.openvla.config import OpenVLAConfig
+from torchrl_vla.modules.openvla.graphs import ForwardGraphs
 from torchrl_vla.modules.openvla.language import (
     Prompt,
     arrange_prompt,
@@ -107,11 +109,17 @@ class OpenVLA(nn.Module):
         # The N of the files of the heads.
         self.checkpoint_step = "0"
         self.is_loaded_in_4bit = False
-        self._initialize()
+        self._adapters: list[Tensor] = []
+        self._adapter_version = (0, 0)
+        self._graphs: ForwardGraphs | None = None
+        self.initialize()
 
     @torch.no_grad()
-    def _initialize(self) -> None:
-        """Llama's initialisation for everything (normal, std 0.02; zero biases), LayerNorms and LayerScale at one."""
+    def initialize(self) -> None:
+        """Llama's initialisation for everything (normal, std 0.02; zero biases), LayerNorms and LayerScale at one.
+
+        A model on the meta device is left as it is.
+        """
         std = self.language_model.config.initializer_range
         for name, parameter in self.named_parameters():
             if parameter.is_meta:
@@ -213,6 +221,26 @@ class OpenVLA(nn.Module):
         Raises:
             ValueError: if shapes do not fit the model or each other.
         """
+        self.refresh()
+        inputs = (pixel_values, input_ids, attention_mask, proprio, vision_features)
+        if self._graphs is not None and self._graphs.serves(inputs):
+            return OpenVLAOutput(*self._graphs(inputs, self._graph_state()))
+        return self._forward(*inputs)
+
+    def _graph_state(self) -> Hashable:
+        """What a forward depends on beside its inputs: where the trained weights lie, adapters on or off."""
+        switch = next((m for m in self.modules() if isinstance(m, LoraLayer)), None)
+        weights = tuple(p.data_ptr() for p in self.parameters() if p.requires_grad)
+        return hash(weights), switch is None or switch.disable_adapters
+
+    def _forward(
+        self,
+        pixel_values: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        proprio: Tensor | None,
+        vision_features: Tensor | None,
+    ) -> OpenVLAOutput:
         prompt, features = self._inputs(pixel_values, input_ids, attention_mask, vision_features)
         slots = self.config.num_action_tokens
         inputs_embeds = self.embed(prompt, features, proprio, num_action_slots=slots)
@@ -307,19 +335,62 @@ class OpenVLA(nn.Module):
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         return torch.cat(tokens, dim=1)
 
-    def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
-        """Recompute each transformer layer in the backward pass, in train mode, instead of keeping its activations."""
-        layers: list[Any] = [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
-        for layer in layers:
-            layer.gradient_checkpointing = enabled
-            layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+    @property
+    def _stacks(self) -> list[LayerStack]:
+        towers = self.vision_backbone
+        return [towers.featurizer.stack, towers.fused_featurizer.stack, self.language_model.stack]
+
+    def gradient_checkpointing_enable(self, share: float = 1.0) -> None:
+        """Compute layers again in the backward pass, instead of keeping their activations.
+
+        Args:
+            share: of each tower's and the decoder's layers, from 0 (none) to 1 (all).
+
+        Raises:
+            ValueError: if it is not a share.
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"share must be from 0 (recompute nothing) to 1 (recompute every layer), got {share}.")
+        for stack in self._stacks:
+            stack.recompute = float(share)
+
+    def accelerate(self, *, compile_layers: bool = True, graph_batch_size: int = 0) -> None:
+        """Make forward and backward fast; call it once the weights are loaded, the adapters added and all in place.
+
+        Frozen weights that read the same input are fused, adapters get a copy in the dtype of the weights, which is
+        brought up to date whenever they have changed, and each kind of layer is compiled, once for all layers and
+        batch sizes. The outputs stay what they were, up to rounding. Do not move the model or cast it afterwards.
+
+        Args:
+            compile_layers: compile the layers.
+            graph_batch_size: up to this batch size, forwards without gradient on a GPU are replayed as CUDA graphs.
+        """
+        if compile_layers:
+            # One entry per kind of call: with and without gradient, mask and adapters, for one sample and for many.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+        for stack in self._stacks:
+            stack.accelerate(compile_layers)
+        self._adapters = [p for name, p in self.named_parameters() if ".lora_" in name]
+        self._adapter_version = self._current_version()
+        self._graphs = ForwardGraphs(self._forward, graph_batch_size) if graph_batch_size else None
+
+    def _current_version(self) -> tuple[int, int]:
+        # Fused optimizers write without a new version of the tensor, so that steps are counted too.
+        return sum(parameter._version for parameter in self._adapters), count_optimizer_steps().steps
+
+    def refresh(self) -> None:
+        """Bring what :meth:`accelerate` copied up to date with the adapters; every forward does so by itself."""
+        if self._adapters and (version := self._current_version()) != self._adapter_version:
+            for stack in self._stacks:
+                refresh(stack.adapters())
+            self._adapter_version = version
 
     @classmethod
     def from_pretrained(
         cls,
         path_or_hub_id: str | Path,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | Literal["stored"] | None = None,
         device: torch.device | str | None = None,
         attn_implementation: str | None = None,
         load_in_4bit: bool = False,
@@ -331,7 +402,8 @@ class OpenVLA(nn.Module):
 
         Args:
             path_or_hub_id: a folder, or a Hugging Face repository.
-            dtype: dtype of the weights; None for the checkpoint's on an accelerator and float32 on the CPU.
+            dtype: dtype of the weights; None for the checkpoint's on an accelerator and float32 on the CPU; ``stored``
+                for the checkpoint's anywhere, and the heads' own, so that no bit is lost.
             device: where to load them, straight from the files; None for the CPU.
             attn_implementation: ``sdpa``, ``flash_attention_2`` or ``eager``; None for the fastest that runs.
             load_in_4bit: quantise the linear layers to 4 bits (NF4) through bitsandbytes; needs CUDA.

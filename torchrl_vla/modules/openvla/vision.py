@@ -8,52 +8,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Dinov2WithRegistersConfig, SiglipVisionConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersLayer
-from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, eager_attention_forward
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
+from torchrl_vla.modules.openvla.blocks import (
+    Attention,
+    LayerStack,
+    ViTBlock,
+    read_dinov2_layer,
+    read_siglip_layer,
+)
 from torchrl_vla.modules.openvla.config import OpenVLAConfig, VisionTowerConfig
+from torchrl_vla.modules.openvla.linear import linear, read_linear
+
+# Images up to which a tower leaves much of a GPU idle, so that in a CUDA graph both run side by side.
+_SIDE_BY_SIDE = 2
 
 
 class FusedSelfAttention(nn.Module):
-    """Self-attention whose query, key and value come from one linear layer, as timm (and so upstream's LoRA) has it.
+    """The weights of a self-attention whose query, key and value come from one linear layer.
 
-    It takes the place of the attention in transformers' ViT layers and goes through the same attention interface.
+    timm, and so upstream's LoRA, has it that way. It takes the place of the attention in transformers' ViT layers.
 
     Args:
-        config: the transformers configuration of the tower; its attention kernel is used.
+        width: of the hidden states.
     """
 
-    is_causal = False
-
-    def __init__(self, config: Dinov2WithRegistersConfig | SiglipVisionConfig) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.config = config
-        self.num_heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, None]:
-        """Attend over ``hidden_states`` [B, N, D]; returns [B, N, D] and None in place of the attention weights."""
-        batch, tokens, _ = hidden_states.shape
-        qkv = self.qkv(hidden_states).view(batch, tokens, 3, self.num_heads, self.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, _ = attention(
-            self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, dropout=0.0, is_causal=False
-        )
-        return self.proj(output.reshape(batch, tokens, -1)), None
-
-
-class DINOv2Layer(Dinov2WithRegistersLayer):
-    """transformers' layer with its forward spelled out: what it passes to its attention differs between versions."""
-
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """[B, N, D] to [B, N, D]."""
-        attended = self.attention(self.norm1(hidden_states))[0]
-        hidden_states = self.layer_scale1(attended) + hidden_states
-        return self.layer_scale2(self.mlp(self.norm2(hidden_states))) + hidden_states
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
 
 
 class PatchEmbeddings(nn.Module):
@@ -107,29 +91,32 @@ class VisionTower(nn.Module):
             patch_size=config.patch_size,
             attn_implementation=attn_implementation,
         )
-        # SigLIP's layers insist on a mask.
-        self._layer_arguments = {} if config.num_prefix_tokens else {"attention_mask": None}
+        tower_config: Any = (
+            Dinov2WithRegistersConfig(**shared)
+            if config.num_prefix_tokens
+            else SiglipVisionConfig(**shared, intermediate_size=config.mlp_dim)
+        )
         self.layers = nn.ModuleList()
         for _ in range(config.depth - 1):
             layer: Any
             if config.num_prefix_tokens:
-                dino_config = Dinov2WithRegistersConfig(**shared)
-                layer = DINOv2Layer(dino_config)
-                layer.attention = FusedSelfAttention(dino_config)
+                layer = Dinov2WithRegistersLayer(tower_config)
+                layer.attention = FusedSelfAttention(config.embed_dim)
                 # transformers only knows whole ratios; timm's hidden width is exact.
                 layer.mlp.fc1 = nn.Linear(config.embed_dim, config.mlp_dim)
                 layer.mlp.fc2 = nn.Linear(config.mlp_dim, config.embed_dim)
             else:
-                siglip_config = SiglipVisionConfig(**shared, intermediate_size=config.mlp_dim)
-                layer = SiglipEncoderLayer(siglip_config)
-                layer.self_attn = FusedSelfAttention(siglip_config)
+                layer = SiglipEncoderLayer(tower_config)
+                layer.self_attn = FusedSelfAttention(config.embed_dim)
             self.layers.append(layer)
+        block = ViTBlock(Attention(tower_config, config.embed_dim // config.num_heads), eps=1e-6)
+        self.stack = LayerStack(
+            self.layers, read_dinov2_layer if config.num_prefix_tokens else read_siglip_layer, block
+        )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[B, 3, H, W] normalised pixels to [B, N, D] patch features."""
-        hidden_states = self.embeddings(pixel_values)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, **self._layer_arguments)
+        hidden_states = self.stack(self.embeddings(pixel_values))
         return hidden_states[:, self.embeddings.num_prefix_tokens :]
 
 
@@ -158,7 +145,16 @@ class VisionBackbone(nn.Module):
         """
         batch, channels, height, width = pixel_values.shape
         images = pixel_values.reshape(batch * (channels // 6), 6, height, width)
-        features = torch.cat([self.featurizer(images[:, :3]), self.fused_featurizer(images[:, 3:])], dim=-1)
+        if images.is_cuda and torch.cuda.is_current_stream_capturing() and len(images) <= _SIDE_BY_SIDE:
+            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                siglip = self.fused_featurizer(images[:, 3:])
+            dinov2 = self.featurizer(images[:, :3])
+            current.wait_stream(side)
+        else:
+            dinov2, siglip = self.featurizer(images[:, :3]), self.fused_featurizer(images[:, 3:])
+        features = torch.cat([dinov2, siglip], dim=-1)
         return features.reshape(batch, -1, features.shape[-1])
 
 
@@ -178,4 +174,7 @@ class VisionProjector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[..., vision_dim] to [..., hidden_size]."""
-        return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(features)))))
+        states = features
+        for layer in (self.fc1, self.fc2):
+            states = F.gelu(linear(states, read_linear(layer)))
+        return linear(states, read_linear(self.fc3))

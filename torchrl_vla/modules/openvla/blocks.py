@@ -1,0 +1,294 @@
+"""The transformer layers of OpenVLA as functions of tensors, and stacks of them: one forward, eager or compiled.
+
+A function of tensors is compiled once and then serves every layer of its kind.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from torchrl_vla.modules.openvla.linear import (
+    Adapters,
+    Linear,
+    LinearWeights,
+    copy_adapters,
+    fuse_storage,
+    linear,
+    linear_group,
+    read_group,
+    read_linear,
+)
+
+Block = Callable[..., Tensor]
+
+
+class Attention(nn.Module):
+    """Bidirectional attention through transformers' interface; it has no weights and serves a whole stack.
+
+    Args:
+        config: transformers' configuration of the stack, which names the kernel.
+        head_dim: width of a head.
+        num_key_value_groups: query heads per key/value head.
+    """
+
+    is_causal = False
+
+    def __init__(self, config: PretrainedConfig, head_dim: int, num_key_value_groups: int = 1) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = head_dim
+        self.num_key_value_groups = num_key_value_groups
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend over ``[B, S, H * head_dim]`` each, heads already turned; returns ``[B, S, H * head_dim]``."""
+        heads = [x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (query, key, value)]
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, _ = attend(self, *heads, mask, scaling=self.head_dim**-0.5, dropout=0.0, is_causal=False)
+        return output.flatten(-2)
+
+
+class LlamaWeights(NamedTuple):
+    """Of one decoder layer: ``qkv`` and ``gate_up`` are one fused layer each, or three and two."""
+
+    input_norm: Tensor
+    qkv: tuple[Linear, ...]
+    output: Linear
+    mlp_norm: Tensor
+    gate_up: tuple[Linear, ...]
+    down: Linear
+
+
+class LlamaBlock:
+    """Computes Llama decoder layers.
+
+    Args:
+        attention: of the stack.
+        eps: of RMSNorm.
+        hidden_size: width of the hidden states.
+        key_value_size: width of all key heads together.
+        mlp_size: hidden width of the SwiGLU.
+    """
+
+    def __init__(self, attention: Attention, eps: float, hidden_size: int, key_value_size: int, mlp_size: int) -> None:
+        self.attention = attention
+        self.eps = eps
+        self.qkv_sizes = (hidden_size, key_value_size, key_value_size)
+        self.mlp_sizes = (mlp_size, mlp_size)
+
+    def __call__(self, x: Tensor, weights: LlamaWeights, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        """``x`` [B, S, D] to the same; ``cos`` and ``sin`` [B or 1, S, head_dim], ``mask`` [B, 1, S, S] or None."""
+        states = _rms_norm(x, weights.input_norm, self.eps)
+        query, key, value = linear_group(states, weights.qkv, self.qkv_sizes)
+        query, key = (_rotate(states, cos, sin, self.attention.head_dim) for states in (query, key))
+        x = x + linear(self.attention(query, key, value, mask), weights.output)
+        states = _rms_norm(x, weights.mlp_norm, self.eps)
+        gate, up = linear_group(states, weights.gate_up, self.mlp_sizes)
+        return x + linear(F.silu(gate) * up, weights.down)
+
+
+def read_llama_layer(layer: Any) -> LlamaWeights:
+    """The weights of transformers' ``LlamaDecoderLayer``."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return LlamaWeights(
+        layer.input_layernorm.weight,
+        read_group([attention.q_proj, attention.k_proj, attention.v_proj]),
+        read_linear(attention.o_proj),
+        layer.post_attention_layernorm.weight,
+        read_group([mlp.gate_proj, mlp.up_proj]),
+        read_linear(mlp.down_proj),
+    )
+
+
+def fuse_llama_layer(layer: Any) -> None:
+    """Lay the frozen weights of a decoder layer so that :func:`read_llama_layer` finds them fused."""
+    attention, mlp = layer.self_attn, layer.mlp
+    fuse_storage([attention.q_proj, attention.k_proj, attention.v_proj])
+    fuse_storage([mlp.gate_proj, mlp.up_proj])
+
+
+class ViTWeights(NamedTuple):
+    """Of one vision layer; ``scale1`` and ``scale2`` are DINOv2's LayerScale, None in SigLIP."""
+
+    norm1: tuple[Tensor, Tensor]
+    qkv: Linear
+    output: Linear
+    scale1: Tensor | None
+    norm2: tuple[Tensor, Tensor]
+    fc1: Linear
+    fc2: Linear
+    scale2: Tensor | None
+
+
+class ViTBlock:
+    """Computes ViT layers with exact GELU.
+
+    Args:
+        attention: of the stack.
+        eps: of LayerNorm.
+    """
+
+    def __init__(self, attention: Attention, eps: float) -> None:
+        self.attention = attention
+        self.eps = eps
+
+    def __call__(self, x: Tensor, weights: ViTWeights) -> Tensor:
+        """``x`` [B, N, D] to the same."""
+        width = x.shape[-1:]
+        query, key, value = linear(F.layer_norm(x, width, *weights.norm1, self.eps), weights.qkv).chunk(3, dim=-1)
+        attended = linear(self.attention(query, key, value), weights.output)
+        x = x + (attended if weights.scale1 is None else attended * weights.scale1)
+        states = linear(F.layer_norm(x, width, *weights.norm2, self.eps), weights.fc1)
+        states = linear(F.gelu(states), weights.fc2)
+        return x + (states if weights.scale2 is None else states * weights.scale2)
+
+
+def read_dinov2_layer(layer: Any) -> ViTWeights:
+    """The weights of transformers' ``Dinov2WithRegistersLayer`` with fused query, key and value."""
+    attention, mlp = layer.attention, layer.mlp
+    return ViTWeights(
+        (layer.norm1.weight, layer.norm1.bias), read_linear(attention.qkv), read_linear(attention.proj),
+        layer.layer_scale1.lambda1, (layer.norm2.weight, layer.norm2.bias), read_linear(mlp.fc1), read_linear(mlp.fc2),
+        layer.layer_scale2.lambda1,
+    )  # fmt: skip
+
+
+def read_siglip_layer(layer: Any) -> ViTWeights:
+    """The weights of transformers' ``SiglipEncoderLayer`` with fused query, key and value."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return ViTWeights(
+        (layer.layer_norm1.weight, layer.layer_norm1.bias), read_linear(attention.qkv), read_linear(attention.proj),
+        None, (layer.layer_norm2.weight, layer.layer_norm2.bias), read_linear(mlp.fc1), read_linear(mlp.fc2), None,
+    )  # fmt: skip
+
+
+class LayerStack:
+    """Runs layers of one kind, one after the other.
+
+    Args:
+        layers: the modules that own the weights.
+        read: takes the weights out of one.
+        block: computes a layer: hidden states, weights, and what all layers share.
+        fuse: lays the weights of one so that ``read`` finds them fused.
+    """
+
+    def __init__(
+        self,
+        layers: nn.ModuleList,
+        read: Callable[[Any], Any],
+        block: Block,
+        fuse: Callable[[Any], None] | None = None,
+    ) -> None:
+        self.layers = layers
+        self.recompute = 0.0
+        self._read, self._fuse = read, fuse
+        self._eager: Block = block
+        self._block: Block = block
+        self._cache: dict[tuple[bool, bool], tuple[list[Any], Block]] | None = None
+        self._switch: Any = None
+
+    def __call__(self, x: Tensor, *shared: Tensor | None) -> Tensor:
+        """Run every layer on ``x`` [B, S, D]; ``recompute`` is the share of them that keeps no activations."""
+        layers, block = self._weights()
+        recomputed = round(self.recompute * len(layers)) if torch.is_grad_enabled() else 0
+        if block is not self._eager:
+            mark_batch(x, *shared)
+        for index, weights in enumerate(layers):
+            if index < recomputed:
+                x = checkpoint(block, x, weights, *shared, use_reentrant=False)  # type: ignore[assignment]
+            else:
+                x = block(x, weights, *shared)
+        return x
+
+    def accelerate(self, compile_layers: bool) -> None:
+        """Fuse and keep the weights, and compile the block; see :meth:`OpenVLA.accelerate`."""
+        for layer in self.layers if self._fuse is not None else ():
+            self._fuse(layer)  # type: ignore[misc]
+        self._cache = {}
+        self._switch = next((module for module in self.layers.modules() if isinstance(module, LoraLayer)), None)
+        if compile_layers:
+            self._block = torch.compile(self._eager.__call__, fullgraph=True)
+
+    def adapters(self) -> Iterable[Adapters]:
+        """The adapters that are kept, once :meth:`accelerate` was called."""
+        for layers, _ in (self._cache or {}).values():
+            for leaf in _leaves(tuple(layers)):
+                if isinstance(leaf, LinearWeights) and leaf.adapters is not None:
+                    yield leaf.adapters
+
+    def _weights(self) -> tuple[list[Any], Block]:
+        """Every layer's weights, and what computes with them."""
+        if self._cache is None:
+            return [self._read(layer) for layer in self.layers], self._eager
+        # Adapters may be switched off for a while (the reference policy), which changes what is read.
+        key = (self._switch is not None and self._switch.disable_adapters, self.layers.training)
+        if key not in self._cache:
+            layers = [self._read(layer) for layer in self.layers]
+            plain = not any(isinstance(leaf, nn.Module) for layer in layers for leaf in _leaves(layer))
+            # A compiler would make code for each module that it is given.
+            self._cache[key] = layers, self._block if plain else self._eager
+        return self._cache[key]
+
+
+def _leaves(weights: Any) -> Iterable[Any]:
+    """Linear layers, and whatever else a layer's weights are made of."""
+    if isinstance(weights, tuple) and not isinstance(weights, LinearWeights):
+        for part in weights:
+            yield from _leaves(part)
+    else:
+        yield weights
+
+
+def refresh(adapters: Iterable[Adapters]) -> None:
+    """Bring the copies that kept adapters compute with up to date."""
+    for one in adapters:
+        copy_adapters(one)
+
+
+class _StepCounter:
+    """How often any optimizer of this process has stepped."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def __call__(self, *_: Any) -> None:
+        self.steps += 1
+
+
+@functools.cache
+def count_optimizer_steps() -> _StepCounter:
+    """The counter of this process, which counts from the first call on."""
+    counter = _StepCounter()
+    register_optimizer_step_post_hook(counter)
+    return counter
+
+
+def mark_batch(*tensors: Tensor | None) -> None:
+    """Tell the compiler that the first dimension varies, so that one compilation serves every batch size but 1."""
+    for tensor in tensors:
+        if tensor is not None and len(tensor) > 1:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    states = x.float()
+    return weight * (states * torch.rsqrt(states.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
+    """Rotary position embedding in Llama's split-half layout, ``[B, S, H * head_dim]``."""
+    heads = x.unflatten(-1, (-1, head_dim))
+    first, second = heads.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (heads * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)).flatten(-2)
