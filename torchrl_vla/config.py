@@ -51,9 +51,14 @@ class PPOConfig:
     """Control steps (20 Hz) to collect in all; the run ends with the update that reaches it."""
     n_steps: int = 100
     """Least number of control steps per update, rounded up to whole groups of complete episodes."""
-    batch_size: int = 1
-    """Decisions per forward and backward pass. Gradients are accumulated: this changes memory and speed, never the
-    gradient."""
+    batch_size: int | Literal["auto"] = 1
+    """Decisions per forward and backward pass; auto: whatever is fastest in the GPU's memory, measured once. Gradients
+    are accumulated: this changes memory and speed, never the gradient."""
+    recompute: float | Literal["auto"] = "auto"
+    """Share of the layers, 0 to 1, that are computed again in the backward pass to save memory; auto: as few as the
+    GPU's memory allows."""
+    memory_gb: float | None = None
+    """GPU memory that batch_size=auto and recompute=auto may fill, in GiB; None: all that is free."""
     n_epochs: int = 10
     """Passes over the collected decisions per update."""
 
@@ -134,7 +139,7 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         _positive(
-            self, "total_timesteps", "n_steps", "batch_size", "n_epochs", "actor_lr", "critic_lr", "clip_ratio_high",
+            self, "total_timesteps", "n_steps", "n_epochs", "actor_lr", "critic_lr", "clip_ratio_high",
             "clip_ratio_low", "max_grad_norm", "max_bad_updates", "traj_split_num", "traj_mini_batch_size",
             "log_interval", "save_interval", "keep_checkpoints", "group_size",
         )  # fmt: skip
@@ -143,6 +148,12 @@ class PPOConfig:
             "val_interval", "val_episodes",
         )  # fmt: skip
         _fraction(self, "gamma", "gae_lambda", "verifier_gamma", "keep_low", "keep_high")
+        if self.batch_size != "auto":
+            _positive(self, "batch_size")
+        if self.recompute != "auto":
+            _fraction(self, "recompute")
+        if self.memory_gb is not None:
+            _positive(self, "memory_gb")
         if self.clip_ratio_low >= 1:
             raise ValueError(f"clip_ratio_low must be below 1 (ratios are positive), got {self.clip_ratio_low}.")
         if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_ratio_high:
@@ -289,8 +300,13 @@ class OpenVLAActorConfig:
     """Deprecated, without effect: use_tokenized_actions and load_l1_action_head choose the mode."""
     finetuned_on_discrete_actions: bool = False
     """The maker of the checkpoint says that its action tokens were trained; no file of a checkpoint does."""
+    force: bool = False
+    """Train from a checkpoint all the same whose action tokens were never trained."""
     deterministic_eval: bool = True
     """Evaluate greedily."""
+    compile: bool = True
+    """Compile the layers, fuse their weights and replay small batches as CUDA graphs, on a GPU; a CPU runs them as they
+    are."""
     use_flash_attention: bool = True
     """Use flash-attention 2 if installed, else PyTorch's own attention."""
 

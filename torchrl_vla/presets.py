@@ -31,12 +31,12 @@ def _tiny() -> TrainConfig:
 
 def _24gb() -> TrainConfig:
     """OpenVLA-OFT 7B with LoRA on one 24 GB card."""
-    return TrainConfig(env=EnvironmentConfig(num_envs=8))
+    return TrainConfig(ppo=PPOConfig(batch_size="auto", memory_gb=22.0), env=EnvironmentConfig(num_envs=8))
 
 
 def _80gb() -> TrainConfig:
     """OpenVLA-OFT 7B with LoRA on one 80 GB card."""
-    return TrainConfig(ppo=PPOConfig(batch_size=16), env=EnvironmentConfig(num_envs=16))
+    return TrainConfig(ppo=PPOConfig(batch_size="auto"), env=EnvironmentConfig(num_envs=16))
 
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {"tiny": _tiny, "24gb": _24gb, "80gb": _80gb}

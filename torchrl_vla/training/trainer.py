@@ -17,6 +17,7 @@ from tqdm import tqdm
 from torchrl_vla.config import PPOConfig
 from torchrl_vla.objectives import AsymmetricClipPPOLoss, GRPOAdvantage
 from torchrl_vla.training.logging import RunLogger, format_table
+from torchrl_vla.training.micro_batch import MicroBatch, free_memory
 
 __all__ = ["PPOTrainer", "TrainingDiverged"]
 
@@ -44,6 +45,8 @@ class PPOTrainer:
         validate: judges the policy and returns figures named ``val/...``; None: no validation.
         save: writes a checkpoint, given the trainer; None: no checkpoints.
         device: where the loss runs.
+        set_recompute: tells the policy which share of its layers to compute again in the backward pass; None if it
+            cannot.
 
     Examples:
         See `scripts/toy_vla.py` for a complete one on TorchRL's ``ToyVLAEnv``.
@@ -61,6 +64,7 @@ class PPOTrainer:
         validate: Callable[[], Mapping[str, float]] | None = None,
         save: Callable[[PPOTrainer], None] | None = None,
         device: torch.device | str = "cpu",
+        set_recompute: Callable[[float], None] | None = None,
     ) -> None:
         self.config = config
         self.collector = collector
@@ -70,6 +74,9 @@ class PPOTrainer:
         self.device = torch.device(device)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.advantage = advantage
+        self.micro_batch = MicroBatch(
+            config.batch_size, config.recompute, memory_gb=config.memory_gb, set_recompute=set_recompute
+        )
         self.updates = 0
         self.env_steps = 0
         self.bad_steps = 0
@@ -178,30 +185,73 @@ class PPOTrainer:
 
     def _optimizer_step(self, minibatch: TensorDictBase, bar: tqdm) -> dict[str, torch.Tensor]:
         """One optimizer step, its gradient accumulated over micro-batches; the figures stay on the device."""
-        size = min(self.config.batch_size, math.ceil(len(minibatch) / self.config.traj_split_num))
+        minibatch = minibatch.to(self.device)
         counts = None
         if isinstance(self.loss, AsymmetricClipPPOLoss):
-            counts = self.loss.count_valid(minibatch).to(self.device)
+            counts = self.loss.count_valid(minibatch)
             self.loss.set_normalizer(counts)
-        sums: dict[str, torch.Tensor] = {}
-        self.optimizer.zero_grad(set_to_none=True)
-        for micro in minibatch.split(size):
-            share = len(micro) / len(minibatch)
-            terms = self.loss(micro.to(self.device, non_blocking=True))
-            losses = {name: value for name, value in terms.items() if name.startswith("loss_")}
-            # Ours divides by the mini-batch's counts itself; a stock loss is a mean over the micro-batch.
-            scale = 1.0 if counts is not None else share
-            total = sum(value * scale for value in losses.values())
-            total.backward()
-            for name, value in terms.items():
-                if value.numel() == 1:
-                    weight = scale if name in losses else share
-                    sums[name] = sums.get(name, 0.0) + weight * value.detach().float().reshape(())
-            sums["loss"] = sums.get("loss", 0.0) + total.detach().float().reshape(())
-            bar.update(len(micro))
+        if not self.micro_batch.chosen:
+            self._choose_micro_batch(minibatch)
+        while (sums := self._accumulate(minibatch, bar, normalized=counts is not None)) is None:
+            self._halve_micro_batch()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self._step_if_finite(torch.isfinite(norm) & torch.isfinite(sums["loss"]))
         return {_FIGURES.get(name, name): value for name, value in sums.items()} | {"grad_norm": norm.detach().float()}
+
+    def _accumulate(self, minibatch: TensorDictBase, bar: tqdm, *, normalized: bool) -> dict[str, torch.Tensor] | None:
+        """The gradient of a mini-batch, and its figures; None, and no gradient, if memory runs out."""
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, torch.Tensor] = {}
+        most = min(self.micro_batch.size, math.ceil(len(minibatch) / self.config.traj_split_num))
+        # Micro-batches of equal size, as far as they can be.
+        size, done = math.ceil(len(minibatch) / math.ceil(len(minibatch) / most)), 0
+        try:
+            for micro in minibatch.split(size):
+                self._backward(micro, len(micro) / len(minibatch), normalized, sums)
+                done += len(micro)
+                bar.update(len(micro))
+        except torch.OutOfMemoryError:
+            bar.update(-done)
+            return None
+        return sums
+
+    def _backward(self, micro: TensorDictBase, share: float, normalized: bool, sums: dict[str, torch.Tensor]) -> None:
+        """Add a micro-batch's gradient to the parameters' and its figures to `sums`, which stay on the device."""
+        terms = self.loss(micro)
+        losses = {name: value for name, value in terms.items() if name.startswith("loss_")}
+        # Ours divides by the mini-batch's counts itself; a stock loss is a mean over the micro-batch.
+        scale = 1.0 if normalized else share
+        total = sum(value * scale for value in losses.values())
+        total.backward()
+        for name, value in terms.items():
+            if value.numel() == 1:
+                weight = scale if name in losses else share
+                sums[name] = sums.get(name, 0.0) + weight * value.detach().float().reshape(())
+        sums["loss"] = sums.get("loss", 0.0) + total.detach().float().reshape(())
+
+    def _choose_micro_batch(self, minibatch: TensorDictBase) -> None:
+        moments = 0 if self.optimizer.state else 2 * sum(p.nbytes for p in self.parameters)
+
+        def run(size: int) -> None:
+            rows = torch.arange(size, device=self.device) % len(minibatch)
+            self._backward(minibatch[rows], 1.0, True, {})
+
+        decision = self.micro_batch.choose(run, self.device, reserve=moments)
+        free_memory()
+        self.logger.print(decision)
+
+    def _halve_micro_batch(self) -> None:
+        size = self.micro_batch.size
+        if not self.micro_batch.halve():
+            raise RuntimeError(
+                "The GPU's memory does not hold the forward and backward pass of one decision: use a preset for a "
+                "smaller card, --recompute 1, --load-in-4bit, or a smaller --num-envs."
+            )
+        free_memory()
+        self.logger.print(
+            f"Out of GPU memory with micro-batches of {size} decisions: from here on they have "
+            f"{self.micro_batch.size}. The batch is repeated; its gradient stays the same."
+        )
 
     def _step_if_finite(self, finite: torch.Tensor) -> None:
         if finite.item():

@@ -1,0 +1,166 @@
+"""How many decisions go through the network at once: as given, or as the GPU's memory allows, measured once."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+__all__ = ["MicroBatch"]
+
+_CPU_SIZE = 32
+_SIZES = (32, 16, 8, 4, 2, 1)
+_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+#: Share of the memory that is left for fragmentation and small tensors.
+_MARGIN = 0.04
+
+
+class _Cost(NamedTuple):
+    seconds: float
+    bytes: int
+
+
+class MicroBatch:
+    """The size of a micro-batch and the share of layers recomputed in the backward pass.
+
+    Neither changes the gradient: they trade memory for time.
+
+    Args:
+        size: decisions per forward and backward pass; ``"auto"`` measures which is fastest.
+        recompute: share of the layers whose activations are computed again, 0 to 1; ``"auto"`` as little as memory
+            asks for.
+        memory_gb: memory that may be filled, in GiB; None: all that is free.
+        set_recompute: how the policy is told the share; None for one that cannot recompute.
+
+    Examples:
+        >>> micro_batch = MicroBatch(8)
+        >>> micro_batch.halve(), micro_batch.size
+        (True, 4)
+    """
+
+    def __init__(
+        self,
+        size: int | Literal["auto"],
+        recompute: float | Literal["auto"] = 0.0,
+        *,
+        memory_gb: float | None = None,
+        set_recompute: Callable[[float], None] | None = None,
+    ) -> None:
+        self.size = 1 if size == "auto" else size
+        self.recompute = 0.0
+        self.memory_gb = memory_gb
+        if recompute == "auto" and set_recompute is None:
+            recompute = 0.0
+        self._sizes = _SIZES if size == "auto" else (size,)
+        self._shares = _SHARES if recompute == "auto" else (recompute,)
+        self._auto_size = size == "auto"
+        self._set_recompute = set_recompute
+        self.chosen = len(self._sizes) == len(self._shares) == 1
+        self._recompute(self._shares[0])
+
+    def halve(self) -> bool:
+        """Take half of the size, after memory ran out; False if one decision is too much already."""
+        if self.size == 1:
+            return False
+        self.size //= 2
+        return True
+
+    def choose(self, run: Callable[[int], Any], device: torch.device, *, reserve: int = 0) -> str:
+        """Measure, and decide.
+
+        Args:
+            run: a forward and backward pass over so many decisions.
+            device: where it runs; only a GPU is measured.
+            reserve: bytes that are not allocated yet and will be, such as the optimizer's.
+
+        Returns:
+            What was decided, and why, in a sentence.
+        """
+        self.chosen = True
+        if device.type != "cuda":
+            self.size = _CPU_SIZE if self._auto_size else self.size
+            return f"Micro-batches of {self.size} decisions."
+        run(2)  # compiles, and allocates the gradients
+        free, total = torch.cuda.mem_get_info(device)
+        limit = free + torch.cuda.memory_reserved(device)
+        if self.memory_gb is not None:
+            limit = min(limit, int(self.memory_gb * 2**30))
+        budget = limit - torch.cuda.memory_allocated(device) - reserve - int(_MARGIN * limit)
+        fits = self._fitting(run, device, budget)
+        costs = {candidate: self._measure(run, device, *candidate) for candidate in fits}
+        best = min(
+            (candidate for candidate in fits if costs[candidate] is not None),
+            key=lambda candidate: costs[candidate].seconds / candidate[0],  # type: ignore[union-attr]
+            default=(min(self._sizes), max(self._shares)),
+        )
+        self.size = best[0]
+        self._recompute(best[1])
+        cost = costs.get(best)
+        figures = ""
+        if cost is not None:
+            figures = (
+                f": {cost.seconds / best[0] * 1e3:.1f} ms per decision, {(limit - budget + cost.bytes) / 2**30:.1f} of "
+                f"{limit / 2**30:.1f} GiB"
+            )
+        return f"Micro-batches of {best[0]} decisions, {best[1]:.0%} of the layers recomputed{figures}."
+
+    def _fitting(self, run: Callable[[int], Any], device: torch.device, budget: int) -> list[tuple[int, float]]:
+        """For each size the least share that fits, by a straight line through two measured sizes."""
+        lines = {}
+        for share in {min(self._shares), max(self._shares)}:
+            small, large = (self._measure(run, device, size, share) for size in (2, 4))
+            if small is not None and large is not None:
+                slope = (large.bytes - small.bytes) / 2
+                lines[share] = (slope, small.bytes - 2 * slope)
+        fits = []
+        for size in self._sizes:
+            for share in self._shares:
+                needed = _interpolate(lines, share, size)
+                if needed is not None and needed <= budget:
+                    fits.append((size, share))
+                    break
+        return fits
+
+    def _measure(self, run: Callable[[int], Any], device: torch.device, size: int, share: float) -> _Cost | None:
+        """Time and additional memory of one pass; None if memory runs out."""
+        self._recompute(share)
+        try:
+            run(size)
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before, started = torch.cuda.memory_allocated(device), time.perf_counter()
+            run(size)
+            torch.cuda.synchronize(device)
+            return _Cost(time.perf_counter() - started, torch.cuda.max_memory_allocated(device) - before)
+        except torch.OutOfMemoryError:
+            pass
+        free_memory()
+        return None
+
+    def _recompute(self, share: float) -> None:
+        self.recompute = share
+        if self._set_recompute is not None:
+            self._set_recompute(share)
+
+
+def _interpolate(lines: dict[float, tuple[float, float]], share: float, size: int) -> float | None:
+    """Bytes of a micro-batch: lines (bytes per decision, bytes besides) at known shares, linear between them."""
+    if not lines:
+        return None
+    low, high = min(lines), max(lines)
+    if share < low:
+        return math.inf
+    weight = 0.0 if high == low else (share - low) / (high - low)
+    at_low, at_high = (slope * size + besides for slope, besides in (lines[low], lines[high]))
+    return (1 - weight) * at_low + weight * at_high
+
+
+def free_memory() -> None:
+    """Give back what a pass that ran out of memory left behind; not for a loop that works."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
