@@ -18,6 +18,7 @@ GROUPS = (
     {"collectors", "datasets"},
     {"config", "presets"},
     {"training", "evaluation"},
+    {"bench"},
     {"commands"},
     {"cli"},
 )

@@ -1,0 +1,25 @@
+"""`torchrl-vla bench`: measure speed and memory on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import tyro
+
+from torchrl_vla.bench.sim import SimulatorBench
+
+__all__ = ["main"]
+
+_BENCHES: dict[str, Callable[..., SimulatorBench]] = {"sim": SimulatorBench}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run one measurement.
+
+    Args:
+        arguments: its name and options.
+    """
+    bench = tyro.extras.subcommand_cli_from_dict(
+        _BENCHES, prog="torchrl-vla bench", description="Measure speed and memory on this machine.", args=arguments
+    )
+    bench.run()
