@@ -12,8 +12,12 @@ __all__ = ["main"]
 _COMMANDS = {
     "train": "fine-tune a policy with PPO/GRPO on LIBERO",
     "evaluate": "judge a policy by the standard protocol",
+    "compare": "compare two finished evaluations, episode by episode",
     "demos": "record demonstrations of a scripted expert",
     "finetune": "fine-tune a policy on demonstrations",
+    "doctor": "what is in a checkpoint, and whether this machine can run it",
+    "export": "write a policy for other tools, in upstream's format or as an adapter",
+    "bench": "measure speed and memory on this machine",
 }
 
 

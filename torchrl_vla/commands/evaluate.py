@@ -7,9 +7,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    from torchrl_vla.evaluation.report import EvaluationReport
 
 __all__ = ["EvaluateConfig", "main"]
 
@@ -32,6 +35,12 @@ class EvaluateConfig:
     """Episodes per task, from its initial states in order; the protocol asks for 50."""
     init_state_ids: list[int] | None = None
     """Initial states to use; None: all of the task's."""
+    init_states: Literal["official", "sampled"] = "official"
+    """official: those of the benchmark; sampled: as many others, drawn from the tasks' regions with the seed and
+    numbered from 0 too, so that nobody has trained on them."""
+    compare_with: str | None = None
+    """Evaluation to compare with, on the same initial states: a folder with a report.json, or another checkpoint, which
+    is then evaluated too."""
     num_envs: int = 8
     """Simulators run side by side."""
     temperature: float = 0.0
@@ -46,12 +55,17 @@ class EvaluateConfig:
     """Cameras the policy looks through: 1 agentview, 2 with the wrist camera."""
     unnorm_key: str | None = None
     """Which action statistics of the checkpoint to use; None: the suite's."""
+    action_mode: Literal["auto", "tokens", "l1"] = "auto"
+    """Act by the action tokens or by the L1 head; auto: as the checkpoint was trained."""
     device: str = "auto"
     """Device of the policy."""
     seed: int = 0
-    """Seeds the simulator (the protocol's is 0) and, with a temperature, the sampling."""
+    """Seeds the poses of fixtures (the protocol's is 0; with sampled initial states they stay so), the draw of sampled
+    initial states and, with a temperature, the sampling of actions."""
+    videos: bool = True
+    """Film one success and one failure of each task."""
     out: Path | None = None
-    """Folder for report.json and episodes.csv; None: evaluations/SUITE-DATE-TIME."""
+    """Folder for report.html, report.json, episodes.csv and videos; None: evaluations/SUITE-DATE-TIME."""
 
     def __post_init__(self) -> None:
         for name in ("episodes_per_task", "num_envs"):
@@ -59,6 +73,26 @@ class EvaluateConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.temperature < 0:
             raise ValueError(f"temperature must not be negative, got {self.temperature}: 0 is greedy.")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}.")
+
+    @property
+    def simulation(self) -> dict[str, Any]:
+        """What makes the same initial state and the same actions the same episode."""
+        sampled = self.init_states == "sampled"
+        return {
+            "fidelity": self.fidelity,
+            "seed": 0 if sampled else self.seed,
+            "sampled_init_states": self.seed if sampled else None,
+        }
+
+    @property
+    def initial_states(self) -> str:
+        """The initial states in words."""
+        which = "all" if self.init_state_ids is None else f"numbers {', '.join(map(str, self.init_state_ids))}"
+        if self.init_states == "sampled":
+            return f"sampled from the tasks' regions with seed {self.seed}, none of them official ({which})"
+        return f"the official ones, in order ({which})"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -69,16 +103,76 @@ def main(arguments: Sequence[str]) -> None:
     """
     config = tyro.cli(EvaluateConfig, prog="torchrl-vla evaluate", args=arguments)
 
-    import torch
     from tqdm import tqdm
+
+    from torchrl_vla.evaluation.comparison import check_same_problem, compare
+    from torchrl_vla.evaluation.curves import run_charts
+    from torchrl_vla.evaluation.html import write_html
+    from torchrl_vla.evaluation.report import EvaluationReport, report_file
+
+    out = config.out or Path("evaluations") / f"{config.task_suite}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (out / "report.json").exists():
+        raise ValueError(f"{out} holds a report already: choose another --out.")
+    baseline = None
+    if config.compare_with is not None:
+        if report_file(Path(config.compare_with)) is not None:
+            baseline = EvaluationReport.load(Path(config.compare_with))
+            check_same_problem(baseline, config.task_suite.lower(), _settings(config, config.checkpoint))
+        else:
+            _check_checkpoint(config.compare_with)
+    report = _judge(config, config.checkpoint, out)
+    report.save(out)
+    comparison = None
+    if config.compare_with is not None:
+        if baseline is None:
+            baseline = _judge(config, config.compare_with, out / "baseline")
+            baseline.save(out / "baseline")
+        comparison = compare(baseline, report)
+        report.save(out, comparison=comparison.to_dict())
+    tqdm.write(str(report if comparison is None else comparison))
+    films = _film(config, report, out / "videos") if config.videos else []
+    write_html(out / "report.html", report, comparison=comparison, films=films, charts=run_charts(config.checkpoint))
+    print(f"Page: {out / 'report.html'}   Figures: {out / 'report.json'}   Episodes: {out / 'episodes.csv'}")
+
+
+def _check_checkpoint(name: str) -> None:
+    """Find a policy that is to be run later, before anything long is started."""
+    from torchrl_vla.training.policy import acts_by_l1
+
+    acts_by_l1(name)
+
+
+def _settings(config: EvaluateConfig, checkpoint: str) -> dict[str, Any]:
+    """What the report says of how it was made; the policy's own part is added when it is loaded."""
+    from torchrl_vla.envs import get_suite
+    from torchrl_vla.training.folder import versions
+
+    simulation = config.simulation
+    return {
+        "checkpoint": checkpoint,
+        "init_states": config.initial_states,
+        "sampled_init_states": simulation["sampled_init_states"],
+        "episodes_per_task": config.episodes_per_task,
+        "temperature": config.temperature,
+        "horizon": config.max_episode_steps or get_suite(config.task_suite).horizon,
+        "fidelity": config.fidelity,
+        "fixture_seed": simulation["seed"],
+        "seed": config.seed,
+        "command": sys.argv,
+        "versions": versions(),
+    }
+
+
+def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationReport:
+    """Load a policy and run its episodes."""
+    import torch
 
     from torchrl_vla.config import EnvironmentConfig, OpenVLAActorConfig
     from torchrl_vla.envs import get_suite
     from torchrl_vla.envs.layout import make_env
     from torchrl_vla.evaluation.protocol import evaluate, initial_states, spread_episodes
     from torchrl_vla.training.devices import choose_device
-    from torchrl_vla.training.folder import versions
-    from torchrl_vla.training.policy import load_policy
+    from torchrl_vla.training.policy import acts_by_l1, load_policy
     from torchrl_vla.training.progress import EpisodeBar
 
     suite = get_suite(config.task_suite)
@@ -86,15 +180,15 @@ def main(arguments: Sequence[str]) -> None:
     EnvironmentConfig(task_suite=config.task_suite, task_ids=tasks, init_state_ids=config.init_state_ids)
     states = initial_states(suite, tasks, config.init_state_ids)
     plan = spread_episodes(tasks, states, config.episodes_per_task * len(tasks))
-    out = config.out or Path("evaluations") / f"{config.task_suite}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if (out / "report.json").exists():
-        raise ValueError(f"{out} holds a report already: choose another --out.")
     device = choose_device(config.device)
     torch.manual_seed(config.seed)
+    by_l1 = config.action_mode == "l1" or (config.action_mode == "auto" and acts_by_l1(checkpoint))
     policy = load_policy(
         OpenVLAActorConfig(
-            pretrained_checkpoint=config.checkpoint,
-            unnorm_key=config.unnorm_key,
+            pretrained_checkpoint=checkpoint,
+            load_l1_action_head=by_l1,
+            use_tokenized_actions=not by_l1,
+            unnorm_key=config.unnorm_key or suite.base,
             num_images_in_input=config.num_images_in_input,
         ),
         task_suite=config.task_suite,
@@ -110,36 +204,37 @@ def main(arguments: Sequence[str]) -> None:
         cameras=("agentview", "robot0_eye_in_hand")[: config.num_images_in_input],
         proprio_format=config.proprio_format,
         max_episode_steps=config.max_episode_steps,
-        fidelity=config.fidelity,
-        seed=config.seed,
+        **config.simulation,
     )
-    print(f"{len(plan)} episodes of {config.task_suite}, policy {config.checkpoint} on {device}, report goes to {out}")
+    print(f"{len(plan)} episodes of {suite.name}, policy {checkpoint} on {device}, report goes to {out}")
+    settings = _settings(config, checkpoint)
+    settings |= {"action_mode": "l1" if by_l1 else "tokens", "device": str(device)}
     try:
-        report = evaluate(
+        return evaluate(
             env,
             policy.actor,
             plan,
-            task_suite=config.task_suite,
+            task_suite=suite.name,
             instructions={task: suite.task(task).instruction for task in tasks},
             greedy=config.temperature == 0,
             progress=EpisodeBar("evaluation"),
-            settings={
-                "checkpoint": config.checkpoint,
-                "init_states": "the official ones, in order"
-                if config.init_state_ids is None
-                else config.init_state_ids,
-                "episodes_per_task": config.episodes_per_task,
-                "temperature": config.temperature,
-                "horizon": config.max_episode_steps or suite.horizon,
-                "fidelity": config.fidelity,
-                "seed": config.seed,
-                "device": str(device),
-                "command": sys.argv,
-                "versions": versions(),
-            },
+            settings=settings,
         )
     finally:
         env.close()
-    report.save(out)
-    tqdm.write(str(report))
-    print(f"Report: {out / 'report.json'}   Episodes: {out / 'episodes.csv'}")
+
+
+def _film(config: EvaluateConfig, report: EvaluationReport, folder: Path) -> list[tuple[Any, Path]]:
+    """Films of one success and one failure of each task: the episodes and the files."""
+    from tqdm import tqdm
+
+    from torchrl_vla.evaluation.videos import choose_episodes, film, write_mp4
+
+    chosen = choose_episodes(report.episodes)
+    films = []
+    for video in tqdm(film(report, chosen, **config.simulation), total=len(chosen), desc="videos", unit="episode"):
+        outcome = "success" if video.episode.success else "failure"
+        path = folder / f"task{video.episode.task_id}-state{video.episode.init_state_id}-{outcome}.mp4"
+        write_mp4(path, video.frames)
+        films.append((video.episode, path))
+    return films

@@ -1,7 +1,7 @@
 """Policies and what they are made of; they know no environment."""
 
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
-from torchrl_vla.modules.actor import OpenVLAActor, make_actor, make_value_operator
+from torchrl_vla.modules.actor import OpenVLAActor, OpenVLAL1Actor, make_actor, make_l1_actor, make_value_operator
 from torchrl_vla.modules.distributions import TokenCategorical
 from torchrl_vla.modules.heads import L1ActionHead, ProprioProjector, ValueHead
 from torchrl_vla.modules.openvla.config import OpenVLAConfig
@@ -15,6 +15,7 @@ __all__ = [
     "OpenVLA",
     "OpenVLAActor",
     "OpenVLAConfig",
+    "OpenVLAL1Actor",
     "OpenVLAOutput",
     "OpenVLAProcessor",
     "ProprioProjector",
@@ -23,5 +24,6 @@ __all__ = [
     "build_tokenizer",
     "load_tokenizer",
     "make_actor",
+    "make_l1_actor",
     "make_value_operator",
 ]

@@ -130,14 +130,23 @@ class ActionTokenizer(nn.Module):
         return out
 
     def save_statistics(self, folder: str | Path, key: str) -> Path:
-        """Write ``dataset_statistics.json`` with these statistics under ``key`` and return its path.
+        """Write these statistics under ``key`` into ``dataset_statistics.json`` and return its path.
+
+        What the file has of other data sets stays, and so does an entry of this one (or of ``key + "_no_noops"``) with
+        the same percentiles: upstream's entries have more than those.
 
         Args:
             folder: an existing folder, usually a checkpoint's.
             key: name of the data set, e.g. ``"libero_spatial"``.
         """
         path = Path(folder) / STATISTICS_FILE
-        path.write_text(json.dumps({key: self.statistics()}, indent=1))
+        stored = json.loads(path.read_text()) if path.is_file() else {}
+        same = (
+            name in stored and ActionTokenizer(stored[name]).statistics() == self.statistics()
+            for name in (key, f"{key}_no_noops")
+        )
+        if not any(same):
+            path.write_text(json.dumps(stored | {key: self.statistics()}, indent=1))
         return path
 
     def encode(self, actions: Tensor) -> Tensor:

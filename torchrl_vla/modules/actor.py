@@ -14,7 +14,7 @@ from torchrl.modules.tensordict_module.probabilistic import SafeProbabilisticTen
 
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
 from torchrl_vla.modules.distributions import TokenCategorical, check_temperature
-from torchrl_vla.modules.openvla.model import OpenVLA
+from torchrl_vla.modules.openvla.model import OpenVLA, OpenVLAOutput
 from torchrl_vla.modules.openvla.processor import OpenVLAProcessor
 
 IMAGE_KEYS: tuple[NestedKey, ...] = (("observation", "image"), ("observation", "wrist_image"))
@@ -77,9 +77,15 @@ class OpenVLABackbone(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Run the network on every element of the batch."""
-        batch_size = tensordict.batch_size
+        batch_size, output = tensordict.batch_size, self._run_model(tensordict)
+        logits, hidden = output.action_logits, output.hidden_states.float().mean(dim=1)
+        tensordict.set(LOGITS_KEY, logits.view(*batch_size, *logits.shape[1:]))
+        return tensordict.set(HIDDEN_KEY, hidden.view(*batch_size, *hidden.shape[1:]))
+
+    def _run_model(self, tensordict: TensorDictBase) -> OpenVLAOutput:
+        """The network's output, the batch's dimensions flattened to one."""
         inputs = tensordict.select(*self.in_keys).reshape(-1)
-        output = self.model(
+        return self.model(
             *self.processor(
                 [inputs.get(key) for key in self.image_keys],
                 self._read_instructions(inputs),
@@ -87,9 +93,6 @@ class OpenVLABackbone(TensorDictModuleBase):
                 device=self.model.device,
             )
         )
-        logits, hidden = output.action_logits, output.hidden_states.float().mean(dim=1)
-        tensordict.set(LOGITS_KEY, logits.view(*batch_size, *logits.shape[1:]))
-        return tensordict.set(HIDDEN_KEY, hidden.view(*batch_size, *hidden.shape[1:]))
 
     def _read_instructions(self, inputs: TensorDictBase) -> list[str]:
         if self.instructions is None:
@@ -100,6 +103,41 @@ class OpenVLABackbone(TensorDictModuleBase):
         if unknown:
             raise ValueError(f"task_id {unknown} have no instruction; instructions has {sorted(self.instructions)}.")
         return [self.instructions[task_id] for task_id in task_ids]
+
+
+class OpenVLAL1Actor(OpenVLABackbone):
+    """A policy that acts by the L1 head: deterministic, with no probabilities, so for evaluation and comparison alone.
+
+    Reads what :class:`OpenVLABackbone` reads, writes ``"action"`` float32 ``[*B, K, 7]`` (``[*B, 7]`` when K is 1) in
+    the env's units. Made by :func:`make_l1_actor`.
+
+    Args:
+        model: a network with an L1 head.
+        processor: makes its inputs and holds the action statistics.
+        instructions: instruction of each task id, if task ids are to be read and not strings.
+
+    Raises:
+        ValueError: if the model has no L1 head, or processor and model do not fit each other.
+    """
+
+    def __init__(
+        self, model: OpenVLA, processor: OpenVLAProcessor, instructions: Mapping[int, str] | None = None
+    ) -> None:
+        super().__init__(model, processor, instructions)
+        if model.action_head is None:
+            raise ValueError(
+                "this model has no L1 head to act by: load a checkpoint with action_head--N_checkpoint.pt and "
+                "load_l1_action_head=True, or act by its tokens (make_actor)."
+            )
+        self.action_tokenizer = processor.action_tokenizer
+        self.out_keys = [ACTION_KEY]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Decide: forward, regress, to the env's units."""
+        normalized = self.model.predict_l1(self._run_model(tensordict).hidden_states).float()
+        action = self.action_tokenizer.to_env(normalized)
+        action = action.view(*tensordict.batch_size, *action.shape[1:])
+        return tensordict.set(ACTION_KEY, action.squeeze(-2) if self.model.config.chunk_size == 1 else action)
 
 
 class ActionTokenSampler(SafeProbabilisticModule):
@@ -240,6 +278,33 @@ def make_actor(
         tokenizer, chunk_size=model.config.chunk_size, temperature=temperature, log_prob_level=log_prob_level
     )
     return OpenVLAActor(OpenVLABackbone(model, processor, instructions), sampler)
+
+
+def make_l1_actor(
+    model: OpenVLA, processor: OpenVLAProcessor, *, instructions: Mapping[int, str] | None = None
+) -> OpenVLAL1Actor:
+    """Make a policy that acts by an OpenVLA's L1 head; beside :func:`make_actor` on one model, to compare both.
+
+    Args:
+        model: a network with an L1 head; the actor shares it.
+        processor: makes the network's inputs.
+        instructions: instruction of each task id, as for :func:`make_actor`.
+
+    Raises:
+        ValueError: if the model has no L1 head, or processor and model do not fit each other.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl_vla.modules import OpenVLAConfig, build_tokenizer
+        >>> model = OpenVLA(OpenVLAConfig.tiny(), use_l1_head=True)
+        >>> processor = OpenVLAProcessor(build_tokenizer(["open the drawer"]), ActionTokenizer(), image_size=126)
+        >>> observation = TensorDict(image=torch.zeros(3, 256, 256, dtype=torch.uint8), state=torch.zeros(8))
+        >>> decision = TensorDict(observation=observation, language_instruction="open the drawer")
+        >>> make_l1_actor(model, processor)(decision)["action"].shape
+        torch.Size([8, 7])
+    """
+    return OpenVLAL1Actor(model, processor, instructions)
 
 
 def make_value_operator(actor: OpenVLAActor, value_head: nn.Module) -> TensorDictSequential:

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 class ValueHead(nn.Sequential):
     """State value from a pooled hidden state, ``D -> 1024 -> 512 -> 1`` with ReLU.
 
-    The input is brought to the head's own dtype, so that a float32 head can sit on a bfloat16 model.
+    The input is brought to the head's own dtype and device, so that a float32 head can sit on a bfloat16 model, and on
+    another GPU; the value goes back to the input's device.
 
     Args:
         hidden_size: width ``D`` of the hidden state.
@@ -30,7 +31,8 @@ class ValueHead(nn.Sequential):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., D] to values [..., 1]."""
-        return super().forward(hidden.to(next(self.parameters()).dtype))
+        weight = next(self.parameters())
+        return super().forward(hidden.to(weight.device, weight.dtype)).to(hidden.device)
 
 
 class ProprioProjector(nn.Module):
@@ -97,7 +99,8 @@ class L1ActionHead(nn.Module):
         self.model = _ResidualMLP(hidden_size * action_dim, hidden_size, action_dim, num_blocks=2)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Hidden states [B, K*action_dim, D] to normalised actions [B, K, action_dim], not clipped."""
+        """Hidden states [B, K*action_dim, D] to normalised actions [B, K, action_dim] on their device, not clipped."""
         batch, rows, width = hidden_states.shape
         steps = hidden_states.reshape(batch, rows // self.action_dim, self.action_dim * width)
-        return self.model(steps.to(self.model.fc1.weight.dtype))
+        weight = self.model.fc1.weight
+        return self.model(steps.to(weight.device, weight.dtype)).to(hidden_states.device)

@@ -15,6 +15,7 @@ from torchrl_vla.modules import ActionTokenizer, OpenVLA, OpenVLAProcessor, load
 from torchrl_vla.modules.heads import L1ActionHead
 from torchrl_vla.modules.openvla import add_lora, freeze_backbone
 from torchrl_vla.modules.openvla.checkpoint import resolve_checkpoint
+from torchrl_vla.modules.openvla.inspection import require_trained_tokens
 from torchrl_vla.training.finetune_config import FinetuneConfig
 from torchrl_vla.training.policy import PROCESSOR_FILE as PROCESSOR_FILE
 from torchrl_vla.training.policy import Policy, build_policy, save_policy
@@ -43,7 +44,12 @@ def load_student(config: FinetuneConfig, dataset: DemonstrationDataset, device: 
         settings = {"backend": fresh.processor.images.backend}
     else:
         folder = resolve_checkpoint(config.checkpoint)
-        _check_tokens_were_trained(config, folder)
+        if config.objective == "tokens":
+            require_trained_tokens(
+                folder,
+                finetuned_on_discrete_actions=config.finetuned_on_discrete_actions,
+                advice="Base openvla/openvla-7b can be fine-tuned too, and --objective l1 fine-tunes the head instead.",
+            )
         # Adapters leave the weights as they are; weights that learn need float32's small steps.
         model = OpenVLA.from_pretrained(folder, dtype=None if config.use_lora else torch.float32, device=device)
         tokenizer = load_tokenizer(folder)
@@ -57,23 +63,12 @@ def load_student(config: FinetuneConfig, dataset: DemonstrationDataset, device: 
     if config.objective == "l1" and model.action_head is None:
         model.action_head = _new_l1_head(model, config)
     _choose_parameters(model, config)
+    model.config = replace(model.config, trained_for=config.objective)
     actions = ActionTokenizer(
         dataset.statistics, n_bins=model.config.n_action_bins, vocab_size=model.config.tokenizer_vocab_size
     )
     processor = OpenVLAProcessor(tokenizer, actions, image_size=model.config.image_size, **settings)
     return Policy(model, processor, make_actor(model, processor).to(device), dataset.task_suite)
-
-
-def _check_tokens_were_trained(config: FinetuneConfig, folder: Path) -> None:
-    has_l1_head = any(folder.glob("action_head--*_checkpoint.pt"))
-    if config.objective == "tokens" and has_l1_head and not config.finetuned_on_discrete_actions:
-        raise ValueError(
-            f"{folder} has an L1 action head: such checkpoints are trained by regression on the hidden states, and "
-            "their action-token logits were never trained, so there is no token policy in them to fine-tune. Start "
-            "from a checkpoint made for tokens (the Haozhan72/Openvla-oft-SFT-* family, or base openvla/openvla-7b), "
-            "fine-tune the head instead (--objective l1), or, if its maker says that the tokens were trained too, pass "
-            "--finetuned-on-discrete-actions."
-        )
 
 
 def _new_l1_head(model: OpenVLA, config: FinetuneConfig) -> L1ActionHead:

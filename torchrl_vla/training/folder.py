@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from torchrl_vla.config import TrainConfig
 
-__all__ = ["log_to", "open_run_folder", "versions"]
+__all__ = ["log_to", "open_run_folder", "versions", "written_whole"]
 
 _PACKAGES = ("torchrl-vla", "torch", "torchrl", "tensordict", "transformers", "peft", "mujoco", "robosuite", "numpy")
 
@@ -54,6 +55,30 @@ def open_run_folder(config: TrainConfig, preset: str) -> Path:
         about = {"command": sys.argv, "preset": preset, "started": time.strftime("%Y-%m-%d %H:%M:%S"), **versions()}
         (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
     return folder
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write in, which takes the place of another as a whole once everything is written.
+
+    Args:
+        folder: the one to make or replace. If writing fails, it is left as it was.
+    """
+    folder = folder.resolve()
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    previous = folder.with_name(f"{folder.name}.previous")
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+    partial.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 @contextmanager

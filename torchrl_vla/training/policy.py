@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -20,13 +19,18 @@ from torchrl_vla.modules import (
     OpenVLA,
     OpenVLAActor,
     OpenVLAConfig,
+    OpenVLAL1Actor,
     OpenVLAProcessor,
     build_tokenizer,
     load_tokenizer,
     make_actor,
+    make_l1_actor,
 )
 from torchrl_vla.modules.openvla.checkpoint import resolve_checkpoint
+from torchrl_vla.modules.openvla.companions import save_companions
+from torchrl_vla.modules.openvla.inspection import require_trained_tokens, trained_mode
 from torchrl_vla.modules.openvla.lora import add_lora, freeze_backbone, without_adapters
+from torchrl_vla.training.folder import written_whole
 
 __all__ = ["BUNDLED", "PROCESSOR_FILE", "Policy", "build_policy", "load_policy", "save_policy"]
 
@@ -38,6 +42,8 @@ _BUNDLED_FOLDER = Path(__file__).parents[1] / "assets" / "tiny_policy"
 PROCESSOR_FILE = "processor.json"
 #: Subfolder of a run with what it can be resumed from.
 CHECKPOINTS = "checkpoints"
+#: Above it, a 7B model's arithmetic takes longer than launching it.
+_GRAPH_BATCH_SIZE = 4
 #: Suites that the small tokenizer knows the words of; their LIBERO-PRO variants use few others.
 _VOCABULARY_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 
@@ -51,13 +57,13 @@ class Policy:
     Args:
         model: the network.
         processor: makes its inputs; holds the text tokenizer and the action tokenizer with its statistics.
-        actor: the TorchRL policy.
+        actor: the TorchRL policy, by tokens or by the L1 head.
         statistics_key: name of the action statistics.
     """
 
     model: OpenVLA
     processor: OpenVLAProcessor
-    actor: OpenVLAActor
+    actor: OpenVLAActor | OpenVLAL1Actor
     statistics_key: str
 
     def reference_context(self) -> AbstractContextManager[Any]:
@@ -66,7 +72,12 @@ class Policy:
 
 
 def build_policy(
-    name: str, *, statistics_key: str = "libero_spatial", temperature: float = 1.6, device: torch.device | str = "cpu"
+    name: str,
+    *,
+    statistics_key: str = "libero_spatial",
+    temperature: float = 1.6,
+    device: torch.device | str = "cpu",
+    use_l1_head: bool = False,
 ) -> Policy:
     """Make an untrained policy.
 
@@ -79,9 +90,12 @@ def build_policy(
     Raises:
         ValueError: there is no such preset.
     """
-    config = OpenVLAConfig.preset(name)
-    with torch.device(device):
+    config, device = OpenVLAConfig.preset(name), torch.device(device)
+    # Made where it will be and in its own dtype, as a checkpoint is loaded: 7B in float32 would not fit a 24 GB card.
+    with torch.device("meta"):
         model = OpenVLA(config)
+    dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.torch_dtype)
+    model.to(dtype).to_empty(device=device).initialize()
     # Words of every suite, so that a policy can go on to another one.
     words = [task.instruction for suite in _VOCABULARY_SUITES for task in get_suite(suite).tasks]
     tokenizer = build_tokenizer(words, vocab_size=config.tokenizer_vocab_size, n_bins=config.n_action_bins)
@@ -113,12 +127,23 @@ def find_policy(name: str, *, use_local: bool = True) -> Path:
     return folder
 
 
+def acts_by_l1(name: str) -> bool:
+    """Whether a policy was trained for its L1 head, and not for tokens.
+
+    Args:
+        name: as in :class:`OpenVLAActorConfig`.
+    """
+    return not name.startswith(_RANDOM) and trained_mode(find_policy(name)).name == "l1"
+
+
 def load_policy(
     actor: OpenVLAActorConfig,
     *,
     task_suite: str,
     temperature: float = 1.6,
     device: torch.device | str = "cpu",
+    head_device: torch.device | None = None,
+    dtype: torch.dtype | Literal["stored"] | None = None,
     trainable: bool = True,
 ) -> Policy:
     """Load the policy that a configuration names, and prepare what of it learns.
@@ -128,19 +153,31 @@ def load_policy(
         task_suite: the suite whose statistics to use if the configuration names none.
         temperature: sampling temperature.
         device: where to load it.
+        head_device: where to put the L1 head; None for `device`.
+        dtype: as for :meth:`OpenVLA.from_pretrained`; random ones are made in float32.
         trainable: add adapters or freeze parts as configured; False loads it to be used as it is.
 
     Raises:
-        ValueError: the checkpoint cannot be had, or does not fit the configuration.
+        ValueError: the checkpoint cannot be had, does not fit the configuration, or is to be trained and has no
+            trained tokens.
     """
     device = torch.device(device)
     if actor.pretrained_checkpoint.startswith(_RANDOM):
         name = actor.pretrained_checkpoint.removeprefix(_RANDOM)
-        policy = build_policy(name, statistics_key=task_suite, temperature=temperature, device=device)
+        policy = build_policy(
+            name,
+            statistics_key=task_suite,
+            temperature=temperature,
+            device=device,
+            use_l1_head=actor.load_l1_action_head,
+        )
     else:
         folder = find_policy(actor.pretrained_checkpoint, use_local=actor.use_local)
+        if trainable and not actor.force:
+            _check_tokens(folder, actor)
         model = OpenVLA.from_pretrained(
             folder,
+            dtype=dtype,
             device=device,
             load_in_4bit=actor.load_in_4bit,
             load_l1_action_head=actor.load_l1_action_head or False,
@@ -162,29 +199,34 @@ def load_policy(
         policy = _assemble(
             model, load_tokenizer(folder), actions, settings, key, temperature=temperature, device=device
         )
+    if head_device is not None and policy.model.action_head is not None:
+        policy.model.action_head.to(head_device)
+    if not actor.use_tokenized_actions:
+        policy.actor = make_l1_actor(policy.model, policy.processor)
     if trainable:
         _prepare(policy.model, actor)
+    else:
+        policy.model.requires_grad_(False)
+    if actor.compile and device.type == "cuda":
+        policy.model.accelerate(graph_batch_size=_GRAPH_BATCH_SIZE)
     return policy
 
 
-def save_policy(policy: Policy, folder: Path) -> None:
+def save_policy(policy: Policy, folder: Path, **options: Any) -> None:
     """Write the policy in upstream's format, adapters merged, so that `load_policy` and upstream's tools read it.
 
     Args:
         policy: the policy; it is not changed.
         folder: replaced as a whole once everything is written.
+        options: of :meth:`OpenVLA.save_pretrained`.
     """
-    partial_folder = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    policy.model.save_pretrained(partial_folder)
-    policy.processor.tokenizer.save_pretrained(partial_folder)
-    policy.processor.action_tokenizer.save_statistics(partial_folder, policy.statistics_key)
-    images = policy.processor.images
-    settings = {"backend": images.backend, "center_crop": images.center_crop}
-    (partial_folder / PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial_folder.rename(folder)
+    with written_whole(folder) as partial:
+        policy.model.save_pretrained(partial, **options)
+        policy.processor.action_tokenizer.save_statistics(partial, policy.statistics_key)
+        images = policy.processor.images
+        settings = {"backend": images.backend, "center_crop": images.center_crop}
+        (partial / PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        save_companions(policy.processor.tokenizer, policy.model.config, partial)
 
 
 def _assemble(
@@ -202,6 +244,23 @@ def _assemble(
     return Policy(model, processor, actor.eval(), key)
 
 
+def _check_tokens(folder: Path, actor: OpenVLAActorConfig) -> None:
+    believed = actor.finetuned_on_discrete_actions
+    require_trained_tokens(
+        folder,
+        finetuned_on_discrete_actions=believed,
+        advice="--force starts from it all the same.",
+    )
+    mode = trained_mode(folder, finetuned_on_discrete_actions=believed)
+    if not mode.has_trained_tokens:
+        logger.warning(
+            "%s is taken for base OpenVLA (%s): its tokens were trained one after the other, and are decoded in "
+            "parallel here. `torchrl-vla finetune` teaches it that.",
+            folder,
+            mode.reason,
+        )
+
+
 def _prepare(model: OpenVLA, actor: OpenVLAActorConfig) -> None:
     if actor.freeze_vla_backbone:
         freeze_backbone(model)
@@ -212,6 +271,7 @@ def _prepare(model: OpenVLA, actor: OpenVLAActorConfig) -> None:
         add_lora(
             model, rank=actor.lora_rank, alpha=actor.lora_alpha, dropout=actor.lora_dropout, target_modules=targets
         )
+    model.config = replace(model.config, trained_for="tokens")
     if model.action_head is not None:
         logger.warning("The L1 head is loaded for comparison: PPO acts through the tokens and leaves it as it is.")
         model.action_head.requires_grad_(False)

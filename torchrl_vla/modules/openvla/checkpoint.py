@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -69,7 +69,7 @@ def resolve_checkpoint(path_or_hub_id: str | Path, *, local_files_only: bool = F
 def load_pretrained(
     path_or_hub_id: str | Path,
     *,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | Literal["stored"] | None,
     device: torch.device | str | None,
     attn_implementation: str | None,
     load_in_4bit: bool,
@@ -83,8 +83,13 @@ def load_pretrained(
     folder = resolve_checkpoint(path_or_hub_id, local_files_only=local_files_only, use_local=use_local)
     config = OpenVLAConfig.from_folder(folder)
     device = torch.device("cpu" if device is None else device)
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.torch_dtype)
+    heads_as_stored = dtype == "stored"
+    if dtype == "stored" or (dtype is None and device.type != "cpu"):
+        dtype = getattr(torch, config.torch_dtype)
+    elif dtype is None:
+        dtype = torch.float32
+    assert isinstance(dtype, torch.dtype)
+    head_dtype = None if heads_as_stored else dtype
     proprio_file = head_file(folder, "proprio_projector")
     action_file = head_file(folder, "action_head")
     if load_l1_action_head and action_file is None:
@@ -112,10 +117,10 @@ def load_pretrained(
                 else:
                     _assign(model, ours[name], tensor.to(dtype, copy=device.type == "cpu"))
     if proprio_file is not None:
-        _load_head(model.proprio_projector, proprio_file, device, dtype)
+        _load_head(model.proprio_projector, proprio_file, device, head_dtype)
     if use_l1_head:
         assert action_file is not None
-        _load_head(model.action_head, action_file, device, dtype)
+        _load_head(model.action_head, action_file, device, head_dtype)
         model.checkpoint_step = head_step(action_file)
     elif proprio_file is not None:
         model.checkpoint_step = head_step(proprio_file)
@@ -130,10 +135,10 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module, leaf, nn.Parameter(tensor) if quantized is None else quantized)
 
 
-def _load_head(module: nn.Module | None, path: Path, device: torch.device, dtype: torch.dtype) -> None:
+def _load_head(module: nn.Module | None, path: Path, device: torch.device, dtype: torch.dtype | None) -> None:
     assert module is not None
     for name, tensor in read_head(module, path).items():
-        _assign(module, name, tensor.to(device, dtype, copy=True))
+        _assign(module, name, tensor.to(device, dtype or tensor.dtype, copy=True))
 
 
 def read_head(module: nn.Module, path: Path, *, device: str = "cpu") -> dict[str, Tensor]:

@@ -1,0 +1,146 @@
+"""The ways of acting: by tokens, by the L1 head, and with both there."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.envs import set_exploration_type
+from torchrl.envs.utils import ExplorationType
+
+from torchrl_vla.config import OpenVLAActorConfig
+from torchrl_vla.modules import OpenVLAActor, OpenVLAL1Actor, make_l1_actor
+from torchrl_vla.training.devices import choose_head_device
+from torchrl_vla.training.policy import Policy, acts_by_l1, load_policy
+
+DATA = Path(__file__).parents[1] / "data"
+INSTRUCTION = "pick up the black bowl"
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Upstream's tiny checkpoint with L1 head and proprio projector."""
+    folder = tmp_path_factory.mktemp("release") / "openvla"
+    shutil.copytree(DATA / "openvla" / "checkpoint", folder, copy_function=shutil.copyfile)
+    for file in (DATA / "llama_tokenizer").iterdir():
+        shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+def load(
+    release: Path, *, trainable: bool = False, head_device: torch.device | None = None, **options: object
+) -> Policy:
+    actor = OpenVLAActorConfig(str(release), **options)  # type: ignore[arg-type]
+    return load_policy(actor, task_suite="libero_spatial", trainable=trainable, head_device=head_device)
+
+
+def observation() -> TensorDict:
+    torch.manual_seed(0)
+    image = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    inner = TensorDict(image=image, state=torch.rand(2, 8), batch_size=[2])
+    return TensorDict(observation=inner, language_instruction=[INSTRUCTION] * 2, batch_size=[2])
+
+
+def act(policy: Policy) -> TensorDict:
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        return policy.actor(observation())
+
+
+def test_tokens_is_the_default_and_leaves_the_l1_head_out(release: Path) -> None:
+    policy = load(release)
+    assert isinstance(policy.actor, OpenVLAActor) and policy.model.action_head is None
+    decision = act(policy)
+    assert decision["action"].shape == decision["vla_action", "tokens"].shape == (2, 8, 7)
+    assert ("vla_action", "log_probs") in decision.keys(True)
+
+
+def test_l1_acts_by_the_head_without_probabilities(release: Path) -> None:
+    policy = load(release, load_l1_action_head=True, use_tokenized_actions=False)
+    assert isinstance(policy.actor, OpenVLAL1Actor)
+    decision = act(policy)
+    assert decision["action"].shape == (2, 8, 7) and "vla_action" not in decision.keys()
+    assert (decision["action"][..., -1].abs() == 1).all()  # the gripper opens or closes
+    # By hand: the head on the hidden states, un-normalised, the gripper turned to the env's sense.
+    inputs = policy.processor(
+        observation()["observation", "image"], [INSTRUCTION] * 2, observation()["observation", "state"]
+    )
+    with torch.no_grad():
+        normalized = policy.model.predict_l1(policy.model(*inputs).hidden_states)
+    raw = policy.processor.action_tokenizer.unnormalize(normalized)
+    torch.testing.assert_close(decision["action"][..., :6], raw[..., :6].clamp(-1, 1), atol=1e-6, rtol=0)
+    assert torch.equal(decision["action"][..., 6] > 0, raw[..., 6] < 0.5)
+    with pytest.raises(ValueError, match="has no L1 head to act by"):
+        make_l1_actor(load(release).model, policy.processor)
+
+
+def test_hybrid_acts_by_tokens_and_keeps_the_head_out_of_training(
+    release: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for options in ({"use_lora": True, "lora_rank": 2}, {"use_lora": False}, {"freeze_vla_backbone": True}):
+        caplog.clear()
+        policy = load(
+            release, trainable=True, force=True, load_l1_action_head=True, freeze_l1_action_head=False, **options
+        )
+        assert isinstance(policy.actor, OpenVLAActor)
+        assert policy.model.action_head is not None
+        assert not any(p.requires_grad for p in policy.model.action_head.parameters())
+        assert "The L1 head is loaded for comparison" in caplog.text
+        other = make_l1_actor(policy.model, policy.processor)
+        assert other(observation())["action"].shape == act(policy)["action"].shape
+
+
+def test_an_l1_checkpoint_is_refused_for_training_alone(release: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match="action-token logits were never trained.*Openvla-oft-SFT.*--force"):
+        load(release, trainable=True)
+    for allowed in ({"force": True}, {"finetuned_on_discrete_actions": True}):
+        assert load(release, trainable=True, lora_rank=2, **allowed).model.config.trained_for == "tokens"
+    assert acts_by_l1(str(release)) and not acts_by_l1("random:tiny") and not acts_by_l1("bundled:tiny")
+
+
+def test_base_openvla_is_warned_of(release: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = Path(shutil.copytree(release, tmp_path / "base"))
+    for head in folder.glob("*.pt"):
+        head.unlink()
+    with caplog.at_level(logging.WARNING):
+        load(folder, trainable=True, lora_rank=2)
+    assert "is taken for base OpenVLA" in caplog.text and "one after the other" in caplog.text
+
+
+def test_heads_sit_on_a_device_of_their_own(release: Path) -> None:
+    """The second device gets the head alone, and what it gives comes back to the policy's."""
+    policy = load(release, load_l1_action_head=True, head_device=torch.device("meta"))
+    where = {name.split(".")[0]: p.device.type for name, p in policy.model.named_parameters()}
+    assert where.pop("action_head") == "meta" and set(where.values()) == {"cpu"}
+    moved: list[torch.device] = []
+    head = policy.model.action_head
+    assert head is not None
+    head.register_forward_hook(lambda module, inputs, output: moved.append(output.device))
+    hidden = torch.zeros(1, 56, policy.model.config.hidden_size, device="meta")
+    assert head(hidden).device.type == "meta" and moved == [torch.device("meta")]
+
+
+def test_a_missing_second_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="secondary_gpu_id=1, but this machine has 1 GPU: leave use_multi_gpu out"):
+        choose_head_device(torch.device("cuda:0"), use_multi_gpu=True, secondary_gpu_id=1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_head_device(torch.device("cuda:0"), use_multi_gpu=True, secondary_gpu_id=1) == torch.device("cuda:1")
+    for device in ("cuda:1", "cpu"):
+        with pytest.raises(
+            ValueError, match=f"on another GPU than the heads .secondary_gpu_id=1., but it is on {device}"
+        ):
+            choose_head_device(torch.device(device), use_multi_gpu=True, secondary_gpu_id=1)
+    assert choose_head_device(torch.device("cpu"), use_multi_gpu=False, secondary_gpu_id=7) == torch.device("cpu")
+
+
+def test_guides_modes_are_the_configurations(release: Path) -> None:
+    assert asdict(OpenVLAActorConfig())["load_l1_action_head"] is False
+    with pytest.raises(ValueError, match="leave no way to act"):
+        OpenVLAActorConfig(use_tokenized_actions=False)
+    with pytest.raises(ValueError, match="PPO needs use_tokenized_actions=True"):
+        OpenVLAActorConfig(use_tokenized_actions=False, load_l1_action_head=True).require_tokens_for_ppo()

@@ -1,0 +1,142 @@
+"""A policy for other tools: upstream's format with adapters merged, or the adapters alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation
+
+from torchrl_vla.config import TrainConfig
+from torchrl_vla.modules import OpenVLA
+from torchrl_vla.modules.openvla import load_adapter, save_adapter
+from torchrl_vla.modules.openvla.companions import copy_companions, write_preprocessor
+from torchrl_vla.modules.openvla.lora import has_lora
+from torchrl_vla.training.checkpoint import TrainableState
+from torchrl_vla.training.folder import written_whole
+from torchrl_vla.training.policy import CHECKPOINTS, Policy, find_policy, load_policy, save_policy
+
+__all__ = ["export", "load_run"]
+
+
+def export(
+    source: str,
+    out: Path,
+    *,
+    adapter: Path | None = None,
+    adapter_only: bool = False,
+    merge_dtype: Literal["float32", "weights"] = "float32",
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a policy in upstream's format, so that upstream's code loads it, or its adapters in peft's.
+
+    Args:
+        source: a run's folder, one of its checkpoints, or the folder or hub id of a policy.
+        out: folder to write; it appears once everything in it is written.
+        adapter: folder of an adapter to add to a policy that has none.
+        adapter_only: write the adapters alone.
+        merge_dtype: ``float32`` adds an adapter to its weight in float32 and rounds once; ``weights`` rounds the
+            adapter's part to the weight's dtype first, as peft does.
+        dtype: dtype of the shards; None for the checkpoint's.
+        overwrite: replace a checkpoint or adapter in `out`.
+
+    Raises:
+        ValueError: `out` must not be written to, the source cannot be read, or it has no adapters.
+    """
+    _check_out(out, overwrite)
+    options: dict[str, Any] = {"dtype": dtype, "merge_in_float32": merge_dtype == "float32"}
+    run = _run_of(source)
+    if run is not None:
+        if adapter is not None:
+            raise ValueError("a run has its own adapters: leave out the adapter, or name the policy to add it to.")
+        if out.resolve() in [run[1].resolve(), *run[1].resolve().parents]:
+            raise ValueError(f"{out} holds the run that is exported: choose another folder.")
+        policy = load_run(*run, dtype=dtype)
+        if adapter_only:
+            _require_adapters(policy.model, source)
+            base = TrainConfig.load(run[0] / "config.json").actor.pretrained_checkpoint
+            with written_whole(out) as partial:
+                save_adapter(policy.model, partial, base_model=base)
+            return
+        save_policy(policy, out, **options)
+        return
+
+    folder = find_policy(source)
+    if out.resolve() in folder.resolve().parents:
+        raise ValueError(f"{out} holds the policy that is exported: choose another folder.")
+    if adapter_only and adapter is None:
+        raise ValueError(
+            f"{source} is a policy with its adapters merged: export the adapters from the run's folder, whose "
+            "checkpoints have them apart."
+        )
+    model = OpenVLA.from_pretrained(folder, dtype=dtype or "stored")
+    if adapter is not None:
+        load_adapter(model, adapter)
+    with written_whole(out) as partial:
+        if adapter_only:
+            save_adapter(model, partial, base_model=source)
+        else:
+            model.save_pretrained(partial, **options)
+            copy_companions(folder, partial)
+            write_preprocessor(model.config, partial)
+
+
+def load_run(folder: Path, checkpoint: Path, *, dtype: torch.dtype | None = None) -> Policy:
+    """The policy of a run as one of its checkpoints has it, adapters apart, on the CPU.
+
+    Args:
+        folder: of the run.
+        checkpoint: one of its checkpoints.
+        dtype: of the weights; None for the dtype they are stored in.
+
+    Raises:
+        ValueError: the run's policy cannot be had, or the checkpoint is not of it.
+    """
+    config = TrainConfig.load(folder / "config.json")
+    # Adapters are added to whole weights, wherever the run kept its own.
+    actor = replace(config.actor, load_in_4bit=False, use_multi_gpu=False, force=True)
+    torch.manual_seed(config.ppo.seed)  # random:tiny is made from it
+    policy = load_policy(actor, task_suite=config.env.task_suite, dtype=dtype or "stored")
+    try:
+        Checkpoint(policy=TrainableState(policy.model)).load(checkpoint, components=["policy"])
+    except CheckpointError as error:
+        raise ValueError(f"{checkpoint} does not hold the policy of the run in {folder}: {error}.") from error
+    return policy
+
+
+def _run_of(source: str) -> tuple[Path, Path] | None:
+    """The folder of a run of `torchrl-vla train` and the checkpoint meant; None if `source` is neither."""
+    path = Path(source).expanduser()
+    if path.parent.name == CHECKPOINTS and path.is_dir():
+        run, checkpoint = path.parent.parent, path
+    elif (path / CHECKPOINTS).is_dir():
+        run = path
+        latest = CheckpointRotation(path / CHECKPOINTS, keep_last=1).latest()
+        if latest is None:
+            return None
+        checkpoint = latest
+    else:
+        return None
+    settings = run / "config.json"
+    # Fine-tuning writes such folders too: its policy is finished, adapters merged.
+    if not settings.is_file() or "ppo" not in json.loads(settings.read_text()):
+        return None
+    return run, checkpoint
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise ValueError(f"{out} exists already: choose another folder, or pass --overwrite to replace it.")
+    if not out.is_dir() or not any((out / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ValueError(f"{out} is neither a checkpoint nor an adapter, and is not replaced: choose another folder.")
+
+
+def _require_adapters(model: OpenVLA, source: str) -> None:
+    if not has_lora(model):
+        raise ValueError(f"the run {source} was trained without adapters (use_lora off): export its policy as a whole.")
