@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -46,8 +47,9 @@ class DoctorArguments:
     """Rank of the adapters."""
     freeze_vla_backbone: bool = False
     """Train the heads only."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass."""
+    recompute: float | Literal["auto"] = "auto"
+    """Share of the layers, 0 to 1, that are computed again in the backward pass to save memory; auto: none if the
+    memory allows it, else all."""
     load_l1_action_head: bool = False
     """Load the L1 regression head; evaluating an L1 checkpoint does so anyway."""
     finetuned_on_discrete_actions: bool = False
@@ -61,6 +63,8 @@ class DoctorArguments:
         for name in ("num_envs", "batch_size", "num_images_in_input", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.recompute != "auto" and not 0 <= self.recompute <= 1:
+            raise ValueError(f"recompute must be auto or from 0 to 1, got {self.recompute}.")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -78,7 +82,7 @@ def main(arguments: Sequence[str]) -> None:
     from torchrl_vla.modules.openvla.inspection import inspect_checkpoint
     from torchrl_vla.modules.openvla.memory import estimate_memory
     from torchrl_vla.training.devices import choose_device
-    from torchrl_vla.training.doctor import Diagnosis, check_checkpoint, check_machine
+    from torchrl_vla.training.doctor import Diagnosis, check_checkpoint, check_machine, fits_memory
     from torchrl_vla.training.policy import find_policy
 
     try:
@@ -92,7 +96,7 @@ def main(arguments: Sequence[str]) -> None:
     auto = "float32" if device.type == "cpu" else summary.config.torch_dtype
     dtype = getattr(torch, auto if options.dtype == "auto" else options.dtype)
     acts_by_l1 = options.purpose == "evaluate" and summary.mode.name == "l1"
-    shared = dict(
+    shared: dict[str, Any] = dict(
         dtype=dtype,
         num_images=options.num_images_in_input,
         load_l1_action_head=options.load_l1_action_head or acts_by_l1,
@@ -100,16 +104,19 @@ def main(arguments: Sequence[str]) -> None:
     )
     needs = {"rollout": estimate_memory(summary.config, batch_size=options.num_envs, training=False, **shared)}
     if options.purpose == "train":
-        needs["training"] = estimate_memory(
+        training = functools.partial(
+            estimate_memory,
             summary.config,
             batch_size=options.batch_size,
             training=True,
             use_lora=options.use_lora,
             lora_rank=options.lora_rank,
             freeze_vla_backbone=options.freeze_vla_backbone,
-            gradient_checkpointing=options.gradient_checkpointing,
             **shared,
         )
+        needs["training"] = training(recompute=0.0 if options.recompute == "auto" else options.recompute)
+        if options.recompute == "auto" and not fits_memory(device, needs["training"]):
+            needs["training"] = training(recompute=1.0)
     checks = check_checkpoint(summary, purpose=options.purpose, task_suite=options.task_suite)
     checks += check_machine(device, dtype, needs, load_in_4bit=options.load_in_4bit)
     diagnosis = Diagnosis(summary, needs, checks)

@@ -21,7 +21,7 @@ from torchrl_vla.modules.openvla.model import resolve_attention
 from torchrl_vla.modules.openvla.quantization import check_4bit
 from torchrl_vla.modules.openvla.tokenizer import empty_token_id
 
-__all__ = ["Check", "Diagnosis", "check_checkpoint", "check_machine"]
+__all__ = ["Check", "Diagnosis", "check_checkpoint", "check_machine", "fits_memory"]
 
 #: CUDA's context and fragmentation, on top of what is counted.
 _OVERHEAD = 2**30
@@ -190,22 +190,34 @@ def check_machine(
     ]
 
 
-def _check_memory(device: torch.device, needs: dict[str, MemoryEstimate]) -> Check:
+def fits_memory(device: torch.device, need: MemoryEstimate) -> bool:
+    """Whether a device has the memory."""
+    return _with_overhead(device, need) <= _memory(device)[0]
+
+
+def _with_overhead(device: torch.device, need: MemoryEstimate) -> int:
+    return need.total + (_OVERHEAD if device.type == "cuda" else 0)
+
+
+def _memory(device: torch.device) -> tuple[int, str]:
+    """Bytes that a device has, and its name."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        have, name = properties.total_memory, f"{properties.name} ({device})"
-    else:
-        have, name = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine (no GPU is used)"
+        return properties.total_memory, f"{properties.name} ({device})"
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine (no GPU is used)"
+
+
+def _check_memory(device: torch.device, needs: dict[str, MemoryEstimate]) -> Check:
+    have, name = _memory(device)
     phase, need = max(needs.items(), key=lambda item: item[1].total)
-    wanted = need.total + (_OVERHEAD if device.type == "cuda" else 0)
-    text = f"{phase} needs {wanted / 2**30:.1f} GiB, {name} has {have / 2**30:.1f}"
-    if wanted <= have:
+    text = f"{phase} needs {_with_overhead(device, need) / 2**30:.1f} GiB, {name} has {have / 2**30:.1f}"
+    if fits_memory(device, need):
         return Check("memory", "ok", text)
     return Check(
         "memory",
         "problem",
-        f"{text}: lower --batch-size or --num-envs, use adapters (--use-lora), --gradient-checkpointing or "
-        "--load-in-4bit, or take a larger machine",
+        f"{text}: lower --batch-size or --num-envs, use adapters (--use-lora), --recompute 1 or --load-in-4bit, or "
+        "take a larger machine",
     )
 
 

@@ -11,7 +11,7 @@ SEVEN_B = OpenVLAConfig.seven_b()
 
 @pytest.fixture(scope="module")
 def lora_step():
-    return estimate_memory(SEVEN_B, batch_size=1, training=True, gradient_checkpointing=True)
+    return estimate_memory(SEVEN_B, batch_size=1, training=True, recompute=1.0)
 
 
 def test_7b_weights_are_counted_exactly(lora_step) -> None:
@@ -37,15 +37,16 @@ def test_4bit_weights_take_a_quarter() -> None:
     assert plain.activations == quantised.activations
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_those_of_a_real_step(checkpointing: bool) -> None:
+@pytest.mark.parametrize("recompute", [0.0, 1.0])
+def test_activations_are_those_of_a_real_step(recompute: float) -> None:
     """Against what autograd holds after a real forward pass, and linear in the batch."""
     config = OpenVLAConfig.tiny()
-    options = dict(training=True, dtype=torch.float32, use_lora=False, gradient_checkpointing=checkpointing)
+    options = dict(training=True, dtype=torch.float32, use_lora=False, recompute=recompute)
     one, four = (estimate_memory(config, batch_size=size, **options).activations for size in (1, 4))
     assert 2.5 < four / one <= 4.1
-    if checkpointing:
-        assert one < estimate_memory(config, batch_size=1, **{**options, "gradient_checkpointing": False}).activations
+    if recompute:
+        half = estimate_memory(config, batch_size=1, **{**options, "recompute": 0.5}).activations
+        assert one < half < estimate_memory(config, batch_size=1, **{**options, "recompute": 0.0}).activations
         return
     model = OpenVLA(config).train()
     held: dict[int, torch.UntypedStorage] = {}

@@ -112,7 +112,7 @@ def estimate_memory(
     use_lora: bool = True,
     lora_rank: int = 32,
     freeze_vla_backbone: bool = False,
-    gradient_checkpointing: bool = False,
+    recompute: float = 0.0,
 ) -> MemoryEstimate:
     """Count the memory of a rollout's forward pass, or of a training step with AdamW.
 
@@ -130,7 +130,7 @@ def estimate_memory(
         use_lora: adapters learn (float32), else every weight does.
         lora_rank: their rank.
         freeze_vla_backbone: nothing but the heads learns.
-        gradient_checkpointing: activations are computed again in the backward pass.
+        recompute: share of the layers, 0 to 1, that are computed again in the backward pass.
 
     Example:
         >>> config = OpenVLAConfig.tiny()
@@ -152,8 +152,7 @@ def estimate_memory(
     elif training and use_lora:
         add_lora(model, rank=lora_rank)
     model.requires_grad_(False) if not training else model.train()
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable(recompute)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     learning = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in learning)
