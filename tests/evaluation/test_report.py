@@ -34,7 +34,7 @@ def test_wilson_interval_by_hand():
 def test_rates_per_task_and_in_all():
     report = make_report()
     assert (report.total.successes, report.total.episodes) == (2, 3)
-    assert {task: rate.rate for task, rate in report.tasks.items()} == {0: 0.0, 3: 1.0}
+    assert {task: result.success.rate for task, result in report.tasks.items()} == {0: 0.0, 3: 1.0}
     assert report.figures() == {
         "success_rate": pytest.approx(2 / 3),
         "mean_length": 132.0,

@@ -89,10 +89,14 @@ class EvaluateConfig:
     @property
     def initial_states(self) -> str:
         """The initial states in words."""
-        which = "all" if self.init_state_ids is None else f"numbers {', '.join(map(str, self.init_state_ids))}"
+        which = (
+            "from the first on"
+            if self.init_state_ids is None
+            else "numbers " + ", ".join(map(str, self.init_state_ids))
+        )
         if self.init_states == "sampled":
-            return f"sampled from the tasks' regions with seed {self.seed}, none of them official ({which})"
-        return f"the official ones, in order ({which})"
+            return f"sampled from the tasks' regions with seed {self.seed}, none of them official, {which}"
+        return f"the official ones, {which}"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -207,6 +211,8 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
         **config.simulation,
     )
     print(f"{len(plan)} episodes of {suite.name}, policy {checkpoint} on {device}, report goes to {out}")
+    if config.init_states == "sampled":
+        print("Initial states are drawn where that was not done yet: some seconds per task.")
     settings = _settings(config, checkpoint)
     settings |= {"action_mode": "l1" if by_l1 else "tokens", "device": str(device)}
     try:

@@ -130,6 +130,7 @@ class LiberoSimulator:
         cameras: names of the cameras that may be asked for.
         settle_steps: control steps without motion after the initial state is set.
         fidelity: ``"exact"`` or ``"fast"``.
+        picture_fidelity: the same for the pictures alone; None: as ``fidelity``.
         seed: seed of the fixtures' poses.
         sampled_init_states: seed of as many initial states as there are official ones, drawn from the tasks' regions
             (see :mod:`torchrl_vla.envs.sampled_states`); None for the official ones.
@@ -155,11 +156,14 @@ class LiberoSimulator:
         cameras: tuple[str, ...] = ("agentview",),
         settle_steps: int = 10,
         fidelity: str = "exact",
+        picture_fidelity: str | None = None,
         seed: int = 0,
         sampled_init_states: int | None = None,
     ) -> None:
-        if fidelity not in ("exact", "fast"):
-            raise ValueError(f"fidelity must be 'exact' or 'fast', got {fidelity!r}.")
+        picture_fidelity = picture_fidelity or fidelity
+        for name, value in (("fidelity", fidelity), ("picture_fidelity", picture_fidelity)):
+            if value not in ("exact", "fast"):
+                raise ValueError(f"{name} must be 'exact' or 'fast', got {value!r}.")
         if num_slots < 1 or image_size < 1 or settle_steps < 0:
             raise ValueError(
                 "num_slots and image_size must be positive and settle_steps not negative, got "
@@ -170,6 +174,7 @@ class LiberoSimulator:
         self._cameras = tuple(cameras)
         self._settle_steps = settle_steps
         self._exact = fidelity == "exact"
+        self._exact_pictures = picture_fidelity == "exact"
         self._seed = seed
         self._sampled = sampled_init_states
         self._slots: list[_Slot | None] = [None] * num_slots
@@ -294,7 +299,7 @@ class LiberoSimulator:
         compiled = held.task.compiled
         index = _camera(compiled.model, camera)
         if compiled not in self._renderers:
-            self._renderers[compiled] = SceneRenderer(compiled, self._image_size, exact=self._exact)
+            self._renderers[compiled] = SceneRenderer(compiled, self._image_size, exact=self._exact_pictures)
         return self._renderers[compiled].render(held.sample, held.sampled_site_rgba, index)
 
     def close(self) -> None:

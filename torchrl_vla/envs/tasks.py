@@ -64,11 +64,14 @@ class TaskSuite:
         name: the suite's name, in lower case.
         tasks: its tasks, in the benchmark's default order.
         horizon: control steps after which an episode is truncated.
+        base: LIBERO's suite that it is or is derived from, such as ``libero_goal`` of ``libero_goal_swap``, whose
+            statistics policies have; None where there is none.
     """
 
     name: str
     tasks: tuple[LiberoTask, ...]
     horizon: int
+    base: str | None = None
 
     def task(self, task_id: int) -> LiberoTask:
         """Returns a task that can be run.
@@ -144,7 +147,7 @@ def get_suite(name: str) -> TaskSuite:
                 init_states_file=states_file if states_file.is_file() else converted,
             )
         )
-    return TaskSuite(key, tuple(tasks), SUITES[base] if base else _OTHER_HORIZON)
+    return TaskSuite(key, tuple(tasks), SUITES[base] if base else _OTHER_HORIZON, base)
 
 
 def _benchmarks() -> dict[str, type]:

@@ -6,7 +6,10 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+import torch
 from tensordict import TensorDictBase
+from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 
@@ -108,4 +111,18 @@ def evaluate(
         EpisodeResult(episode.task_id, episode.init_state_id, success[i], int(control_steps[i]), decisions[i])
         for i, episode in enumerate(plan)
     ]
-    return EvaluationReport(task_suite, instructions, episodes, seconds, {"greedy": greedy, **(settings or {})})
+    chunks = batch["action"].reshape(len(batch), -1, batch["action"].shape[-1]).split(decisions)
+    steps = batch["next", "num_control_steps"].split(decisions)
+    return EvaluationReport(
+        task_suite,
+        instructions,
+        episodes,
+        seconds,
+        {"greedy": greedy, **(settings or {})},
+        [_executed(chunk, count) for chunk, count in zip(chunks, steps, strict=True)],
+    )
+
+
+def _executed(chunks: Tensor, steps: Tensor) -> np.ndarray:
+    """The actions [n, 7] of an episode's chunks [T, K, 7] that were run: the first of each, as many as steps [T, 1]."""
+    return chunks[torch.arange(chunks.shape[1]) < steps].numpy()

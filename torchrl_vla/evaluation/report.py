@@ -1,18 +1,21 @@
-"""What an evaluation found: per task and in all, with intervals; as JSON, CSV and a line of text."""
+"""What an evaluation found: per task and in all, with intervals; as JSON, CSV and a few lines of text."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from scipy.stats import binomtest
 
-__all__ = ["EpisodeResult", "EvaluationReport", "SuccessRate"]
+__all__ = ["EpisodeResult", "EvaluationReport", "SuccessRate", "TaskResult", "report_file"]
+
+_JSON_NAME = "report.json"
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,31 @@ class SuccessRate:
         return f"{self.rate:.1%} [{100 * low:.1f}, {100 * high:.1f}] ({self.successes}/{self.episodes})"
 
 
+@dataclass(frozen=True)
+class TaskResult:
+    """The episodes of one task.
+
+    Args:
+        success: how many reached the goal.
+        mean_length: control steps per episode.
+        decisions: decisions per episode.
+    """
+
+    success: SuccessRate
+    mean_length: float
+    decisions: float
+
+    @classmethod
+    def of(cls, episodes: Sequence[EpisodeResult]) -> TaskResult:
+        """Sum up episodes, at least one."""
+        count = len(episodes)
+        return cls(
+            SuccessRate(sum(episode.success for episode in episodes), count),
+            sum(episode.control_steps for episode in episodes) / count,
+            sum(episode.decisions for episode in episodes) / count,
+        )
+
+
 @dataclass
 class EvaluationReport:
     """The episodes of one evaluation and how they were run.
@@ -77,6 +105,7 @@ class EvaluationReport:
         episodes: every episode that was run.
         seconds: wall-clock time of the whole evaluation.
         settings: what the reader needs to repeat it: checkpoint, initial states, temperature, horizon, versions.
+        actions: float32 ``[control steps, 7]``, what was done in each episode; not written, but enough to film it.
     """
 
     task_suite: str
@@ -84,51 +113,58 @@ class EvaluationReport:
     episodes: Sequence[EpisodeResult]
     seconds: float
     settings: dict[str, Any] = field(default_factory=dict)
+    actions: Sequence[np.ndarray] = field(default=(), repr=False, compare=False)
 
     @property
     def total(self) -> SuccessRate:
         """Success over all tasks."""
-        return SuccessRate(sum(e.success for e in self.episodes), len(self.episodes))
+        return TaskResult.of(self.episodes).success
 
     @property
-    def tasks(self) -> dict[int, SuccessRate]:
-        """Success by task id, in order."""
+    def tasks(self) -> dict[int, TaskResult]:
+        """Results by task id, in order."""
         by_task: dict[int, list[EpisodeResult]] = {}
         for episode in self.episodes:
             by_task.setdefault(episode.task_id, []).append(episode)
-        return {task: SuccessRate(sum(e.success for e in rows), len(rows)) for task, rows in sorted(by_task.items())}
+        return {task: TaskResult.of(rows) for task, rows in sorted(by_task.items())}
 
     def figures(self) -> dict[str, float]:
         """The figures of the whole evaluation, by name."""
-        count = len(self.episodes)
+        total = TaskResult.of(self.episodes)
         return {
-            "success_rate": self.total.rate,
-            "mean_length": sum(e.control_steps for e in self.episodes) / count,
-            "decisions_per_episode": sum(e.decisions for e in self.episodes) / count,
-            "seconds_per_episode": self.seconds / count,
+            "success_rate": total.success.rate,
+            "mean_length": total.mean_length,
+            "decisions_per_episode": total.decisions,
+            "seconds_per_episode": self.seconds / len(self.episodes),
         }
 
     def __str__(self) -> str:
         lines = [f"{self.task_suite}: {self.total}, {self.figures()['mean_length']:.0f} control steps per episode"]
         width = max(len(text) for text in self.instructions.values())
-        lines += [f"  task {task:>2}  {self.instructions[task]:<{width}}  {rate}" for task, rate in self.tasks.items()]
+        lines += [
+            f"  task {task:>2}  {self.instructions[task]:<{width}}  {result.success}"
+            for task, result in self.tasks.items()
+        ]
         return "\n".join(lines)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, **more: Mapping[str, Any]) -> None:
         """Write `report.json` (everything) and `episodes.csv` (a row per episode).
 
         Args:
             folder: made if it does not exist.
+            more: further entries of `report.json`, such as a comparison.
         """
         folder.mkdir(parents=True, exist_ok=True)
         tasks = {
             task: {
                 "instruction": self.instructions[task],
-                "success": str(rate),
-                "rate": rate.rate,
-                "interval": rate.interval,
+                "success": str(result.success),
+                "rate": result.success.rate,
+                "interval": result.success.interval,
+                "mean_length": result.mean_length,
+                "decisions_per_episode": result.decisions,
             }
-            for task, rate in self.tasks.items()
+            for task, result in self.tasks.items()
         }
         content = {
             "task_suite": self.task_suite,
@@ -137,11 +173,43 @@ class EvaluationReport:
             **self.figures(),
             "seconds": self.seconds,
             "tasks": tasks,
+            **more,
             "settings": self.settings,
             "episodes": [dataclasses.asdict(episode) for episode in self.episodes],
         }
-        (folder / "report.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
+        (folder / _JSON_NAME).write_text(json.dumps(content, indent=2, default=str) + "\n")
         with (folder / "episodes.csv").open("w", newline="") as stream:
             writer = csv.DictWriter(stream, [f.name for f in dataclasses.fields(EpisodeResult)])
             writer.writeheader()
             writer.writerows(dataclasses.asdict(episode) for episode in self.episodes)
+
+    @classmethod
+    def load(cls, path: Path) -> EvaluationReport:
+        """Read what `save` wrote.
+
+        Args:
+            path: `report.json`, or the folder that it lies in.
+
+        Raises:
+            ValueError: there is none, or it is something else.
+        """
+        file = report_file(path)
+        if file is None:
+            raise ValueError(f"{path} holds no {_JSON_NAME}: name the folder that torchrl-vla evaluate wrote.")
+        try:
+            content = json.loads(file.read_text())
+            return cls(
+                content["task_suite"],
+                {int(task): entry["instruction"] for task, entry in content["tasks"].items()},
+                [EpisodeResult(**episode) for episode in content["episodes"]],
+                content["seconds"],
+                content["settings"],
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{file} is not a report that torchrl-vla evaluate wrote ({error!r}).") from error
+
+
+def report_file(path: Path) -> Path | None:
+    """The `report.json` that a path means, itself or in its folder; None if there is none."""
+    file = path / _JSON_NAME if path.is_dir() else path
+    return file if file.is_file() and file.suffix == ".json" else None

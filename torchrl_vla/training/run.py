@@ -249,7 +249,7 @@ def _validation(config: TrainConfig, actor: OpenVLAActor, env: EnvBase) -> Calla
         finally:
             actor.temperature = sampling
         figures = {f"val/{name}": value for name, value in report.figures().items()}
-        by_task = {f"val/success_task_{task}": rate.rate for task, rate in report.tasks.items()}
+        by_task = {f"val/success_task_{task}": result.success.rate for task, result in report.tasks.items()}
         return {**figures, "val/mean_reward": config.env.reward_scale * report.total.rate, **by_task}
 
     return validate
