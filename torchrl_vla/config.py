@@ -219,9 +219,15 @@ class EnvironmentConfig:
     position 3 + quaternion w, x, y, z + gripper 1."""
     reward_scale: float = 1.0
     """Reward of a success."""
+    fidelity: Literal["exact", "fast"] = "exact"
+    """exact: stock LIBERO's bits; fast: cheaper physics and, on a software renderer, cheaper pictures. Judge policies
+    with exact."""
+    worker_timeout: float = 120.0
+    """Seconds after which a simulating process that does not answer is replaced and its episodes run again; five times
+    as long while it starts and resets."""
 
     def __post_init__(self) -> None:
-        _positive(self, "num_envs", "camera_size", "reward_scale")
+        _positive(self, "num_envs", "camera_size", "reward_scale", "worker_timeout")
         _non_negative(self, "task_id", "settle_steps")
         if min(self.image_size) <= 0 or self.image_size[0] != self.image_size[1]:
             raise ValueError(

@@ -91,6 +91,8 @@ class LiberoEnv(EnvBase):
             ``set_seed`` changes the former only: an initial state stays the same in all workers.
         sampled_init_states: start from states drawn from the tasks' regions with this seed, as many as there are
             official ones and numbered from 0 too, none of them official; ``None`` for the official ones.
+        max_models: compiled models, 0.4 to 1.1 GB each with its render context, that are kept; ``None`` for all that
+            tasks have needed. :func:`~torchrl_vla.envs.layout.make_env` chooses it.
         device: device of the tensordicts.
 
     Raises:
@@ -125,12 +127,16 @@ class LiberoEnv(EnvBase):
         include_instruction: bool = True,
         seed: int | None = None,
         sampled_init_states: int | None = None,
+        max_models: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         suite = get_suite(task_suite)
         max_episode_steps = suite.horizon if max_episode_steps is None else max_episode_steps
         sizes = {"chunk_size": chunk_size, "image_size": image_size, "max_episode_steps": max_episode_steps}
-        sizes |= {"num_envs": 1 if num_envs is None else num_envs}
+        sizes |= {
+            "num_envs": 1 if num_envs is None else num_envs,
+            "max_models": 1 if max_models is None else max_models,
+        }
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}.")
@@ -174,6 +180,7 @@ class LiberoEnv(EnvBase):
             "fidelity": fidelity,
             "seed": 0 if seed is None else seed,
             "sampled_init_states": sampled_init_states,
+            "max_models": max_models,
         }
         specs = make_specs(
             batch_size=batch_size,

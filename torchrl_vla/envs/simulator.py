@@ -134,6 +134,8 @@ class LiberoSimulator:
         seed: seed of the fixtures' poses.
         sampled_init_states: seed of as many initial states as there are official ones, drawn from the tasks' regions
             (see :mod:`torchrl_vla.envs.sampled_states`); None for the official ones.
+        max_models: compiled models, with their render contexts, that are kept; None: those of all tasks seen. What a
+            slot runs is always kept; to have another one again takes two seconds.
 
     Raises:
         ValueError: there is no such suite or fidelity, or a number is out of range.
@@ -159,6 +161,7 @@ class LiberoSimulator:
         picture_fidelity: str | None = None,
         seed: int = 0,
         sampled_init_states: int | None = None,
+        max_models: int | None = None,
     ) -> None:
         picture_fidelity = picture_fidelity or fidelity
         for name, value in (("fidelity", fidelity), ("picture_fidelity", picture_fidelity)):
@@ -180,6 +183,9 @@ class LiberoSimulator:
         self._slots: list[_Slot | None] = [None] * num_slots
         self._tasks: dict[int, _Task] = {}
         self._renderers: dict[CompiledModel, SceneRenderer] = {}
+        self._max_models = max_models
+        #: The models in use and those kept, the longest unused first.
+        self._models: OrderedDict[CompiledModel, None] = OrderedDict()
         self._settled: OrderedDict[tuple[int, int], _Episode] = OrderedDict()
 
     def reset(self, slot: int, task_id: int, init_state_id: int) -> None:
@@ -206,6 +212,7 @@ class LiberoSimulator:
         if held is None or held.task.compiled is not task.compiled:
             held = self._slots[slot] = _Slot(task)
         held.task = task
+        self._forget_models(task.compiled)
         key = (task_id, init_state_id)
         if key in self._settled:
             self._settled.move_to_end(key)
@@ -307,6 +314,7 @@ class LiberoSimulator:
         for renderer in self._renderers.values():
             renderer.close()
         self._renderers.clear()
+        self._models.clear()
         self._settled.clear()
         self._tasks.clear()
         self._slots = [None] * len(self._slots)
@@ -319,6 +327,20 @@ class LiberoSimulator:
                 _camera(task.compiled.model, camera)
             self._tasks[task_id] = task
         return self._tasks[task_id]
+
+    def _forget_models(self, current: CompiledModel) -> None:
+        """Frees models that no slot runs and that are too many, those first that have not been used for longest."""
+        self._models[current] = None
+        self._models.move_to_end(current)
+        if self._max_models is None or len(self._models) <= self._max_models:
+            return
+        running = {held.task.compiled for held in self._slots if held is not None}
+        idle = [compiled for compiled in self._models if compiled not in running]
+        for compiled in idle[: len(self._models) - self._max_models]:
+            del self._models[compiled]
+            self._tasks = {task_id: task for task_id, task in self._tasks.items() if task.compiled is not compiled}
+            if compiled in self._renderers:
+                self._renderers.pop(compiled).close()
 
     def _init_states(self, task: LiberoTask) -> np.ndarray:
         if self._sampled is None:
