@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torchrl_vla.modules.files import read_json
+
 STATISTICS_FILE = "dataset_statistics.json"
 
 _IDENTITY: Mapping[str, Mapping[str, Sequence[Any]]] = {
@@ -140,7 +142,7 @@ class ActionTokenizer(nn.Module):
             key: name of the data set, e.g. ``"libero_spatial"``.
         """
         path = Path(folder) / STATISTICS_FILE
-        stored = json.loads(path.read_text()) if path.is_file() else {}
+        stored = read_json(path) if path.is_file() else {}
         same = (
             name in stored and ActionTokenizer(stored[name]).statistics() == self.statistics()
             for name in (key, f"{key}_no_noops")
@@ -248,9 +250,9 @@ def _percentiles(name: str, entry: Mapping[str, Sequence[Any]]) -> tuple[Tensor,
 def _read_statistics(path: Path) -> dict[str, Any]:
     if path.is_dir():
         if (path / STATISTICS_FILE).is_file():
-            return json.loads((path / STATISTICS_FILE).read_text())
+            return read_json(path / STATISTICS_FILE)
         if (path / "config.json").is_file():
-            statistics = json.loads((path / "config.json").read_text()).get("norm_stats")
+            statistics = read_json(path / "config.json").get("norm_stats")
             if statistics:
                 return statistics
         raise ValueError(
@@ -259,4 +261,4 @@ def _read_statistics(path: Path) -> dict[str, Any]:
         )
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give a {STATISTICS_FILE} or a checkpoint folder.")
-    return json.loads(path.read_text())
+    return read_json(path)

@@ -159,6 +159,11 @@ def save_head(folder: Path, change: Callable[[dict], object]) -> None:
     torch.save(state, path)
 
 
+def edit_config(folder: Path, **values: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 class Payload:
     def __reduce__(self) -> tuple:
         return (os.mkdir, ("pwned",))
@@ -196,6 +201,39 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
         r"model.fc2.bias is \[8\] in .*, but this model makes it \[7\]",
     ),
     "head lacks a tensor": (lambda f: save_head(f, lambda s: s.pop("module.model.fc2.bias")), "lacks model.fc2.bias"),
+    "head is a list": (
+        lambda f: torch.save([torch.zeros(1)], f / "action_head--150000_checkpoint.pt"),
+        "action_head--150000_checkpoint.pt is no state dict of tensors",
+    ),
+    "pointer in place of a shard": (
+        lambda f: (f / "model-00001-of-00003.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "model-00001-of-00003.safetensors is truncated or no safetensors file",
+    ),
+    "index of another kind": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": []}'),
+        "has no weight_map, so it is no index of shards",
+    ),
+    "damaged index": (
+        lambda f: (f / "model.safetensors.index.json").write_bytes(b"\xff\xfe"),
+        "model.safetensors.index.json is not valid JSON",
+    ),
+    "a list for a configuration": (
+        lambda f: (f / "config.json").write_text("[]"),
+        "config.json holds a JSON list where an object is expected",
+    ),
+    "a text for a number": (
+        lambda f: edit_config(f, pad_to_multiple_of="64"),
+        "config.json has a value that this version cannot read",
+    ),
+    "another version's configuration": (
+        lambda f: edit_config(f, torchrl_vla={"wings": 2}),
+        "config.json has a value that this version cannot read .*wings",
+    ),
+    "text_config of another kind": (lambda f: edit_config(f, text_config="llama"), "text_config must be an object"),
+    "damaged statistics": (
+        lambda f: (f / "dataset_statistics.json").write_text("{"),
+        "dataset_statistics.json is not valid JSON",
+    ),
     "head has another": (
         lambda f: save_head(f, lambda s: s.update({"module.extra": torch.zeros(1)})),
         "has extra, which this head has no place for",
@@ -228,6 +266,12 @@ def test_missing_folders_are_refused(name: str) -> None:
 def test_a_hub_id_without_network_says_how_to_go_on() -> None:
     with pytest.raises(ValueError, match="'nobody/nothing-here' is no folder here, .*name that folder"):
         resolve_checkpoint("nobody/nothing-here", local_files_only=True)
+
+
+def test_a_hub_that_cannot_be_reached_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="cannot be had .*hf download OWNER/NAME --local-dir"):
+        resolve_checkpoint("nobody/nothing-here")
 
 
 def test_a_folder_goes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,6 +186,16 @@ def test_foreign_adapters_are_refused(tmp_path: Path) -> None:
     config.write_text(json.dumps(settings | {"peft_type": "IA3"}))
     with pytest.raises(ValueError, match="peft_type 'IA3'"):
         load_adapter(random_model(), tmp_path)
+    config.write_text(json.dumps({"peft_type": "LORA", "r": 4}))
+    with pytest.raises(ValueError, match="adapter_config.json lacks lora_alpha"):
+        load_adapter(random_model(), tmp_path)
+    config.write_text("[")
+    with pytest.raises(ValueError, match="adapter_config.json is not valid JSON"):
+        load_adapter(random_model(), tmp_path)
+    config.write_text(json.dumps(settings))
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match="adapter_model.safetensors is truncated"):
+        load_adapter(random_model(), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from transformers import LlamaConfig
 
+from torchrl_vla.modules.files import read_json
+
 TOWER_IDS = ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224")
 """timm names of the two towers; upstream's ``config.json`` and ``vit_overrides.json`` speak of them so."""
 
@@ -26,14 +28,8 @@ _LLM_FIELDS = (
 )  # fmt: skip
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON file, empty if it is not there."""
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): download or write it again.") from error
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -306,9 +302,12 @@ class OpenVLAConfig:
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise ValueError(f"{folder} has no config.json: name a folder with an OpenVLA checkpoint.")
-        raw = _read_json(path)
+        raw = read_json(path)
         if raw.get("model_type") != "openvla":
             raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}; only 'openvla' can be read.")
+        for key in ("text_config", _EXTENSION_KEY):
+            if not isinstance(raw.get(key, {}), dict):
+                raise ValueError(f"{path}: {key} must be an object, got {raw[key]!r}.")
         towers = tuple(raw.get("timm_model_ids", TOWER_IDS))
         if towers != TOWER_IDS:
             raise ValueError(f"{path}: timm_model_ids are {list(towers)}; only {list(TOWER_IDS)} are built.")
@@ -324,11 +323,15 @@ class OpenVLAConfig:
         values["use_proprio"] = any(Path(folder).glob("proprio_projector--*_checkpoint.pt"))
         values["torch_dtype"] = raw.get("torch_dtype", "bfloat16")
         values["norm_stats"] = raw.get("norm_stats") or {}
-        values["dataset_statistics"] = _read_json(Path(folder) / "dataset_statistics.json")
-        vit = _read_json(Path(folder) / "vit_overrides.json")
-        for name, tower_id, default in zip(("dinov2", "siglip"), TOWER_IDS, (_DINOV2_L, _SIGLIP_SO400M), strict=True):
-            values[name] = replace(default, **vit.get(tower_id, {}))
-        return cls(**{**values, "upstream": raw, **overrides})
+        values["dataset_statistics"] = _read_if_there(Path(folder) / "dataset_statistics.json")
+        vit = _read_if_there(Path(folder) / "vit_overrides.json")
+        towers_by_name = zip(("dinov2", "siglip"), TOWER_IDS, (_DINOV2_L, _SIGLIP_SO400M), strict=True)
+        try:
+            for name, tower_id, default in towers_by_name:
+                values[name] = replace(default, **vit.get(tower_id, {}))
+            return cls(**{**values, "upstream": raw, **overrides})
+        except TypeError as error:
+            raise ValueError(f"{path} has a value that this version cannot read ({error}).") from error
 
     def save(self, folder: str | Path) -> None:
         """Write ``config.json``, and ``dataset_statistics.json`` and ``vit_overrides.json`` where needed."""

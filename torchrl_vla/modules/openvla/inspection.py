@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -12,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from torchrl_vla.modules.files import read_json
 from torchrl_vla.modules.openvla.checkpoint import read_head
 from torchrl_vla.modules.openvla.config import OpenVLAConfig
 from torchrl_vla.modules.openvla.layout import parameter_names, unused_shapes
@@ -195,8 +195,5 @@ def _read_adapter(folder: Path) -> dict[str, object] | None:
     path = folder / "adapter_config.json"
     if not path.is_file():
         return None
-    try:
-        settings = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): download it again.") from error
+    settings = read_json(path)
     return {key: settings.get(key) for key in ("r", "lora_alpha", "base_model_name_or_path")}

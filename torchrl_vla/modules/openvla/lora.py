@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchrl_vla.modules.files import read_json
 from torchrl_vla.modules.openvla.layout import unused_shapes, upstream_name
 
 if TYPE_CHECKING:
@@ -256,16 +257,23 @@ def load_adapter(model: OpenVLA, folder: str | Path, *, dtype: torch.dtype = tor
     for file in (config_file, weights_file):
         if not file.is_file():
             raise ValueError(f"{folder} has no {file.name}: name a folder that an adapter was saved in.")
-    settings = json.loads(config_file.read_text())
+    settings = read_json(config_file)
     unsupported = [key for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern") if settings.get(key)]
     if settings.get("peft_type") != "LORA" or unsupported:
         what = ", ".join(unsupported) or f"peft_type {settings.get('peft_type')!r}"
         raise ValueError(f"{config_file} has {what}: only plain LoRA adapters can be added.")
 
+    missing = [key for key in ("r", "lora_alpha") if key not in settings]
+    if missing:
+        raise ValueError(f"{config_file} lacks {', '.join(missing)}: it was not written by peft.")
+    try:
+        stored = load_file(weights_file)
+    except SafetensorError as error:
+        raise ValueError(f"{weights_file} is truncated or no safetensors file ({error}): copy it again.") from error
     dead = {name.rpartition(".")[0] for name in unused_shapes(model.config)}
     tensors = {
         name: tensor
-        for key, tensor in load_file(weights_file).items()
+        for key, tensor in stored.items()
         if (name := key.removeprefix(_PREFIX)).split(".lora_")[0] not in dead
     }
     candidates = {upstream_name(f"{name}.").removesuffix("."): name for name in adaptable_modules(model)}

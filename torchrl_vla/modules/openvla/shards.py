@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+
+from torchrl_vla.modules.files import read_json
 
 _logger = logging.getLogger(__name__)
 
@@ -35,10 +36,10 @@ def find_shards(folder: Path) -> dict[Path, list[str]]:
         ValueError: if there are no weights, or a shard of the index is missing.
     """
     if (folder / INDEX).is_file():
-        try:
-            weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-            raise ValueError(f"{folder / INDEX} is no index of shards ({error}): download it again.") from error
+        index = read_json(folder / INDEX)
+        if not isinstance(index.get("weight_map"), dict):
+            raise ValueError(f"{folder / INDEX} has no weight_map, so it is no index of shards: download it again.")
+        weight_map: dict[str, str] = index["weight_map"]
         shards: dict[Path, list[str]] = {}
         for name, file in weight_map.items():
             shards.setdefault(folder / file, []).append(name)
