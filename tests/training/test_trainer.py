@@ -177,3 +177,58 @@ def test_a_broken_gradient_is_skipped_and_ends_the_run_if_it_stays(tmp_path: Pat
     with pytest.raises(TrainingDiverged, match="3 optimizer steps in a row were not finite"):
         trainer.update(batch)
     assert torch.equal(weights(actor), before)
+
+
+class Exhausted(AsymmetricClipPPOLoss):
+    """Has room for three decisions at a time, and needs some of them to notice."""
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        if len(tensordict) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().forward(tensordict)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_repeats_the_batch(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Mini-batches of 12 decisions: 10, 5 and then 2 at a time, said once for each halving, with the same result."""
+    plain, expected = make_trainer(tmp_path, batch_size=2, traj_split_num=1)
+    plain.update(plain.collector.batch)
+    trainer, actor = make_trainer(tmp_path, batch_size=10, traj_split_num=1)
+    trainer.loss = Exhausted(actor, None)
+    metrics = trainer.update(trainer.collector.batch)
+    torch.testing.assert_close(weights(actor), weights(expected), rtol=0, atol=1e-6)
+    assert trainer.micro_batch.size == 2 and metrics["train/optimizer_steps"] == 2
+    said = capsys.readouterr().out
+    assert said.count("Out of GPU memory") == 2
+    assert "with micro-batches of 5 decisions: from here on they have 2" in said
+
+
+def test_memory_for_not_even_one_decision_is_an_error_with_advice(tmp_path: Path):
+    class Full(AsymmetricClipPPOLoss):
+        def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    trainer, actor = make_trainer(tmp_path, batch_size=2)
+    trainer.loss = Full(actor, None)
+    before = weights(actor)
+    with pytest.raises(RuntimeError, match="does not hold the forward and backward pass of one decision"):
+        trainer.update(trainer.collector.batch)
+    assert torch.equal(weights(actor), before)
+
+
+def test_finite_steps_between_broken_ones_keep_the_run_going(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Only broken steps in a row count, and each is skipped: here every other one, so that the run goes on."""
+
+    class Flickering(AsymmetricClipPPOLoss):
+        calls = 0
+
+        def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+            terms = super().forward(tensordict)
+            self.calls += 1
+            return terms.set("loss_objective", terms["loss_objective"] * (float("inf") if self.calls % 2 else 1.0))
+
+    trainer, actor = make_trainer(tmp_path, batch_size=100, traj_split_num=1, n_epochs=4, max_bad_updates=2)
+    trainer.loss = Flickering(actor, None)
+    trainer.update(trainer.collector.batch)
+    assert trainer.bad_steps == 0 and torch.isfinite(weights(actor)).all()
+    assert not torch.equal(weights(actor), weights(make_actor()))
+    assert capsys.readouterr().out.count("is skipped (1 in a row, the run stops at 2)") == 2

@@ -1,4 +1,4 @@
-"""`torchrl-vla bench gpu`: rollout, update and decoding of a policy on one GPU, beside the guide's loop and the floor."""
+"""`torchrl-vla bench gpu`: rollout, update and decoding on one GPU, beside the guide's loop and the floor."""
 
 from __future__ import annotations
 

@@ -98,6 +98,7 @@ class Report:
         if json_file is not None and not json_file.absolute().parent.is_dir():
             raise ValueError(f"{json_file} cannot be written: there is no folder {json_file.absolute().parent}.")
         self.figures: list[Figure] = []
+        self.notes: dict[str, object] = {}
         self._json_file = json_file
         self._header = {
             "title": title,
@@ -128,9 +129,19 @@ class Report:
         """Prints and keeps a figure."""
         self.figures.append(figure)
         tqdm.write(str(figure))
+        self._write()
+
+    def note(self, name: str, value: object) -> None:
+        """Prints and keeps what is no figure: a choice that was made, a part that failed, a floor."""
+        self.notes[name] = value
+        tqdm.write(f"{name}: {value}")
+        self._write()
+
+    def _write(self) -> None:
         if self._json_file is not None:
             figures = [{**asdict(item), "ratio": item.ratio, "reached": item.reached} for item in self.figures]
-            self._json_file.write_text(json.dumps({**self._header, "figures": figures}, indent=2, default=str) + "\n")
+            content = {**self._header, "figures": figures, "notes": self.notes}
+            self._json_file.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
 def machine() -> dict[str, str]:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
+from torchrl_vla.bench.gpu import GpuBench
 from torchrl_vla.bench.sim import SimulatorBench
 
 __all__ = ["main"]
 
-_BENCHES: dict[str, Callable[..., SimulatorBench]] = {"sim": SimulatorBench}
+_BENCHES: dict[str, Callable[..., SimulatorBench | GpuBench]] = {"sim": SimulatorBench, "gpu": GpuBench}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-__all__ = ["MicroBatch"]
+__all__ = ["MicroBatch", "MicroBatchCost"]
 
 _CPU_SIZE = 32
 _SIZES = (32, 16, 8, 4, 2, 1)
@@ -19,7 +19,9 @@ _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _MARGIN = 0.04
 
 
-class _Cost(NamedTuple):
+class MicroBatchCost(NamedTuple):
+    """One forward and backward pass: its time in seconds, and the memory that it needs for the while in bytes."""
+
     seconds: float
     bytes: int
 
@@ -53,6 +55,7 @@ class MicroBatch:
         self.size = 1 if size == "auto" else size
         self.recompute = 0.0
         self.memory_gb = memory_gb
+        self.costs: dict[tuple[int, float], MicroBatchCost] = {}
         if recompute == "auto" and set_recompute is None:
             recompute = 0.0
         self._sizes = _SIZES if size == "auto" else (size,)
@@ -91,17 +94,18 @@ class MicroBatch:
             limit = min(limit, int(self.memory_gb * 2**30))
         budget = limit - torch.cuda.memory_allocated(device) - reserve - int(_MARGIN * limit)
         fits = self._fitting(run, device, budget)
-        costs = {candidate: self._measure(run, device, *candidate) for candidate in fits}
+        for candidate in fits:
+            if (cost := self._measure(run, device, *candidate)) is not None:
+                self.costs[candidate] = cost
         best = min(
-            (candidate for candidate in fits if costs[candidate] is not None),
-            key=lambda candidate: costs[candidate].seconds / candidate[0],  # type: ignore[union-attr]
+            self.costs,
+            key=lambda candidate: self.costs[candidate].seconds / candidate[0],
             default=(min(self._sizes), max(self._shares)),
         )
         self.size = best[0]
         self._recompute(best[1])
-        cost = costs.get(best)
         figures = ""
-        if cost is not None:
+        if (cost := self.costs.get(best)) is not None:
             figures = (
                 f": {cost.seconds / best[0] * 1e3:.1f} ms per decision, {(limit - budget + cost.bytes) / 2**30:.1f} of "
                 f"{limit / 2**30:.1f} GiB"
@@ -125,7 +129,7 @@ class MicroBatch:
                     break
         return fits
 
-    def _measure(self, run: Callable[[int], Any], device: torch.device, size: int, share: float) -> _Cost | None:
+    def _measure(self, run: Callable[[int], Any], device: torch.device, size: int, share: float) -> MicroBatchCost | None:
         """Time and additional memory of one pass; None if memory runs out."""
         self._recompute(share)
         try:
@@ -135,7 +139,7 @@ class MicroBatch:
             before, started = torch.cuda.memory_allocated(device), time.perf_counter()
             run(size)
             torch.cuda.synchronize(device)
-            return _Cost(time.perf_counter() - started, torch.cuda.max_memory_allocated(device) - before)
+            return MicroBatchCost(time.perf_counter() - started, torch.cuda.max_memory_allocated(device) - before)
         except torch.OutOfMemoryError:
             pass
         free_memory()
