@@ -118,6 +118,8 @@ class PPOConfig:
     """Validate every this many control steps (and before the first update); 0: never."""
     val_episodes: int = 10
     """Episodes per validation, spread evenly over the tasks, the same initial states each time."""
+    val_videos: bool = True
+    """Film one success and one failure of each validation, into the run's videos/ and to its loggers."""
 
     use_wandb: Annotated[bool, tyro.conf.arg(aliases=["--wandb"])] = False
     """Log to Weights & Biases too."""

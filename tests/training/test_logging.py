@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from torchrl_vla.training.logging import RunLogger, format_table
@@ -71,3 +72,24 @@ def test_wandb_writes_to_the_run_folder(tmp_path: Path, monkeypatch: pytest.Monk
     logger.log({"x": 1.0}, update=1, env_steps=100)
     logger.close()
     assert any((tmp_path / "wandb").glob("offline-run-*"))
+
+
+def test_videos_are_files_and_go_to_loggers_that_can_encode_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    frames = np.zeros((3, 32, 48, 3), np.uint8)
+    frames[:, :, :24, 0] = 200
+    logger = RunLogger(tmp_path)
+    monkeypatch.setattr("torchrl_vla.training.logging._encodes_videos", lambda _: False)
+    path = logger.log_video("val/success", frames, env_steps=1760)
+    logger.log_video("val/failure", frames, env_steps=1760)
+    assert path == tmp_path / "videos" / "val-success-1760.mp4" and path.stat().st_size > 500
+    assert capsys.readouterr().out.count("pip install 'moviepy<2' shows them in TensorboardLogger too") == 1
+    logged = []
+    monkeypatch.setattr("torchrl_vla.training.logging._encodes_videos", lambda _: True)
+    monkeypatch.setattr(logger.loggers[0], "log_video", lambda *given, **named: logged.append((*given, named)))
+    logger.log_video("val/success", frames, env_steps=3520)
+    ((name, video, named),) = logged
+    assert (name, named) == ("val/success", {"step": 3520, "fps": 10})
+    assert video.shape == (1, 3, 3, 32, 48) and video[0, 1, 0, 5, 3] == 200 and video[0, 1, 2, 5, 3] == 0
+    logger.close()

@@ -43,6 +43,9 @@ def test_train_resume_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture):
     for name in ("config.json", "about.json", "train.log", "learning_curve.png", "policy/model.safetensors"):
         assert (run / name).stat().st_size > 0
     assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    # Nothing succeeds in 16 control steps, so there is a failure to film, before training and after.
+    films = sorted(path.name for path in (run / "videos").iterdir())
+    assert len(films) == 2 and films[0] == "val-failure-0.mp4" and films[1].startswith("val-failure-")
 
     main(["train", "--resume", "--run-dir", str(run), "--timesteps", "70", "--num-envs", "1"])
     assert "Going on from" in capsys.readouterr().out
@@ -57,6 +60,12 @@ def test_train_resume_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert [(e["task_id"], e["init_state_id"], e["control_steps"]) for e in report["episodes"]] == [
         (0, 0, 16),
         (3, 0, 16),
+    ]
+    page = (out / "report.html").read_text()
+    assert page.count("<video ") == 2 and page.count("<polyline ") == 2 and "0 of 2 episodes succeeded" in page
+    assert sorted(path.name for path in (out / "videos").iterdir()) == [
+        "task0-state0-failure.mp4",
+        "task3-state0-failure.mp4",
     ]
     assert report["success"].endswith("(0/2)") and report["settings"]["versions"]["mujoco"] == "3.3.2"
 

@@ -74,17 +74,13 @@ def film(
     # Not before now: it imports MuJoCo, which needs its OpenGL chosen.
     from torchrl_vla.envs.simulator import LiberoSimulator
 
-    simulator = LiberoSimulator(report.task_suite, image_size=image_size, picture_fidelity="fast", **options)
-    model = None
+    simulator = LiberoSimulator(
+        report.task_suite, image_size=image_size, picture_fidelity="fast", max_models=1, **options
+    )
     try:
         for index in chosen:
             episode, actions = report.episodes[index], report.actions[index]
             simulator.reset(0, episode.task_id, episode.init_state_id)
-            if model is not None and simulator.model(0) is not model:
-                # Where every task has a model and a render context of its own, all of them together are some 8 GB.
-                simulator.close()
-                simulator.reset(0, episode.task_id, episode.init_state_id)
-            model = simulator.model(0)
             frames, success, steps = [_picture(simulator)], False, 0
             for start in range(0, len(actions), STEPS_PER_FRAME):
                 count, success = simulator.step(0, actions[start : start + STEPS_PER_FRAME])

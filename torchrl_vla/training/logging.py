@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import logging
 import math
 import os
@@ -10,9 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torchrl.record.loggers import Logger
 from torchrl.record.loggers.tensorboard import TensorboardLogger
 from tqdm import tqdm
+
+from torchrl_vla.evaluation.videos import FRAMES_PER_SECOND, write_mp4
 
 logger = logging.getLogger(__name__)
 
@@ -93,11 +98,17 @@ def check_wandb() -> None:
         )
 
 
+def _encodes_videos(sink: Logger) -> bool:
+    """Whether moviepy is there: TensorBoard needs its first version, which has `moviepy.editor`."""
+    found = importlib.util.find_spec("moviepy") is not None
+    return found and (not isinstance(sink, TensorboardLogger) or importlib.util.find_spec("moviepy.editor") is not None)
+
+
 class RunLogger:
     """Writes every figure of a run to its folder, and to W&B if wanted.
 
     Args:
-        run_dir: the run's folder; gets `metrics.csv`, `tensorboard/` and `learning_curve.png`.
+        run_dir: the run's folder; gets `metrics.csv`, `tensorboard/`, `learning_curve.png` and `videos/`.
         use_wandb: log to Weights & Biases too.
         wandb_entity: W&B user or team.
         config: the run's parameters, shown with it on W&B.
@@ -123,6 +134,7 @@ class RunLogger:
         self.curve_path = run_dir / "learning_curve.png"
         self.rows: list[dict[str, float]] = []
         self._columns: list[str] = []
+        self._missed_videos = False
         self.loggers: list[Logger] = [TensorboardLogger(exp_name="tensorboard", log_dir=str(run_dir))]
         if use_wandb:
             from torchrl.record.loggers.wandb import WandbLogger
@@ -179,6 +191,29 @@ class RunLogger:
             writer.writeheader()
             writer.writerows(rows)
         partial.replace(path)
+
+    def log_video(self, name: str, frames: np.ndarray, *, env_steps: int) -> Path:
+        """Write a film to the run's `videos/`, and to TensorBoard and W&B where moviepy is installed.
+
+        Args:
+            name: `phase/figure`.
+            frames: as :func:`~torchrl_vla.evaluation.videos.write_mp4` takes them.
+            env_steps: control steps collected so far.
+
+        Returns:
+            The file.
+        """
+        path = self.run_dir / "videos" / f"{name.replace('/', '-')}-{env_steps}.mp4"
+        write_mp4(path, frames)
+        video = torch.from_numpy(frames).permute(0, 3, 1, 2)[None]
+        for sink in self.loggers:
+            if _encodes_videos(sink):
+                sink.log_video(name, video, step=env_steps, fps=FRAMES_PER_SECOND)
+            elif not self._missed_videos:
+                self._missed_videos = True
+                where = type(sink).__name__
+                self.print(f"Videos are in {path.parent} alone: pip install 'moviepy<2' shows them in {where} too.")
+        return path
 
     def draw(self) -> None:
         """Draw the learning curve: success in rollouts and in validation, over control steps."""

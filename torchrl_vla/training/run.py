@@ -22,6 +22,7 @@ from torchrl_vla.envs import get_suite
 from torchrl_vla.envs.layout import make_env
 from torchrl_vla.envs.rendering import configure_rendering
 from torchrl_vla.evaluation.protocol import evaluate, initial_states, spread_episodes
+from torchrl_vla.evaluation.videos import choose_episodes, film
 from torchrl_vla.modules import OpenVLAActor, ValueHead, make_value_operator
 from torchrl_vla.modules.openvla.lora import has_lora
 from torchrl_vla.objectives import AsymmetricClipPPOLoss, GRPOAdvantage
@@ -173,6 +174,7 @@ def _assemble(
         checkpoints.save(step=trainer.env_steps, success=success)
         save_policy(policy, folder / "policy")
 
+    validate = _validation(config, policy.actor, env, run_logger)
     trainer = PPOTrainer(
         ppo,
         collector,
@@ -180,7 +182,7 @@ def _assemble(
         _advantage(ppo),
         optimizer,
         run_logger,
-        validate=_validation(config, policy.actor, env),
+        validate=lambda: validate(trainer.env_steps),
         save=save,
         device=device,
     )
@@ -226,14 +228,16 @@ def _advantage(ppo: PPOConfig) -> GRPOAdvantage | Callable[[TensorDictBase], Ten
     )
 
 
-def _validation(config: TrainConfig, actor: OpenVLAActor, env: EnvBase) -> Callable[[], Mapping[str, float]]:
+def _validation(
+    config: TrainConfig, actor: OpenVLAActor, env: EnvBase, run_logger: RunLogger
+) -> Callable[[int], Mapping[str, float]]:
     suite = get_suite(config.env.task_suite)
     states = initial_states(suite, config.env.tasks, config.env.val_init_state_ids)
     instructions = {task: suite.task(task).instruction for task in config.env.tasks}
     plan = spread_episodes(config.env.tasks, states, max(config.ppo.val_episodes, 1))
     temperature = config.ppo.eval_temperature
 
-    def validate() -> Mapping[str, float]:
+    def validate(env_steps: int) -> Mapping[str, float]:
         sampling = actor.temperature
         actor.temperature = temperature or sampling
         try:
@@ -248,6 +252,11 @@ def _validation(config: TrainConfig, actor: OpenVLAActor, env: EnvBase) -> Calla
             )
         finally:
             actor.temperature = sampling
+        if config.ppo.val_videos:
+            chosen = choose_episodes(report.episodes, per_task=False)
+            for video in film(report, chosen, settle_steps=config.env.settle_steps, seed=config.ppo.seed):
+                outcome = "success" if video.episode.success else "failure"
+                run_logger.log_video(f"val/{outcome}", video.frames, env_steps=env_steps)
         figures = {f"val/{name}": value for name, value in report.figures().items()}
         by_task = {f"val/success_task_{task}": result.success.rate for task, result in report.tasks.items()}
         return {**figures, "val/mean_reward": config.env.reward_scale * report.total.rate, **by_task}
