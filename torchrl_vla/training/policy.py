@@ -86,6 +86,7 @@ def build_policy(
         statistics_key: name that its action statistics (none: actions are taken as they are) are saved under.
         temperature: sampling temperature.
         device: where to make it.
+        use_l1_head: with an L1 head too.
 
     Raises:
         ValueError: there is no such preset.
@@ -93,7 +94,7 @@ def build_policy(
     config, device = OpenVLAConfig.preset(name), torch.device(device)
     # Made where it will be and in its own dtype, as a checkpoint is loaded: 7B in float32 would not fit a 24 GB card.
     with torch.device("meta"):
-        model = OpenVLA(config)
+        model = OpenVLA(config, use_l1_head=use_l1_head)
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.torch_dtype)
     model.to(dtype).to_empty(device=device).initialize()
     # Words of every suite, so that a policy can go on to another one.
