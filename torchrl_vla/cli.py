@@ -43,3 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         # What a user typed wrong deserves a sentence, not a traceback.
         sys.exit(f"torchrl-vla {arguments[0]}: {error}")
+    except RuntimeError as error:
+        from torchrl_vla.envs.rendering import RenderingUnavailable
+
+        if not isinstance(error, RenderingUnavailable):
+            raise
+        sys.exit(f"torchrl-vla {arguments[0]}: {error}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from functools import partial
 
 import pytest
@@ -24,6 +26,7 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.objectives.value import GAE
 
 from torchrl_vla.collectors import EpisodePlan, GroupCollector, Progress
+from torchrl_vla.collectors.slots import EnvSlots
 from torchrl_vla.collectors.trajectories import TrajectoryRecorder
 from torchrl_vla.envs.toy import ToyTrackingEnv
 from torchrl_vla.objectives import GRPOAdvantage
@@ -143,6 +146,7 @@ def make_env(layout: str, request: pytest.FixtureRequest) -> EnvBase:
         "more slots than episodes": partial(StubbornEnv, 20),
         "serial": partial(SerialEnv, 3, StubbornEnv),
         "transformed": lambda: TransformedEnv(StubbornEnv(5), StepCounter()),
+        "two in turns": lambda: [StubbornEnv(3), StubbornEnv(2)],
     }
     return makers[layout]()
 
@@ -153,7 +157,8 @@ def test_the_test_env_is_sound():
 
 
 @pytest.mark.parametrize(
-    "layout", ["single", "five slots", "more slots than episodes", "serial", "transformed", "parallel"]
+    "layout",
+    ["single", "five slots", "more slots than episodes", "serial", "transformed", "parallel", "two in turns"],
 )
 def test_every_planned_episode_runs_to_its_end_once(layout, request):
     policy = Policy()
@@ -177,6 +182,45 @@ def test_every_planned_episode_runs_to_its_end_once(layout, request):
     assert sum(len(given) for given in policy.batches) == len(batch)
     for given in policy.batches:
         assert texts(given) == [f"task {i}" for i in given["task_id"].flatten().tolist()]
+
+
+class SlowEnv(StubbornEnv):
+    """Steps only once another environment is stepping too, or has nothing left to step; then takes its time."""
+
+    def __init__(self, num_envs: int, meeting: threading.Barrier, seconds: float) -> None:
+        super().__init__(num_envs)
+        self.meeting, self.seconds = meeting, seconds
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        self.meeting.wait(timeout=10)
+        time.sleep(self.seconds)
+        return super()._step(tensordict)
+
+
+@pytest.mark.parametrize("seconds", [(0.0, 0.02), (0.02, 0.0)])
+def test_environments_in_turns_simulate_at_the_same_time_and_speed_decides_nothing(seconds):
+    plan = EpisodePlan.grid([0], [1, 3, 5, 7, 9, 11, 13, 15])  # all of four decisions: both sides step equally often
+    meeting = threading.Barrier(2)
+    envs = [SlowEnv(2, meeting, pause) for pause in seconds]
+    policy = Policy()
+    GroupCollector(envs, policy).collect(plan)
+    served = [given["init_state_id"].flatten().tolist() for given in policy.batches]
+    assert served == [*[[1, 3], [5, 7]] * 4, *[[9, 11], [13, 15]] * 4]
+
+
+def test_the_last_episodes_are_spread_over_environments_and_workers():
+    envs = [StubbornEnv(8), StubbornEnv(8)]
+    policy = Policy()
+    collector = GroupCollector(envs, policy)
+    collector.collect(EpisodePlan.grid([0], [1, 3, 5]))
+    assert sorted(len(given) for given in policy.batches[:2]) == [1, 2]
+    env = SerialEnv(2, partial(StubbornEnv, 4))
+    assert EnvSlots(env).in_turns.tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+def test_no_environment_is_refused():
+    with pytest.raises(ValueError, match="at least one environment"):
+        GroupCollector([], Policy())
 
 
 def test_finished_slots_are_not_stepped():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from torchrl_vla.collectors import EpisodePlan, GroupCollector
+from torchrl_vla.envs import layout
 from torchrl_vla.envs.layout import choose_workers, make_env
 
 
@@ -23,6 +24,19 @@ from torchrl_vla.envs.layout import choose_workers, make_env
 )
 def test_workers_fit_cores_memory_and_number(num_envs, cores, memory, workers):
     assert choose_workers(num_envs, cores=cores, memory=memory) == workers
+
+
+def test_models_that_do_not_share_take_memory_from_workers():
+    """Four environments of four models each: 4.4 GB per process and 0.45 GB of libraries."""
+    assert choose_workers(16, models=4, cores=8, memory=19.48e9) == 4
+    assert choose_workers(16, models=4, cores=8, memory=19.47e9) == 2
+
+
+def test_more_than_memory_allows_is_refused_before_anything_starts():
+    with pytest.raises(ValueError, match=r"100000 environments in 1 process.* need some 501\.1 GB .*set num_envs=\d+"):
+        make_env("libero_spatial", num_envs=100_000, workers=1, image_size=1)
+    with pytest.raises(ValueError, match="num_envs must be at least 1, got 0"):
+        make_env("libero_spatial", num_envs=0)
 
 
 def test_uneven_shares_are_refused():
@@ -48,3 +62,12 @@ def test_several_environments_in_each_of_two_processes():
     assert batch["task_id"][done].flatten().tolist() == [0, 1, 0, 1, 0]
     assert batch["next", "num_control_steps"].flatten().tolist() == [8] * 10
     assert len(set(batch["language_instruction"])) == 2
+
+
+def test_parts_share_the_workers_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "_in_processes", lambda suite, workers, per_worker, *rest: (workers, per_worker))
+    parts = {
+        workers: layout.make_envs("libero_spatial", num_envs=num_envs, workers=workers)
+        for workers, num_envs in ((2, 8), (6, 6), (7, 14), (8, 32))
+    }
+    assert parts == {2: [(1, 4)] * 2, 6: [(2, 1)] * 3, 7: [(7, 2)], 8: [(2, 4)] * 4}

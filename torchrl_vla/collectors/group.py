@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -43,9 +45,13 @@ class GroupCollector:
     time, with ``group_id``, ``task_id``, ``init_state_id`` ``[T, 1]`` and ``("collector", "traj_ids")`` ``[T]``, on the
     CPU.
 
+    Several environments take turns: while the policy decides for one of them, the others simulate, each in a thread of
+    its own. Which one runs which episode does not depend on their speed.
+
     Args:
         env: any TorchRL environment, of any batch size (see :class:`EnvSlots`), whose reset reads ``task_id`` and
-            ``init_state_id`` ``[*B, 1]`` and which reports them in its observations.
+            ``init_state_id`` ``[*B, 1]`` and which reports them in its observations; or several, which must simulate
+            in processes of their own (:func:`~torchrl_vla.envs.layout.make_envs`).
         policy: reads observations and writes an action; runs without gradients on the device of its parameters.
         plans: one per batch that iterating over the collector yields; :meth:`collect` needs none.
 
@@ -70,7 +76,7 @@ class GroupCollector:
 
     def __init__(
         self,
-        env: EnvBase,
+        env: EnvBase | Sequence[EnvBase],
         policy: Callable[[TensorDictBase], TensorDictBase],
         plans: Iterable[Sequence[Episode]] = (),
         *,
@@ -80,15 +86,17 @@ class GroupCollector:
         value_key: NestedKey = "state_value",
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        self.env = env
+        envs = [env] if isinstance(env, EnvBase) else list(env)
+        if not envs:
+            raise ValueError("The collector needs at least one environment, got an empty list.")
         self.policy = policy
         self.plans = plans
         self.exploration_type = exploration_type
         self.value_key = value_key
         self.progress = progress
-        self._slots = EnvSlots(env)
+        self._slots = [EnvSlots(each) for each in envs]
         self._not_stored = frozenset(not_stored)
-        self._next_keys = (*env.reward_keys, *env.done_keys, *next_keys)
+        self._next_keys = (*envs[0].reward_keys, *envs[0].done_keys, *next_keys)
         self._num_collected = 0
 
     def __iter__(self) -> Iterator[TensorDict]:
@@ -111,43 +119,63 @@ class GroupCollector:
         """
         if not len(plan):
             raise ValueError("The plan has no episodes; it needs at least one.")
-        recorder = TrajectoryRecorder(len(plan))
-        last_values = torch.zeros(len(plan), 1)
-        current = torch.full((len(self._slots),), -1)  # the episode each slot runs, -1 for none
-        waiting = deque(range(len(plan)))
-        finished = successes = 0
-        with set_exploration_type(self.exploration_type):
-            while finished < len(plan):
-                free = (current < 0).nonzero().squeeze(-1)[: len(waiting)]
-                if len(free):
-                    current[free] = torch.tensor([waiting.popleft() for _ in free])
-                    self._slots.start(free, [plan[episode] for episode in current[free].tolist()])
-                slots = (current >= 0).nonzero().squeeze(-1)
-                seen = self._slots.observe(slots)
-                written = self._act(seen)
-                following = self._slots.step(slots, written)
-                lost = self._slots.lost()[slots]
-                if lost.any():
-                    # Their worker was replaced. However far they had come, they run again from their start.
-                    recorder.discard(current[slots[lost]])
-                    waiting.extendleft(current[slots[lost]].tolist())
-                    current[slots[lost]] = -1
-                    slots, seen = slots[~lost], seen[~lost]
-                    written = {key: value[~lost] for key, value in written.items()}
-                    following = {key: value[~lost] for key, value in following.items()}
-                recorder.append(current[slots], self._decisions(seen, written, following))
-                over = following["done"].reshape(-1).cpu()
-                if self.value_key in written:
-                    cut = slots[over & ~following["terminated"].reshape(-1).cpu()]
-                    if len(cut):
-                        last_values[current[cut]] = self._act(self._slots.observe(cut))[self.value_key].cpu()
-                if "success" in following:
-                    successes += int(following["success"].reshape(-1).cpu()[over].sum())
-                finished += int(over.sum())
-                current[slots[over]] = -1
-                if self.progress is not None:
-                    self.progress(Progress(int(recorder.lengths.sum()), finished, successes, len(plan)))
-        return self._label(recorder, plan, last_values)
+        collection = _Collection(plan, [_Lane(slots) for slots in self._slots])
+        with set_exploration_type(self.exploration_type), _executor(len(self._slots)) as executor:
+            # In turns and in a fixed order, so that the same seed gives the same batch whoever is faster.
+            while collection.finished < len(plan):
+                for lane in collection.lanes:
+                    lane.wait()
+                    if lane.decision is not None:
+                        self._record(collection, lane)
+                    self._send(collection, lane, executor)
+        return self._label(collection)
+
+    def _send(self, collection: _Collection, lane: _Lane, executor: Executor) -> None:
+        """Starts waiting episodes in an environment's free slots or, if there are none, lets the others decide."""
+        plan, waiting = collection.plan, collection.waiting
+        # The last episodes are spread over environments and, within them, over workers.
+        free = lane.free()
+        share = math.ceil(len(waiting) * len(free) / max(1, sum(len(other.free()) for other in collection.lanes)))
+        free = free[:share].sort().values
+        if len(free):
+            lane.current[free] = torch.tensor([waiting.popleft() for _ in free])
+            starts = [plan[episode] for episode in lane.current[free].tolist()]
+            lane.job = executor.submit(lane.slots.start, free, starts)
+            return
+        running = (lane.current >= 0).nonzero().squeeze(-1)
+        if len(running):
+            seen = lane.slots.observe(running)
+            lane.decision = _Decision(running, seen, self._act(seen))
+            lane.job = executor.submit(lane.slots.step, running, lane.decision.written)
+
+    def _record(self, collection: _Collection, lane: _Lane) -> None:
+        """Takes note of what followed from an environment's last decisions."""
+        assert lane.decision is not None
+        (slots, seen, written), following, current = lane.decision, lane.following, lane.current
+        recorder = collection.recorder
+        lane.decision = None
+        lost = lane.slots.lost()[slots]
+        if lost.any():
+            # Their worker was replaced. However far they had come, they run again from their start.
+            recorder.discard(current[slots[lost]])
+            collection.waiting.extendleft(current[slots[lost]].tolist())
+            current[slots[lost]] = -1
+            slots, seen = slots[~lost], seen[~lost]
+            written = {key: value[~lost] for key, value in written.items()}
+            following = {key: value[~lost] for key, value in following.items()}
+        recorder.append(current[slots], self._decisions(seen, written, following))
+        over = following["done"].reshape(-1).cpu()
+        if self.value_key in written:
+            cut = slots[over & ~following["terminated"].reshape(-1).cpu()]
+            if len(cut):
+                collection.last_values[current[cut]] = self._act(lane.slots.observe(cut))[self.value_key].cpu()
+        if "success" in following:
+            collection.successes += int(following["success"].reshape(-1).cpu()[over].sum())
+        collection.finished += int(over.sum())
+        current[slots[over]] = -1
+        if self.progress is not None:
+            decisions = int(recorder.lengths.sum())
+            self.progress(Progress(decisions, collection.finished, collection.successes, len(collection.plan)))
 
     def _act(self, seen: TensorDict) -> dict[NestedKey, Tensor]:
         """What the policy writes, on its device, without what is not stored."""
@@ -172,9 +200,9 @@ class GroupCollector:
                 seen.set(_next(key), following[key])
         return seen.exclude(*self._not_stored).cpu()
 
-    def _label(self, recorder: TrajectoryRecorder, plan: Sequence[Episode], last_values: Tensor) -> TensorDict:
-        lengths = recorder.lengths
-        data = recorder.finish()
+    def _label(self, collection: _Collection) -> TensorDict:
+        plan, lengths = collection.plan, collection.recorder.lengths
+        data = collection.recorder.finish()
         for index, key in enumerate(Episode._fields):
             ids = torch.tensor([[episode[index]] for episode in plan])
             data.set(key, ids.repeat_interleave(lengths, 0))
@@ -183,9 +211,63 @@ class GroupCollector:
         data.set(("collector", "traj_ids"), episodes.repeat_interleave(lengths))
         if self.value_key in data.keys(True, True):
             following = data.get(self.value_key).roll(-1, 0)
-            following[lengths.cumsum(0) - 1] = last_values
+            following[lengths.cumsum(0) - 1] = collection.last_values
             data.set(_next(self.value_key), following)
         return data
+
+
+class _Collection:
+    """How far the episodes of a plan have come, and what was recorded of them."""
+
+    def __init__(self, plan: Sequence[Episode], lanes: Sequence[_Lane]) -> None:
+        self.plan = plan
+        self.lanes = lanes
+        self.waiting = deque(range(len(plan)))
+        self.recorder = TrajectoryRecorder(len(plan))
+        self.last_values = torch.zeros(len(plan), 1)
+        self.finished = self.successes = 0
+
+
+class _Decision(NamedTuple):
+    """What the policy saw in some slots, and what it wrote."""
+
+    slots: Tensor
+    seen: TensorDict
+    written: dict[NestedKey, Tensor]
+
+
+class _Lane:
+    """An environment's share of a collection: which episodes it runs, and what it is busy with."""
+
+    def __init__(self, slots: EnvSlots) -> None:
+        self.slots = slots
+        self.current = torch.full((len(slots),), -1)  # the episode each slot runs, -1 for none
+        self.job: Future[Any] | None = None
+        self.decision: _Decision | None = None
+        self.following: dict[NestedKey, Tensor] = {}
+
+    def free(self) -> Tensor:
+        """The slots without an episode, int64 ``[n]``, workers in turns."""
+        return self.slots.in_turns[self.current[self.slots.in_turns] < 0]
+
+    def wait(self) -> None:
+        """Waits for what the environment is busy with."""
+        if self.job is not None:
+            job, self.job = self.job, None
+            self.following = job.result()
+
+
+class _Inline(Executor):
+    """Runs a job at once, in this thread, to which OpenGL contexts of an environment may belong."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        job: Future[Any] = Future()
+        job.set_result(fn(*args, **kwargs))
+        return job
+
+
+def _executor(lanes: int) -> Executor:
+    return _Inline() if lanes == 1 else ThreadPoolExecutor(lanes, "environment")
 
 
 def _next(key: NestedKey) -> NestedKey:

@@ -18,8 +18,9 @@ __all__ = ["UpdateCollector"]
 class UpdateCollector:
     """Yields one batch per update: groups of complete episodes, at least `min_steps` control steps in all.
 
-    How many groups that takes is guessed, before they run, from the episodes of the update before; where the guess
-    falls short, more groups follow. Every group is complete, so that no episode is in a batch because it ended first.
+    How many groups that takes is guessed, before they run, from the episodes of the update before and with a tenth to
+    spare; where the guess falls short, more groups follow. Every group is complete, so that no episode is in a batch
+    because it ended first.
 
     Args:
         collector: runs the episodes.
@@ -72,7 +73,8 @@ class UpdateCollector:
             parts: list[TensorDict] = []
             steps = 0
             while steps < self.min_steps:
-                count = math.ceil((self.min_steps - steps) / (self.group_size * self.mean_length))
+                # A second collection costs another wait for the last episodes: a few groups more are cheaper.
+                count = math.ceil(1.1 * (self.min_steps - steps) / (self.group_size * self.mean_length))
                 starts = [(group[0].task_id, group[0].init_state_id) for group in (next(groups) for _ in range(count))]
                 plan = EpisodePlan(starts, group_size=self.group_size, first_group_id=self.groups_done)
                 parts.append(self.collector.collect(plan))

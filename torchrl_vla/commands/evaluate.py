@@ -173,7 +173,7 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
 
     from torchrl_vla.config import EnvironmentConfig, OpenVLAActorConfig
     from torchrl_vla.envs import get_suite
-    from torchrl_vla.envs.layout import make_env
+    from torchrl_vla.envs.layout import make_envs
     from torchrl_vla.evaluation.protocol import evaluate, initial_states, spread_episodes
     from torchrl_vla.training.devices import choose_device
     from torchrl_vla.training.policy import acts_by_l1, load_policy
@@ -200,7 +200,7 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
         device=device,
         trainable=False,
     )
-    env = make_env(
+    envs = make_envs(
         config.task_suite,
         num_envs=min(config.num_envs, len(plan)),
         task_ids=tasks,
@@ -217,7 +217,7 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
     settings |= {"action_mode": "l1" if by_l1 else "tokens", "device": str(device)}
     try:
         return evaluate(
-            env,
+            envs,
             policy.actor,
             plan,
             task_suite=suite.name,
@@ -227,7 +227,8 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
             settings=settings,
         )
     finally:
-        env.close()
+        for env in envs:
+            env.close()
 
 
 def _film(config: EvaluateConfig, report: EvaluationReport, folder: Path) -> list[tuple[Any, Path]]:

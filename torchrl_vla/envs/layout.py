@@ -11,36 +11,43 @@ from torchrl.envs import EnvBase, TransformedEnv
 
 from torchrl_vla.envs.instruction import InstructionFromTaskId
 from torchrl_vla.envs.libero import LiberoEnv
+from torchrl_vla.envs.memory import available_memory, check_memory, count_models, memory_needed, models_that_fit
 from torchrl_vla.envs.watchdog import WatchedParallelEnv
 
-__all__ = ["choose_workers", "make_env"]
+__all__ = ["choose_workers", "make_env", "make_envs"]
 
 logger = logging.getLogger(__name__)
 
-#: Resident memory of a process with one scene: libraries, model and render context.
-_BYTES_PER_WORKER = 1.5 * 2**30
+#: More parts keep the workers busier, and make the policy's batches smaller.
+_MOST_PARTS = 4
 
 
-def choose_workers(num_envs: int, *, cores: int | None = None, memory: float | None = None) -> int:
+def choose_workers(num_envs: int, *, models: int = 1, cores: int | None = None, memory: float | None = None) -> int:
     """Processes to simulate in: as many as cores and memory allow, each with the same number of environments.
 
     Args:
         num_envs: environments in all.
+        models: compiled models of their tasks.
         cores: processor cores to use; None: those this process may use.
-        memory: bytes to use; None: half of what the machine has.
+        memory: bytes to use; None: half of what the machine has, or what is available if that is less. Building models
+            for the first time takes more for a while.
 
     Examples:
         >>> choose_workers(8, cores=2, memory=24e9), choose_workers(6, cores=4, memory=24e9)
         (2, 3)
-        >>> choose_workers(64, cores=16, memory=12e9)
-        4
+        >>> choose_workers(64, cores=16, memory=12e9), choose_workers(64, models=10, cores=16, memory=60e9)
+        (4, 4)
     """
     if cores is None:
         cores = len(os.sched_getaffinity(0))
     if memory is None:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
-    most = max(1, min(num_envs, cores, int(memory / _BYTES_PER_WORKER)))
-    return max(workers for workers in range(1, most + 1) if num_envs % workers == 0)
+        memory = _memory_to_use()
+    shares = (workers for workers in range(1, min(num_envs, cores) + 1) if num_envs % workers == 0)
+    return max((workers for workers in shares if memory_needed(num_envs, workers, models) <= memory), default=1)
+
+
+def _memory_to_use() -> float:
+    return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2, available_memory())
 
 
 def make_env(
@@ -60,16 +67,59 @@ def make_env(
         An environment of batch size `[num_envs]` in one process, `[workers, num_envs / workers]` in several.
 
     Raises:
-        ValueError: the number of workers does not divide the number of environments, or an option is not allowed.
+        ValueError: the number of workers does not divide the number of environments, they need more memory than is
+            available, or an option is not allowed.
     """
-    workers = choose_workers(num_envs) if workers is None else workers
-    if workers < 1 or num_envs % workers:
-        raise ValueError(f"{num_envs} environments cannot be shared evenly by {workers} workers: choose a divisor.")
-    logger.info("%d environments in %d process(es)", num_envs, workers)
+    workers, options = _checked(task_suite, num_envs, workers, options)
     if workers == 1:
         return LiberoEnv(task_suite, num_envs=num_envs, **options)
-    worker = functools.partial(
-        LiberoEnv, task_suite, num_envs=num_envs // workers, include_instruction=False, **options
-    )
+    return _in_processes(task_suite, workers, num_envs // workers, worker_timeout, options)
+
+
+def make_envs(
+    task_suite: str, *, num_envs: int = 1, workers: int | None = None, worker_timeout: float = 120.0, **options: Any
+) -> list[EnvBase]:
+    """What :func:`make_env` makes, in up to four parts that take turns with the policy.
+
+    While a :class:`~torchrl_vla.collectors.GroupCollector` decides for one part, the others simulate.
+
+    Args:
+        task_suite: as for :func:`make_env`, and so are the others.
+
+    Returns:
+        One environment in this process, or several in processes of their own.
+
+    Raises:
+        ValueError: as for :func:`make_env`.
+    """
+    workers, options = _checked(task_suite, num_envs, workers, options)
+    if workers == 1:
+        return [LiberoEnv(task_suite, num_envs=num_envs, **options)]
+    parts = max(parts for parts in range(1, _MOST_PARTS + 1) if workers % parts == 0)
+    per_worker = num_envs // workers
+    return [_in_processes(task_suite, workers // parts, per_worker, worker_timeout, options) for _ in range(parts)]
+
+
+def _checked(
+    task_suite: str, num_envs: int, workers: int | None, options: dict[str, Any]
+) -> tuple[int, dict[str, Any]]:
+    """The number of processes, and the options with the number of compiled models that each may keep."""
+    if num_envs < 1:
+        raise ValueError(f"num_envs must be at least 1, got {num_envs}.")
+    models = count_models(task_suite, len(options.get("task_ids") or (0,)))
+    workers = choose_workers(num_envs, models=models) if workers is None else workers
+    if workers < 1 or num_envs % workers:
+        raise ValueError(f"{num_envs} environments cannot be shared evenly by {workers} workers: choose a divisor.")
+    check_memory(num_envs, workers, models, available_memory())
+    kept = models_that_fit(num_envs, workers, models, _memory_to_use())
+    gigabytes = memory_needed(num_envs, workers, models) / 1e9
+    logger.info("%d environments in %d process(es), some %.1f GB of memory", num_envs, workers, gigabytes)
+    return workers, {"max_models": kept, **options}
+
+
+def _in_processes(
+    task_suite: str, workers: int, per_worker: int, worker_timeout: float, options: dict[str, Any]
+) -> EnvBase:
+    worker = functools.partial(LiberoEnv, task_suite, num_envs=per_worker, include_instruction=False, **options)
     env = WatchedParallelEnv(workers, worker, mp_start_method="spawn", worker_timeout=worker_timeout)
     return TransformedEnv(env, InstructionFromTaskId(task_suite))

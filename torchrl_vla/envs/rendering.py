@@ -13,7 +13,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_wanted_backend", "configure_rendering", "has_gpu", "make_gl_context", "renderer_name"]
+__all__ = [
+    "RenderingUnavailable",
+    "check_wanted_backend",
+    "configure_rendering",
+    "draws_in_software",
+    "has_gpu",
+    "make_gl_context",
+    "renderer_name",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +38,10 @@ print(GL.glGetString(GL.GL_RENDERER).decode())
 _PROBE_SECONDS = 60
 
 
+class RenderingUnavailable(RuntimeError):
+    """There is no OpenGL to render with; the message says what to install."""
+
+
 @functools.cache
 def configure_rendering() -> str:
     """Chooses the OpenGL backend of this process and its children, before robosuite is imported.
@@ -42,7 +54,8 @@ def configure_rendering() -> str:
 
     Raises:
         ValueError: ``MUJOCO_GL`` or ``PYOPENGL_PLATFORM`` asks for something that cannot render LIBERO.
-        RuntimeError: there is no OpenGL to render with, or PyOpenGL was imported before the choice.
+        RenderingUnavailable: there is no OpenGL to render with.
+        RuntimeError: PyOpenGL was imported before the choice.
     """
     backend = check_wanted_backend()
     if backend is None:
@@ -109,7 +122,7 @@ def check_wanted_backend() -> str | None:
 
     Raises:
         ValueError: it asks for something that cannot render LIBERO.
-        RuntimeError: its library is not installed.
+        RenderingUnavailable: its library is not installed.
     """
     wanted = os.environ.get("MUJOCO_GL", "").strip().lower()
     if not wanted:
@@ -125,7 +138,15 @@ def check_wanted_backend() -> str | None:
         except OSError:
             continue
         return wanted
-    raise RuntimeError(_missing([f"MUJOCO_GL={wanted} is set and {_LIBRARIES[wanted][0]} is not installed"]))
+    raise RenderingUnavailable(_missing([f"MUJOCO_GL={wanted} is set and {_LIBRARIES[wanted][0]} is not installed"]))
+
+
+def draws_in_software() -> bool:
+    """Whether the OpenGL context that is current in this thread draws on the CPU."""
+    # Not before a context was made: importing PyOpenGL chooses its backend.
+    from OpenGL import GL
+
+    return _in_software(GL.glGetString(GL.GL_RENDERER).decode())
 
 
 def has_gpu() -> bool:
@@ -144,7 +165,7 @@ def _choose() -> str:
         except RuntimeError as error:
             reasons.append(str(error))
             continue
-        software = name.lower().startswith(_SOFTWARE)
+        software = _in_software(name)
         if gpu and backend == "egl" and software:
             reasons.append(f"EGL renders in software ({name})")
             software_egl = True
@@ -152,7 +173,11 @@ def _choose() -> str:
         return _announce(backend, name, reasons if gpu and software else [])
     if software_egl:
         return _announce("egl", renderer_name("egl"), reasons)
-    raise RuntimeError(_missing(reasons))
+    raise RenderingUnavailable(_missing(reasons))
+
+
+def _in_software(renderer: str) -> bool:
+    return renderer.lower().startswith(_SOFTWARE)
 
 
 def _announce(backend: str, name: str, fallback_reasons: list[str]) -> str:

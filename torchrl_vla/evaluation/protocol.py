@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,7 @@ def spread_episodes(task_ids: Iterable[int], init_state_ids: dict[int, list[int]
 
 
 def evaluate(
-    env: EnvBase,
+    env: EnvBase | Sequence[EnvBase],
     policy: Callable[[TensorDictBase], TensorDictBase],
     plan: EpisodePlan,
     *,

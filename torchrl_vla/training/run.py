@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torchrl_vla.collectors import GroupCollector
 from torchrl_vla.collectors.update import UpdateCollector
 from torchrl_vla.config import PPOConfig, TrainConfig
 from torchrl_vla.envs import get_suite
-from torchrl_vla.envs.layout import make_env
+from torchrl_vla.envs.layout import make_envs
 from torchrl_vla.envs.rendering import configure_rendering
 from torchrl_vla.evaluation.protocol import evaluate, initial_states, spread_episodes
 from torchrl_vla.evaluation.videos import choose_episodes, film
@@ -27,7 +27,7 @@ from torchrl_vla.modules import OpenVLAActor, ValueHead, make_value_operator
 from torchrl_vla.modules.openvla.lora import has_lora
 from torchrl_vla.objectives import AsymmetricClipPPOLoss, GRPOAdvantage
 from torchrl_vla.training.checkpoint import RunCheckpoints, TrainableState
-from torchrl_vla.training.devices import choose_device
+from torchrl_vla.training.devices import choose_device, choose_head_device
 from torchrl_vla.training.folder import log_to, open_run_folder
 from torchrl_vla.training.logging import RunLogger, check_wandb
 from torchrl_vla.training.policy import Policy, load_policy, save_policy
@@ -54,6 +54,7 @@ def train(config: TrainConfig, preset: str) -> Path:
     """
     config.actor.require_tokens_for_ppo()
     device = choose_device(config.ppo.device, config.actor.gpu_id)
+    head_device = _head_device(config, device)
     suite = get_suite(config.env.task_suite)
     initial_states(suite, config.env.tasks, config.env.init_state_ids)
     initial_states(suite, config.env.tasks, config.env.val_init_state_ids)
@@ -61,7 +62,13 @@ def train(config: TrainConfig, preset: str) -> Path:
         check_wandb()
     backend = configure_rendering()
     torch.manual_seed(config.ppo.seed)
-    policy = load_policy(config.actor, task_suite=suite.name, temperature=config.ppo.rollout_temperature, device=device)
+    policy = load_policy(
+        config.actor,
+        task_suite=suite.name,
+        temperature=config.ppo.rollout_temperature,
+        device=device,
+        head_device=head_device,
+    )
     image_size = policy.model.config.image_size
     if tuple(config.env.image_size) != (image_size, image_size):
         raise ValueError(
@@ -81,6 +88,12 @@ def train(config: TrainConfig, preset: str) -> Path:
     return folder
 
 
+def _head_device(config: TrainConfig, device: torch.device) -> torch.device:
+    return choose_head_device(
+        device, use_multi_gpu=config.actor.use_multi_gpu, secondary_gpu_id=config.actor.secondary_gpu_id
+    )
+
+
 @contextmanager
 def build_trainer(config: TrainConfig, policy: Policy, folder: Path, device: torch.device) -> Iterator[PPOTrainer]:
     """Put a run's parts together, and close what needs closing when it ends.
@@ -95,7 +108,7 @@ def build_trainer(config: TrainConfig, policy: Policy, folder: Path, device: tor
     value_head = ValueHead(policy.model.config.hidden_size).to(device) if ppo.advantage_estimator == "gae" else None
     suite = get_suite(config.env.task_suite)
     horizon = config.env.max_episode_steps or suite.horizon
-    env = make_env(
+    envs = make_envs(
         config.env.task_suite,
         task_ids=config.env.tasks,
         num_envs=config.env.num_envs,
@@ -106,12 +119,14 @@ def build_trainer(config: TrainConfig, policy: Policy, folder: Path, device: tor
         max_episode_steps=horizon,
         settle_steps=config.env.settle_steps,
         reward_scale=config.env.reward_scale,
+        worker_timeout=config.env.worker_timeout,
         seed=ppo.seed,
     )
     try:
-        yield _assemble(config, folder, device, policy, value_head, env, horizon)
+        yield _assemble(config, folder, device, policy, value_head, envs, horizon)
     finally:
-        env.close()
+        for env in envs:
+            env.close()
 
 
 def _assemble(
@@ -120,10 +135,11 @@ def _assemble(
     device: torch.device,
     policy: Policy,
     value_head: ValueHead | None,
-    env: EnvBase,
+    envs: Sequence[EnvBase],
     horizon: int,
 ) -> PPOTrainer:
     ppo, actor = config.ppo, policy.actor
+    assert isinstance(actor, OpenVLAActor)
     value_operator = None if value_head is None else make_value_operator(actor, value_head)
     loss = AsymmetricClipPPOLoss(
         actor,
@@ -139,10 +155,13 @@ def _assemble(
         bin_centers=policy.processor.action_tokenizer.bin_centers if ppo.reconstruction_coef else None,
         critic_coeff=None if value_head is None else ppo.value_loss_coef,
     ).to(device)
+    if value_head is not None:
+        # The loss holds it too, and took it along to the policy's device.
+        value_head.to(_head_device(config, device))
     groups = [{"params": [p for p in policy.model.parameters() if p.requires_grad], "lr": ppo.actor_lr}]
     if value_head is not None:
         groups.append({"params": list(value_head.parameters()), "lr": ppo.critic_lr})
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=device.type == "cuda")
 
     run_logger = RunLogger(folder, use_wandb=ppo.use_wandb, wandb_entity=ppo.wandb_entity, config=vars(ppo))
     rollout: TensorDictModuleBase = actor
@@ -151,7 +170,7 @@ def _assemble(
         rollout = TensorDictSequential(actor.backbone, actor[-1], value_operator[-1])
         rollout.select_out_keys(*actor.out_keys, *value_operator.out_keys)
     collector = UpdateCollector(
-        GroupCollector(env, rollout, progress=EpisodeBar("rollout")),
+        GroupCollector(envs, rollout, progress=EpisodeBar("rollout")),
         config.env.tasks,
         next(
             iter(initial_states(get_suite(config.env.task_suite), config.env.tasks, config.env.init_state_ids).values())
@@ -174,7 +193,7 @@ def _assemble(
         checkpoints.save(step=trainer.env_steps, success=success)
         save_policy(policy, folder / "policy")
 
-    validate = _validation(config, policy.actor, env, run_logger)
+    validate = _validation(config, actor, envs, run_logger)
     trainer = PPOTrainer(
         ppo,
         collector,
@@ -185,6 +204,7 @@ def _assemble(
         validate=lambda: validate(trainer.env_steps),
         save=save,
         device=device,
+        set_recompute=policy.model.gradient_checkpointing_enable,
     )
     checkpoints = RunCheckpoints(folder / "checkpoints", keep=ppo.keep_checkpoints, trainer=trainer, **components)
     if config.resume:
@@ -229,7 +249,7 @@ def _advantage(ppo: PPOConfig) -> GRPOAdvantage | Callable[[TensorDictBase], Ten
 
 
 def _validation(
-    config: TrainConfig, actor: OpenVLAActor, env: EnvBase, run_logger: RunLogger
+    config: TrainConfig, actor: OpenVLAActor, envs: Sequence[EnvBase], run_logger: RunLogger
 ) -> Callable[[int], Mapping[str, float]]:
     suite = get_suite(config.env.task_suite)
     states = initial_states(suite, config.env.tasks, config.env.val_init_state_ids)
@@ -242,7 +262,7 @@ def _validation(
         actor.temperature = temperature or sampling
         try:
             report = evaluate(
-                env,
+                envs,
                 actor,
                 plan,
                 task_suite=config.env.task_suite,
