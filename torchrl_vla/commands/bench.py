@@ -6,12 +6,17 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
+from torchrl_vla.bench.checkpoint import CheckpointBench
 from torchrl_vla.bench.gpu import GpuBench
 from torchrl_vla.bench.sim import SimulatorBench
 
 __all__ = ["main"]
 
-_BENCHES: dict[str, Callable[..., SimulatorBench | GpuBench]] = {"sim": SimulatorBench, "gpu": GpuBench}
+_BENCHES: dict[str, Callable[..., SimulatorBench | GpuBench | CheckpointBench]] = {
+    "sim": SimulatorBench,
+    "gpu": GpuBench,
+    "checkpoint": CheckpointBench,
+}
 
 
 def main(arguments: Sequence[str]) -> None:

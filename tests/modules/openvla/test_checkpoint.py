@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from torchrl_vla.modules.openvla import OpenVLA
+from torchrl_vla.modules.openvla import OpenVLA, OpenVLAConfig
 from torchrl_vla.modules.openvla.checkpoint import resolve_checkpoint
 
 from .conftest import random_model, small_config
@@ -41,6 +43,14 @@ def assert_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name], tensor), name
+
+
+def test_no_bit_is_lost_as_stored(checkpoint: Path, tmp_path: Path) -> None:
+    """The projector's float32 included, which a bfloat16 model rounds."""
+    model = OpenVLA.from_pretrained(checkpoint, dtype="stored")
+    assert model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    assert_identical(weights(tmp_path), weights(checkpoint))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -122,6 +132,37 @@ def test_the_latest_head_is_taken_and_said(copied: Path, caplog: pytest.LogCaptu
     assert "action_head--150000_checkpoint.pt is loaded" in caplog.text
     model.save_pretrained(tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").glob("action_head*")] == ["action_head--150000_checkpoint.pt"]
+
+
+def _peak_of_loading(folder: Path, pipe: Connection) -> None:
+    """Runs in a process of its own: bytes that were in memory at most, above those before and the weights."""
+
+    def memory(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
+
+    before = memory("VmRSS")
+    model = OpenVLA.from_pretrained(folder, dtype="stored")
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    pipe.send((weights, memory("VmHWM") - before - weights))
+
+
+def test_no_more_than_one_shard_is_in_memory_beside_the_weights(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = OpenVLA(
+            OpenVLAConfig.tiny(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, torch_dtype="bfloat16")
+        )
+    model.to(torch.bfloat16).to_empty(device="cpu").save_pretrained(tmp_path, max_shard_bytes=20_000_000)
+    shard = max(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    ours, theirs = Pipe(duplex=False)
+    # Forked, so that nothing is imported anew and the peak is the child's own.
+    child = get_context("fork").Process(target=_peak_of_loading, args=(tmp_path, theirs))
+    child.start()
+    assert ours.poll(60)
+    weights, above = ours.recv()
+    child.join()
+    assert weights > 3 * shard
+    assert above < 1.2 * shard
 
 
 def test_kernel_and_dtype_are_passed_on(checkpoint: Path) -> None:

@@ -17,7 +17,7 @@ from torchrl_vla.modules.openvla.model import OpenVLA
 from torchrl_vla.modules.openvla.quantization import quantized_linears
 
 #: Tokens of a prompt: LIBERO's longest instruction has fewer.
-_PROMPT_TOKENS = 48
+PROMPT_TOKENS = 48
 #: NF4 keeps half a byte per weight and a float32 scale per 64 of them.
 _NF4_BYTES = 0.5 + 4 / 64
 #: AdamW's two moments have the parameter's dtype, as its gradient does.
@@ -171,7 +171,7 @@ def _activations(model: OpenVLA, batch_size: int, num_images: int, *, training: 
     config = model.config
     size = config.image_size
     pixels = torch.empty(batch_size, 6 * num_images, size, size, device="meta")
-    prompt = torch.empty(batch_size, _PROMPT_TOKENS, dtype=torch.long, device="meta")
+    prompt = torch.empty(batch_size, PROMPT_TOKENS, dtype=torch.long, device="meta")
     proprio = torch.empty(batch_size, config.proprio_dim, device="meta") if config.use_proprio else None
     parameters = list(model.parameters())
     known = [*parameters, *(p.grad for p in parameters if p.grad is not None), pixels, prompt]
