@@ -134,20 +134,21 @@ def test_the_latest_head_is_taken_and_said(copied: Path, caplog: pytest.LogCaptu
     assert [path.name for path in (tmp_path / "out").glob("action_head*")] == ["action_head--150000_checkpoint.pt"]
 
 
-def _peak_of_loading(folder: Path, pipe: Connection) -> None:
+def _peak_of_loading(small: Path, folder: Path, pipe: Connection) -> None:
     """Runs in a process of its own: bytes that were in memory at most, above those before and the weights."""
 
     def memory(field: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
 
+    OpenVLA.from_pretrained(small)  # brings the code of the libraries into this process
     before = memory("VmRSS")
     model = OpenVLA.from_pretrained(folder, dtype="stored")
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     pipe.send((weights, memory("VmHWM") - before - weights))
 
 
-def test_no_more_than_one_shard_is_in_memory_beside_the_weights(tmp_path: Path) -> None:
+def test_no_more_than_one_shard_is_in_memory_beside_the_weights(checkpoint: Path, tmp_path: Path) -> None:
     with torch.device("meta"):
         model = OpenVLA(
             OpenVLAConfig.tiny(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, torch_dtype="bfloat16")
@@ -156,13 +157,13 @@ def test_no_more_than_one_shard_is_in_memory_beside_the_weights(tmp_path: Path) 
     shard = max(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     ours, theirs = Pipe(duplex=False)
     # Forked, so that nothing is imported anew and the peak is the child's own.
-    child = get_context("fork").Process(target=_peak_of_loading, args=(tmp_path, theirs))
+    child = get_context("fork").Process(target=_peak_of_loading, args=(checkpoint, tmp_path, theirs))
     child.start()
     assert ours.poll(60)
     weights, above = ours.recv()
     child.join()
-    assert weights > 3 * shard
-    assert above < 1.2 * shard
+    assert weights > 3 * shard, (weights, shard)
+    assert above < 1.2 * shard, above / shard
 
 
 def test_kernel_and_dtype_are_passed_on(checkpoint: Path) -> None:
