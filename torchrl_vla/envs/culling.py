@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -10,12 +11,13 @@ import numpy as np
 
 __all__ = ["FrustumCulling"]
 
-#: Added to every radius, in metres: far more than rounding, far less than what matters for speed.
+#: Added to every box on all sides, in metres: far more than rounding, far less than what matters for speed.
 _MARGIN = 1e-3
+_CORNERS = np.array(list(itertools.product((-1, 1), repeat=3)))
 
 
 class FrustumCulling:
-    """Tells which meshes and mirrors a camera sees, itself or in a mirror, by their bounding spheres.
+    """Tells which meshes and mirrors a camera sees, itself or in a mirror, by their bounding boxes.
 
     A picture's cost on the CPU is that of its vertices, twice where something mirrors, and MuJoCo draws what is behind
     the camera too. A geom that is reported as unseen has no fragment in the picture, so that leaving it out changes no
@@ -27,7 +29,6 @@ class FrustumCulling:
     """
 
     def __init__(self, model: mujoco.MjModel, groups: Sequence[int]) -> None:
-        self._radius = model.geom_rbound + _MARGIN
         drawn = np.asarray(groups, dtype=bool)[model.geom_group]
         material = model.geom_matid
         flat = np.isin(model.geom_type, (mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_BOX))
@@ -35,9 +36,12 @@ class FrustumCulling:
         self._mirrors = np.flatnonzero(mirrors)
         self._is_box = model.geom_type == mujoco.mjtGeom.mjGEOM_BOX
         self._size = model.geom_size
-        self._candidates = (model.geom_type == mujoco.mjtGeom.mjGEOM_MESH) | (mirrors & self._is_box)
+        candidates = drawn & (model.geom_type == mujoco.mjtGeom.mjGEOM_MESH) | (mirrors & self._is_box)
         if model.light_castshadow.any():
-            self._candidates[:] = False
+            candidates[:] = False
+        self._candidates = np.flatnonzero(candidates)
+        boxes = model.geom_aabb[self._candidates, None]
+        self._corners = boxes[..., :3] + _CORNERS * (boxes[..., 3:] + _MARGIN)
         self._half_angle = np.radians(model.cam_fovy) / 2
 
     def unseen(self, data: mujoco.MjData, camera: int) -> np.ndarray:
@@ -49,7 +53,10 @@ class FrustumCulling:
         """
         eye, centres = data.cam_xpos[camera], data.geom_xpos
         frustum = self._frustum(data.cam_xmat[camera].reshape(3, 3), self._half_angle[camera])
-        unseen = self._candidates & self._outside(centres, eye, frustum)
+        rotations = data.geom_xmat[self._candidates].reshape(-1, 3, 3)
+        corners = self._corners @ rotations.transpose(0, 2, 1) + centres[self._candidates, None]
+        unseen = np.zeros(len(centres), dtype=bool)
+        unseen[self._candidates] = self._outside(corners, eye, frustum)
         for mirror in self._mirrors:
             if unseen[mirror]:
                 continue
@@ -59,15 +66,16 @@ class FrustumCulling:
             point = centres[mirror] + height * normal
             if (eye - point) @ normal < 0:
                 continue  # nothing mirrors from behind
-            images = centres - 2 * ((centres - point) @ normal)[:, None] * normal
+            images = corners - 2 * ((corners - point) @ normal)[..., None] * normal
             beam = self._beam(eye, point, matrix, self._size[mirror]) if self._is_box[mirror] else frustum
-            unseen &= self._outside(images, eye, beam)
+            unseen[self._candidates] &= self._outside(images, eye, beam)
             unseen[mirror] = False
         return unseen
 
-    def _outside(self, centres: np.ndarray, eye: np.ndarray, normals: np.ndarray) -> np.ndarray:
-        """Whether spheres are beyond one of the planes through the eye with outward normals ``[k, 3]``."""
-        return ((centres - eye) @ normals.T > self._radius[:, None]).any(axis=1)
+    @staticmethod
+    def _outside(corners: np.ndarray, eye: np.ndarray, normals: np.ndarray) -> np.ndarray:
+        """Whether boxes of corners ``[n, 8, 3]`` are beyond a plane through the eye, of outward normals ``[k, 3]``."""
+        return ((corners - eye) @ normals.T > 0).all(axis=1).any(axis=1)
 
     @staticmethod
     def _frustum(matrix: np.ndarray, half_angle: float) -> np.ndarray:
