@@ -94,6 +94,7 @@ def collect_demonstrations(
     episodes_per_task: int = 50,
     task_ids: Sequence[int] | None = None,
     init_state_ids: Sequence[int] | None = None,
+    sampled_init_states: int | None = None,
     noise: float = 0.0,
     perturb_prob: float = 0.0,
     camera_size: int = 256,
@@ -117,7 +118,8 @@ def collect_demonstrations(
         task_suite: name of the suite.
         episodes_per_task: episodes tried of each task.
         task_ids: tasks; None: all.
-        init_state_ids: official initial states; None: all.
+        init_state_ids: initial states; None: all.
+        sampled_init_states: seed of as many initial states drawn from the tasks' regions; None: the official ones.
         noise: standard deviation of noise on every executed action. Labels stay clean.
         perturb_prob: share of episodes in which the arm is also pushed off its way a few times. Second visits to an
             initial state are all pushed if it is positive, since without they would repeat the first.
@@ -145,6 +147,7 @@ def collect_demonstrations(
         noise,
         extra_steps,
         seed,
+        sampled_init_states,
     )
     _check_options(episodes_per_task, noise, perturb_prob, camera_size, extra_steps, num_workers, timeout)
     tasks = [suite.task(task_id) for task_id in (range(len(suite.tasks)) if task_ids is None else task_ids)]

@@ -25,7 +25,10 @@ class DemosArguments:
     episodes_per_task: int = 50
     """Episodes tried of each task; failed ones are counted and not stored."""
     init_states: str | None = None
-    """Official initial states to start from, such as 0-39; None: all."""
+    """Initial states to start from, such as 0-39; None: all."""
+    sampled_init_states: int | None = None
+    """Start from initial states drawn from the tasks' regions with this seed, as many as there are official ones and
+    numbered from 0 too; None: from the official ones."""
     noise: float = 0.0
     """Standard deviation of noise on every executed action; labels stay clean."""
     perturb_prob: float = 0.0
@@ -42,6 +45,8 @@ class DemosArguments:
     """Seconds after which a worker that does not answer is replaced."""
     seed: int = 0
     """Seeds noise, perturbations and the poses of fixtures."""
+    export_lerobot: Path | None = None
+    """New folder for the demonstrations in LeRobot's format too, if the library lerobot is installed."""
 
 
 def parse_ids(text: str | None, name: str) -> list[int] | None:
@@ -81,12 +86,17 @@ def main(arguments: Sequence[str]) -> None:
     from torchrl_vla.collectors.demonstrations import collect_demonstrations
     from torchrl_vla.training.folder import versions
 
+    if options.export_lerobot is not None:
+        from torchrl_vla.datasets.lerobot_export import check_lerobot
+
+        check_lerobot(options.export_lerobot)
     index = collect_demonstrations(
         options.out,
         task_suite=options.task_suite,
         episodes_per_task=options.episodes_per_task,
         task_ids=parse_ids(options.task_ids, "task_ids"),
         init_state_ids=parse_ids(options.init_states, "init_states"),
+        sampled_init_states=options.sampled_init_states,
         noise=options.noise,
         perturb_prob=options.perturb_prob,
         camera_size=options.camera_size,
@@ -103,3 +113,9 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{row}  {index.instructions[task_id]}")
     total = sum(index.counts().values(), start=type(counts)())
     print(f" all  {total['success']:>7}  {total['failed']:>6}  {total['dropped']:>7}  in {options.out}")
+    if options.export_lerobot is not None:
+        from torchrl_vla.datasets import DemonstrationDataset
+        from torchrl_vla.datasets.lerobot_export import export_lerobot
+
+        count = export_lerobot(DemonstrationDataset(options.out), options.export_lerobot)
+        print(f"{count} episodes in LeRobot's format in {options.export_lerobot}")

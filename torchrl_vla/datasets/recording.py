@@ -42,6 +42,7 @@ class DemonstrationOptions:
         noise: standard deviation of noise on every executed action, gripper left out.
         extra_steps: control steps recorded after success.
         seed: of fixtures, noise and perturbations.
+        sampled_init_states: seed of the initial states, drawn from the tasks' regions; None: the official ones.
     """
 
     task_suite: str
@@ -50,6 +51,7 @@ class DemonstrationOptions:
     noise: float
     extra_steps: int
     seed: int
+    sampled_init_states: int | None = None
 
 
 class Job(NamedTuple):
@@ -171,7 +173,11 @@ def run_worker(connection: Connection, options: DemonstrationOptions, folder: Pa
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     simulator = LiberoSimulator(
-        options.task_suite, image_size=options.camera_size, cameras=options.cameras, seed=options.seed
+        options.task_suite,
+        image_size=options.camera_size,
+        cameras=options.cameras,
+        seed=options.seed,
+        sampled_init_states=options.sampled_init_states,
     )
     experts: dict[int, ScriptedExpert] = {}
     try:
