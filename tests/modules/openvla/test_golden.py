@@ -7,8 +7,8 @@ one unit in the last place, up or down, in the attentions' outputs alone moves t
 of 40 draws). The order of operations is upstream's: the projector comes out equal to the bit, timm's towers and the
 fork's decoder written out step by step give our numbers, and contiguous or masked attention, a fused RMSNorm and rotary
 angles by a matrix product change no bit. What is left is the attention kernel of the CPU that made the files: eager
-attention, no oneDNN, MKL's and PyTorch's code for AVX2, AVX-512, SSE and none, 1 to 8 threads each end between 0.7e-5
-and 4.7e-5, none at 0.
+attention, no oneDNN, MKL's code for AVX2 and for any CPU, PyTorch's for AVX2 and for any CPU each end between 0.7e-5
+and 4.7e-5, none at 0, and neither MKL's older code (AVX, SSE) nor 4 or 8 threads bring a tower to 0.
 """
 
 from __future__ import annotations
