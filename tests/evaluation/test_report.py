@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from torchrl_vla.envs import get_suite
-from torchrl_vla.evaluation.protocol import initial_states, spread_episodes
+from torchrl_vla.evaluation.protocol import _executed, initial_states, spread_episodes
 from torchrl_vla.evaluation.report import EpisodeResult, EvaluationReport, SuccessRate
 
 
@@ -62,3 +63,18 @@ def test_initial_states_must_exist():
     assert initial_states(suite, [0], None) == {0: list(range(50))}
     with pytest.raises(ValueError, match=r"Initial state 50 does not exist: task 0 of libero_spatial has 0\.\.49"):
         initial_states(suite, [0], [3, 50])
+
+
+def test_actions_that_were_run_are_the_first_of_each_chunk():
+    chunks = torch.arange(24.0).reshape(3, 4, 2)
+    executed = _executed(chunks, torch.tensor([[4], [1], [2]]))
+    assert executed.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [16, 17], [18, 19]]
+
+
+def test_a_saved_report_loads(tmp_path: Path):
+    report = make_report()
+    report.save(tmp_path)
+    loaded = EvaluationReport.load(tmp_path)
+    assert (loaded.episodes, loaded.seconds, loaded.total) == (report.episodes, 6.0, report.total)
+    assert loaded.instructions == {0: "push", 3: "pick"} and loaded.task_suite == "libero_spatial"
+    assert (loaded.tasks[3].mean_length, loaded.tasks[3].decisions) == (88.0, 11.0)

@@ -99,7 +99,7 @@ def _tasks(report: EvaluationReport, comparison: Comparison | None) -> str:
         rates, text = [result.success], _points(result.success.rate)
         if comparison and task in comparison.tasks:
             rates.append(comparison.tasks[task].baseline)
-            text += f" <small>before {_points(rates[1].rate)}</small>"
+            text += f" <small>baseline {_points(rates[1].rate)}</small>"
         label = f"Task {task}: {' against '.join(map(str, rates))}"
         rows.append(
             f'<li><div class="what"><span><span class="soft">{task}</span>&ensp;{escape(report.instructions[task])}'
@@ -176,7 +176,7 @@ def _comparison(comparison: Comparison) -> str:
     )
     head = "".join(
         f'<th scope="col" class="number">{name}</th>'
-        for name in ("before", "now", "points", "95% interval", "gained", "lost", "p")
+        for name in ("baseline", "this", "points", "95% interval", "gained", "lost", "p")
     )
     return _section(
         "Compared on the same initial states",
@@ -220,7 +220,8 @@ def _protocol(report: EvaluationReport) -> str:
         "of 1/20 s; objects settle for 10 steps first.",
         "Simulation and pictures are stock LIBERO's to the bit."
         if settings.get("fidelity") == "exact"
-        else "Simulation and pictures are cheaper than stock LIBERO's: rates are not comparable with published ones.",
+        else "Simulation and software-rendered pictures are cheaper than stock LIBERO's: rates are not comparable with "
+        "published ones.",
         "Intervals are Wilson's, 95%.",
     ]
     return _section("Protocol", f"<p>{escape(' '.join(sentences))}</p>")
