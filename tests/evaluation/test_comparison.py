@@ -92,6 +92,10 @@ def test_what_is_compared_with_is_checked_before_anything_runs(tmp_path: Path):
     options = ["evaluate", "--checkpoint", "bundled:tiny", "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match=r"differ in fixture_seed \(None and 0\)|differ in fidelity"):
         main([*options, "--compare-with", str(tmp_path / "a")])
+    settings = {"sampled_init_states": None, "fixture_seed": 0, "fidelity": "exact"}
+    make_report([(0, 7, True)], **settings).save(tmp_path / "b")
+    with pytest.raises(SystemExit, match="has no episode from any of these tasks and initial states"):
+        main([*options, "--init-state-ids", "8", "--compare-with", str(tmp_path / "b")])
     with pytest.raises(SystemExit, match="there is no checkpoint folder './nowhere'"):
         main([*options, "--compare-with", "./nowhere"])
     assert not (tmp_path / "out").exists()

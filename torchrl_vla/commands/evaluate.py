@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 if TYPE_CHECKING:
+    from torchrl_vla.collectors import EpisodePlan
     from torchrl_vla.evaluation.report import EvaluationReport
 
 __all__ = ["EvaluateConfig", "main"]
@@ -122,6 +123,8 @@ def main(arguments: Sequence[str]) -> None:
         if report_file(Path(config.compare_with)) is not None:
             baseline = EvaluationReport.load(Path(config.compare_with))
             check_same_problem(baseline, config.task_suite.lower(), _settings(config, config.checkpoint))
+            if not {(e.task_id, e.init_state_id) for e in baseline.episodes} & {e[1:] for e in _plan(config)}:
+                raise ValueError(f"{config.compare_with} has no episode from any of these tasks and initial states.")
         else:
             _check_checkpoint(config.compare_with)
     report = _judge(config, config.checkpoint, out)
@@ -144,6 +147,19 @@ def _check_checkpoint(name: str) -> None:
     from torchrl_vla.training.policy import acts_by_l1
 
     acts_by_l1(name)
+
+
+def _plan(config: EvaluateConfig) -> EpisodePlan:
+    """The episodes to run."""
+    from torchrl_vla.config import EnvironmentConfig
+    from torchrl_vla.envs import get_suite
+    from torchrl_vla.evaluation.protocol import initial_states, spread_episodes
+
+    suite = get_suite(config.task_suite)
+    tasks = config.task_ids if config.task_ids is not None else list(range(len(suite.tasks)))
+    EnvironmentConfig(task_suite=config.task_suite, task_ids=tasks, init_state_ids=config.init_state_ids)
+    states = initial_states(suite, tasks, config.init_state_ids)
+    return spread_episodes(tasks, states, config.episodes_per_task * len(tasks))
 
 
 def _settings(config: EvaluateConfig, checkpoint: str) -> dict[str, Any]:
@@ -171,19 +187,16 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
     """Load a policy and run its episodes."""
     import torch
 
-    from torchrl_vla.config import EnvironmentConfig, OpenVLAActorConfig
+    from torchrl_vla.config import OpenVLAActorConfig
     from torchrl_vla.envs import get_suite
     from torchrl_vla.envs.layout import make_envs
-    from torchrl_vla.evaluation.protocol import evaluate, initial_states, spread_episodes
+    from torchrl_vla.evaluation.protocol import evaluate
     from torchrl_vla.training.devices import choose_device
     from torchrl_vla.training.policy import acts_by_l1, load_policy
     from torchrl_vla.training.progress import EpisodeBar
 
-    suite = get_suite(config.task_suite)
-    tasks = config.task_ids if config.task_ids is not None else list(range(len(suite.tasks)))
-    EnvironmentConfig(task_suite=config.task_suite, task_ids=tasks, init_state_ids=config.init_state_ids)
-    states = initial_states(suite, tasks, config.init_state_ids)
-    plan = spread_episodes(tasks, states, config.episodes_per_task * len(tasks))
+    suite, plan = get_suite(config.task_suite), _plan(config)
+    tasks = sorted({episode.task_id for episode in plan})
     device = choose_device(config.device)
     torch.manual_seed(config.seed)
     by_l1 = config.action_mode == "l1" or (config.action_mode == "auto" and acts_by_l1(checkpoint))
