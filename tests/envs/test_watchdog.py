@@ -75,6 +75,13 @@ def test_a_batch_is_as_if_nothing_had_happened(
     assert torch.equal(again["total"], undisturbed["total"])
 
 
+def test_of_environments_that_take_turns_only_one_is_disturbed(watched: Callable[..., WatchedParallelEnv]) -> None:
+    undisturbed = GroupCollector(FragileEnv(3, Path()), act).collect(PLAN)
+    batch = GroupCollector([watched(grief="die", num_envs=None), watched(grief="die")], act).collect(PLAN)
+    for key, value in undisturbed.items(True, True):
+        assert torch.equal(batch[key], value), key
+
+
 def test_a_worker_that_dies_between_two_commands(watched: Callable[..., WatchedParallelEnv]) -> None:
     env = watched()
     undisturbed = GroupCollector(FragileEnv(3, Path()), act).collect(PLAN)
@@ -136,6 +143,7 @@ def test_giving_up_names_the_cause_and_the_way_out(
         workers = list(env._workers)
         GroupCollector(env, act).collect(PLAN)
     assert env.is_closed and not any(worker.is_alive() for worker in workers)
+    env.close()  # as a `finally` would, which must not hide the error
     # Twice it was replaced.
     assert len(list(env.create_env_fn[0].args[1].iterdir())) == 3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import statistics
@@ -16,6 +17,7 @@ from torchrl.envs import EnvBase, MultiAction, ParallelEnv, TransformedEnv
 
 from torchrl_vla.bench.report import Figure, Report
 from torchrl_vla.bench.single_core import CHUNK
+from torchrl_vla.bench.timing import in_turns
 from torchrl_vla.envs import get_suite
 from torchrl_vla.envs.installation import import_libero
 from torchrl_vla.envs.layout import make_env
@@ -24,6 +26,8 @@ __all__ = ["measure_against_torchrl", "measure_envs", "measure_workers"]
 
 #: No episode is cut while its speed is measured.
 _NO_HORIZON = 10**9
+#: How many times as fast as TorchRL's, on a CPU.
+_WANTED_RATIOS = {"exact": 8.0, "fast": 18.0}
 
 
 def measure_workers(
@@ -36,7 +40,7 @@ def measure_workers(
     *,
     wanted: dict[int, float],
     tick: Callable,
-) -> dict[int, float]:
+) -> None:
     """One environment per process, over several numbers of processes.
 
     Args:
@@ -48,9 +52,6 @@ def measure_workers(
         rounds: decisions.
         wanted: least control steps per second, by number of workers.
         tick: called after every number.
-
-    Returns:
-        dict: control steps per second by number of workers.
     """
     rates: dict[int, float] = {}
     for count in workers:
@@ -67,7 +68,6 @@ def measure_workers(
             )
         )
         tick()
-    return rates
 
 
 def measure_envs(
@@ -92,93 +92,87 @@ def measure_envs(
 
 
 def measure_against_torchrl(
-    report: Report,
-    suite: str,
-    task_id: int,
-    workers: int,
-    rounds: int,
-    *,
-    ours: dict[str, float],
-    targets: bool,
-    tick: Callable,
+    report: Report, suite: str, task_id: int, workers: int, rounds: int, *, targets: bool, tick: Callable
 ) -> None:
-    """TorchRL's `LiberoEnv` in a `ParallelEnv` with as many workers and the same chunks as ours had.
+    """TorchRL's `LiberoEnv` in a `ParallelEnv` and ours, in turns, with as many workers and the same chunks.
 
     Args:
         report: gets the figures.
         suite: name of the suite.
         task_id: the task.
-        workers: processes.
-        rounds: decisions.
-        ours: control steps per second by fidelity, measured with as many workers.
+        workers: processes of each side.
+        rounds: decisions of each side.
         targets: whether to print what is wanted, which holds for rendering on the CPU.
-        tick: called at the end.
+        tick: called after every round.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        # TorchRL's LiberoEnv writes LIBERO's settings where there are none: into the user's home, and without
-        # LIBERO-PRO's assets.
-        places = ("benchmark_root", "bddl_files", "init_states", "datasets", "assets")
-        paths = {name: str(import_libero().get_libero_path(name)) for name in places}
-        (Path(folder) / "config.yaml").write_text(yaml.safe_dump(paths))
-        worker = functools.partial(_torchrl_worker, suite, task_id, folder)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         began = time.perf_counter()
-        env = ParallelEnv(workers, worker, mp_start_method="spawn", metadata_from_workers=True)
-        try:
-            constructed = time.perf_counter()
-            tensordict = env.reset()
-            reset = time.perf_counter()
-            actions = _random_actions((rounds + 1, workers, CHUNK, 7))
-            seconds = []
-            for action in actions:
-                start = time.perf_counter()
-                tensordict = env.step(tensordict.set("action", action))["next"].exclude("reward")
-                seconds.append(time.perf_counter() - start)
-        finally:
-            env.close()
-    theirs = workers * CHUNK / statistics.median(seconds[1:])
-    for fidelity, wanted in (("exact", 8.0), ("fast", 18.0)):
+        theirs = stack.enter_context(contextlib.closing(_torchrl_env(suite, task_id, workers, Path(folder))))
+        constructed = time.perf_counter()
+        theirs.reset()
+        reset = time.perf_counter()
+        sides = {"theirs": _rates(theirs)}
+        for fidelity in _WANTED_RATIOS:
+            env = _our_env(suite, [task_id], workers, workers, fidelity)
+            sides[fidelity] = _rates(stack.enter_context(contextlib.closing(env)))
+        found = in_turns(sides, rounds, tick)
+    for fidelity, wanted in _WANTED_RATIOS.items():
         report.add(
-            Figure(
-                f"{fidelity}, {workers} worker(s), against torchrl.envs.LiberoEnv",
+            Figure.of_rounds(
+                f"{fidelity}, {workers} worker(s)",
                 "steps/s",
-                ours[fidelity],
-                theirs,
+                found[fidelity],
+                found["theirs"],
                 more_is_better=True,
                 wanted_ratio=wanted if targets else None,
             )
         )
     report.add(Figure("torchrl.envs.LiberoEnv: construction", "s", constructed - began))
     report.add(Figure("torchrl.envs.LiberoEnv: reset", "s", reset - constructed))
-    tick()
 
 
 def _rate_of_ours(
     suite: str, task_ids: Sequence[int], num_envs: int, workers: int, fidelity: str, rounds: int
 ) -> float:
-    """Control steps per second, the median of so many decisions after a first one that is not counted."""
-    env = make_env(
-        suite,
-        num_envs=num_envs,
-        workers=workers,
-        task_ids=list(task_ids),
-        fidelity=fidelity,
-        max_episode_steps=_NO_HORIZON,
+    """Control steps per second, the median of decisions; fewer of them where each takes long."""
+    with contextlib.closing(_our_env(suite, task_ids, num_envs, workers, fidelity)) as env:
+        rates = in_turns({"ours": _rates(env)}, max(3, rounds * workers // num_envs))["ours"]
+    return statistics.median(rates)
+
+
+def _our_env(suite: str, task_ids: Sequence[int], num_envs: int, workers: int, fidelity: str) -> EnvBase:
+    tasks = list(task_ids)
+    return make_env(
+        suite, num_envs=num_envs, workers=workers, task_ids=tasks, fidelity=fidelity, max_episode_steps=_NO_HORIZON
     )
-    try:
-        tensordict = env.reset()
-        rates = []
-        for action in _random_actions((rounds + 1, *env.action_spec.shape)):
-            start = time.perf_counter()
-            tensordict = env.step(tensordict.set("action", action))["next"].exclude("reward")
-            seconds = time.perf_counter() - start
-            rates.append(int(tensordict["num_control_steps"].sum()) / seconds)
-    finally:
-        env.close()
-    return statistics.median(rates[1:])
 
 
-def _random_actions(shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+def _torchrl_env(suite: str, task_id: int, workers: int, folder: Path) -> EnvBase:
+    """TorchRL's environments, with LIBERO's settings in a folder for them."""
+    # They write settings where there are none: into the user's home, and without LIBERO-PRO's assets.
+    places = ("benchmark_root", "bddl_files", "init_states", "datasets", "assets")
+    paths = {name: str(import_libero().get_libero_path(name)) for name in places}
+    (folder / "config.yaml").write_text(yaml.safe_dump(paths))
+    worker = functools.partial(_torchrl_worker, suite, task_id, str(folder))
+    return ParallelEnv(workers, worker, mp_start_method="spawn", metadata_from_workers=True)
+
+
+def _rates(env: EnvBase) -> Callable[[], float]:
+    """Starts episodes; what is returned runs their next decision and gives the control steps per second."""
+    state = env.reset()
+    generator = torch.Generator().manual_seed(0)
+    shape = (*env.batch_size, CHUNK, 7)
+
+    def decision() -> float:
+        nonlocal state
+        state.set("action", torch.rand(shape, generator=generator) * 2 - 1)
+        began = time.perf_counter()
+        state = env.step(state)["next"].exclude("reward")
+        seconds = time.perf_counter() - began
+        steps = state.get("num_control_steps", torch.tensor(env.batch_size.numel() * CHUNK))
+        return int(steps.sum()) / seconds
+
+    return decision
 
 
 def _torchrl_worker(suite: str, task_id: int, settings: str) -> EnvBase:

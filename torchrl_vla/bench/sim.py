@@ -58,6 +58,11 @@ class SimulatorBench:
         self.workers = tuple(sorted(self.workers or {*doubled, cores}))
         self.envs = tuple(sorted(self.envs or (1, 4, 16, 64)))
 
+    @property
+    def torchrl_rounds(self) -> int:
+        """Decisions of TorchRL's environment, 2 s each on a CPU."""
+        return min(self.rounds, 5)
+
     def run(self) -> None:
         """Measures and prints.
 
@@ -88,7 +93,12 @@ class SimulatorBench:
         on_cpu = backend == "osmesa"
         fidelities = ("exact", "fast")
         turns = 3 * (self.rounds + 1) + self.stock_resets + 1
-        total = len(self.task_ids) * turns + 2 + 2 * (len(self.workers) + len(self.envs)) + self.torchrl
+        total = (
+            len(self.task_ids) * turns
+            + 2
+            + 2 * (len(self.workers) + len(self.envs))
+            + self.torchrl * (self.torchrl_rounds + 1)
+        )
         with tqdm(total=total, desc="bench sim", unit="turn", leave=False) as bar:
             report.section("on one core", "ours", "stock")
             for task_id in self.task_ids:
@@ -104,8 +114,8 @@ class SimulatorBench:
                 single_core.measure_overhead(report, suite.name, task_id, self.rounds, tick=bar.update)
             single_core.measure_memory(report, suite.name, self.task_ids[0], tick=bar.update)
             report.section("LiberoEnv over workers", "ours", "perfect scaling")
-            rates = {
-                fidelity: scaling.measure_workers(
+            for fidelity in fidelities:
+                scaling.measure_workers(
                     report,
                     suite.name,
                     self.task_ids,
@@ -115,8 +125,6 @@ class SimulatorBench:
                     wanted={} if on_cpu else _WANTED_ON_GPU[fidelity],
                     tick=bar.update,
                 )
-                for fidelity in fidelities
-            }
             report.section("LiberoEnv over environments", "ours", "")
             for fidelity in fidelities:
                 scaling.measure_envs(
@@ -130,15 +138,13 @@ class SimulatorBench:
                     tick=bar.update,
                 )
             if self.torchrl:
-                report.section("against TorchRL", "ours", "TorchRL's")
-                most = self.workers[-1]
+                report.section("against torchrl.envs.LiberoEnv", "ours", "TorchRL's")
                 scaling.measure_against_torchrl(
                     report,
                     suite.name,
                     self.task_ids[0],
-                    most,
-                    min(self.rounds, 5),
-                    ours={fidelity: rates[fidelity][most] for fidelity in fidelities},
+                    self.workers[-1],
+                    self.torchrl_rounds,
                     targets=on_cpu,
                     tick=bar.update,
                 )

@@ -69,11 +69,13 @@ class WatchedParallelEnv(ParallelEnv):
     ) -> None:
         if not worker_timeout > 0:
             raise ValueError(f"worker_timeout must be positive, got {worker_timeout}: it is in seconds.")
-        super().__init__(num_workers, create_env_fn, use_buffers=True, **options)
+        # Daemons, so that a program that ends without closing this does not wait for them for ever.
+        super().__init__(num_workers, create_env_fn, use_buffers=True, **{"daemon": True, **options})
         self.worker_timeout = worker_timeout
         #: Workers that were replaced during the last step, so that their episodes are lost.
         self.lost_workers: frozenset[int] = frozenset()
         self._stepping = False
+        self._gave_up = False
         self._static_seed = False
         self._lost: set[int] = set()
 
@@ -81,6 +83,10 @@ class WatchedParallelEnv(ParallelEnv):
         self._replace_the_dead()
         self._static_seed = static_seed
         return super().set_seed(seed, static_seed)
+
+    def close(self, *, raise_if_closed: bool = True) -> None:
+        # Whoever closes it after it gave up, and closed itself, should see that error and no other.
+        super().close(raise_if_closed=raise_if_closed and not self._gave_up)
 
     def _reset(self, tensordict: TensorDictBase | None, **kwargs: Any) -> TensorDictBase:
         self._replace_the_dead()
@@ -120,7 +126,7 @@ class WatchedParallelEnv(ParallelEnv):
         self._first_commands: list[Any] = [None for _ in everyone]
         for index in everyone:
             self._launch(index)
-        self.is_closed = False
+        self.is_closed = self._gave_up = False
         self._wait_for_workers(everyone)
         self.set_spec_lock_()
 
@@ -225,7 +231,7 @@ class WatchedParallelEnv(ParallelEnv):
             return f"ended with exit code {process.exitcode}"
         is_value_error, message, text = channel.error
         if is_value_error:
-            self.close()
+            self._give_up()
             raise ValueError(message) from RuntimeError(f"in worker {index}:\n{text}")
         return f"raised an error:\n{text}"
 
@@ -238,8 +244,7 @@ class WatchedParallelEnv(ParallelEnv):
         self._failures[index] += 1
         self._commands_done[index] = 0
         if self._failures[index] >= _MAX_FAILURES:
-            self._workers[index].kill()
-            self.close()
+            self._give_up()
             raise RuntimeError(
                 f"Environment worker {index} failed {_MAX_FAILURES} times in a row. The last time it {failure}. EGL "
                 "drivers can deadlock: MUJOCO_GL=osmesa renders on the CPU instead. SIGKILL mostly means that memory "
@@ -255,6 +260,12 @@ class WatchedParallelEnv(ParallelEnv):
             self._first_commands[index] = self._restart(channel.command)
         self._lost.add(index)
         self._launch(index)
+
+    def _give_up(self) -> None:
+        self._gave_up = True
+        for process in self._workers:
+            process.kill()
+        self.close()
 
     def _restart(self, command: tuple[str, Any]) -> tuple[str, Any]:
         """The reset that brings a new worker to the start of the episodes that it was told to start or to go on with.
