@@ -102,6 +102,23 @@ def test_an_l1_checkpoint_is_refused_for_training_alone(release: Path, caplog: p
     assert acts_by_l1(str(release)) and not acts_by_l1("random:tiny") and not acts_by_l1("bundled:tiny")
 
 
+def test_what_does_not_fit_is_said_before_weights_are_read(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unexpected(*_: object, **__: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("torchrl_vla.training.policy.OpenVLA.from_pretrained", unexpected)
+    with pytest.raises(ValueError, match="No statistics for 'mars'.*it has: libero_spatial_no_noops"):
+        load(release, unnorm_key="mars")
+    with pytest.raises(ValueError, match="use_proprio is off"):
+        load(release, use_proprio=False)
+    with pytest.raises(ValueError, match="never trained"):
+        load(release, trainable=True)
+    with pytest.raises(ValueError, match="No tokenizer can be loaded"):
+        load(DATA / "openvla" / "checkpoint")
+
+
 def test_base_openvla_is_warned_of(release: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = Path(shutil.copytree(release, tmp_path / "base"))
     for head in folder.glob("*.pt"):

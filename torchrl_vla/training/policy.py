@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from torchrl_vla.modules.openvla.checkpoint import resolve_checkpoint
 from torchrl_vla.modules.openvla.companions import save_companions
 from torchrl_vla.modules.openvla.inspection import require_trained_tokens, trained_mode
 from torchrl_vla.modules.openvla.lora import add_lora, freeze_backbone, without_adapters
+from torchrl_vla.modules.openvla.tokenizer import empty_token_id
 from torchrl_vla.training.folder import written_whole
 
 __all__ = ["BUNDLED", "PROCESSOR_FILE", "Policy", "build_policy", "load_policy", "save_policy"]
@@ -78,6 +80,7 @@ def build_policy(
     temperature: float = 1.6,
     device: torch.device | str = "cpu",
     use_l1_head: bool = False,
+    instructions: Mapping[int, str] | None = None,
 ) -> Policy:
     """Make an untrained policy.
 
@@ -87,19 +90,21 @@ def build_policy(
         temperature: sampling temperature.
         device: where to make it.
         use_l1_head: with an L1 head too.
+        instructions: as for :func:`~torchrl_vla.modules.make_actor`.
 
     Raises:
         ValueError: there is no such preset.
     """
     config, device = OpenVLAConfig.preset(name), torch.device(device)
+    # Words of every suite, so that a policy can go on to another one.
+    words = [task.instruction for suite in _VOCABULARY_SUITES for task in get_suite(suite).tasks]
+    tokenizer = build_tokenizer(words, vocab_size=config.tokenizer_vocab_size, n_bins=config.n_action_bins)
+    config = replace(config, empty_token_id=empty_token_id(tokenizer))
     # Made where it will be and in its own dtype, as a checkpoint is loaded: 7B in float32 would not fit a 24 GB card.
     with torch.device("meta"):
         model = OpenVLA(config, use_l1_head=use_l1_head)
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.torch_dtype)
     model.to(dtype).to_empty(device=device).initialize()
-    # Words of every suite, so that a policy can go on to another one.
-    words = [task.instruction for suite in _VOCABULARY_SUITES for task in get_suite(suite).tasks]
-    tokenizer = build_tokenizer(words, vocab_size=config.tokenizer_vocab_size, n_bins=config.n_action_bins)
     actions = ActionTokenizer(n_bins=config.n_action_bins, vocab_size=config.tokenizer_vocab_size)
     return _assemble(
         model,
@@ -109,6 +114,7 @@ def build_policy(
         statistics_key,
         temperature=temperature,
         device=torch.device(device),
+        instructions=instructions,
     )
 
 
@@ -146,6 +152,7 @@ def load_policy(
     head_device: torch.device | None = None,
     dtype: torch.dtype | Literal["stored"] | None = None,
     trainable: bool = True,
+    read_task_ids: bool = False,
 ) -> Policy:
     """Load the policy that a configuration names, and prepare what of it learns.
 
@@ -157,12 +164,15 @@ def load_policy(
         head_device: where to put the L1 head; None for `device`.
         dtype: as for :meth:`OpenVLA.from_pretrained`; random ones are made in float32.
         trainable: add adapters or freeze parts as configured; False loads it to be used as it is.
+        read_task_ids: read which task of the suite it is from ``task_id``, not from ``language_instruction``.
 
     Raises:
         ValueError: the checkpoint cannot be had, does not fit the configuration, or is to be trained and has no
             trained tokens.
     """
     device = torch.device(device)
+    tasks = get_suite(task_suite).tasks if read_task_ids else ()
+    instructions = {index: task.instruction for index, task in enumerate(tasks)} or None
     if actor.pretrained_checkpoint.startswith(_RANDOM):
         name = actor.pretrained_checkpoint.removeprefix(_RANDOM)
         policy = build_policy(
@@ -171,11 +181,26 @@ def load_policy(
             temperature=temperature,
             device=device,
             use_l1_head=actor.load_l1_action_head,
+            instructions=instructions,
         )
     else:
         folder = find_policy(actor.pretrained_checkpoint, use_local=actor.use_local)
         if trainable and not actor.force:
             _check_tokens(folder, actor)
+        # Small files first: what does not fit is said before gigabytes are read.
+        config = OpenVLAConfig.from_folder(folder)
+        if config.use_proprio and not actor.use_proprio:
+            raise ValueError(
+                f"use_proprio is off, but {folder} was trained with the robot's state: leave it on, or choose a "
+                "checkpoint without a proprio projector."
+            )
+        key = actor.unnorm_key or task_suite
+        sizes = {"n_bins": config.n_action_bins, "vocab_size": config.tokenizer_vocab_size}
+        actions = ActionTokenizer.from_statistics(folder, key, **sizes)
+        tokenizer = load_tokenizer(folder)
+        settings_file = folder / PROCESSOR_FILE
+        # Released checkpoints say nothing: they were trained and judged with the exact pipeline and the centre crop.
+        settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
         model = OpenVLA.from_pretrained(
             folder,
             dtype=dtype,
@@ -186,24 +211,20 @@ def load_policy(
         )
         # No file of a released checkpoint says how many pictures it was trained on.
         model.config = replace(model.config, num_images=actor.num_images_in_input)
-        if model.config.use_proprio and not actor.use_proprio:
-            raise ValueError(
-                f"use_proprio is off, but {folder} was trained with the robot's state: leave it on, or choose a "
-                "checkpoint without a proprio projector."
-            )
-        key = actor.unnorm_key or task_suite
-        sizes = {"n_bins": model.config.n_action_bins, "vocab_size": model.config.tokenizer_vocab_size}
-        settings_file = folder / PROCESSOR_FILE
-        # Released checkpoints say nothing: they were trained and judged with the exact pipeline and the centre crop.
-        settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
-        actions = ActionTokenizer.from_statistics(folder, key, **sizes)
         policy = _assemble(
-            model, load_tokenizer(folder), actions, settings, key, temperature=temperature, device=device
+            model,
+            tokenizer,
+            actions,
+            settings,
+            key,
+            temperature=temperature,
+            device=device,
+            instructions=instructions,
         )
     if head_device is not None and policy.model.action_head is not None:
         policy.model.action_head.to(head_device)
     if not actor.use_tokenized_actions:
-        policy.actor = make_l1_actor(policy.model, policy.processor)
+        policy.actor = make_l1_actor(policy.model, policy.processor, instructions=instructions)
     if trainable:
         _prepare(policy.model, actor)
     else:
@@ -239,9 +260,10 @@ def _assemble(
     *,
     temperature: float,
     device: torch.device,
+    instructions: Mapping[int, str] | None,
 ) -> Policy:
     processor = OpenVLAProcessor(tokenizer, actions, image_size=model.config.image_size, **settings)
-    actor = make_actor(model, processor, actions, temperature=temperature).to(device)
+    actor = make_actor(model, processor, actions, temperature=temperature, instructions=instructions).to(device)
     return Policy(model, processor, actor.eval(), key)
 
 
