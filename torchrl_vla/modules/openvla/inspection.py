@@ -156,7 +156,7 @@ def inspect_checkpoint(folder: str | Path, *, finetuned_on_discrete_actions: boo
         >>> OpenVLA(OpenVLAConfig.tiny()).save_pretrained(folder)
         >>> summary = inspect_checkpoint(folder)
         >>> summary.mode.name, summary.dtypes
-        ('tokens', {'F32': 7927168})
+        ('tokens', {'F32': 7987584})
     """
     folder = Path(folder)
     config = OpenVLAConfig.from_folder(folder)
