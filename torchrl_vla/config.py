@@ -137,7 +137,7 @@ class PPOConfig:
     training_device: str = "auto"
     """Device of gradient computation. Must be `device` unless separate_rollout_training."""
     seed: int = 0
-    """Seeds sampling, shuffling, initial states and the simulator."""
+    """Seeds sampling, shuffling and the order of tasks and initial states."""
 
     def __post_init__(self) -> None:
         _positive(

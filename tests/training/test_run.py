@@ -153,3 +153,26 @@ def test_bundled_policy_knows_the_suite():
 def test_cpu_is_a_device():
     assert choose_device("cpu") == torch.device("cpu")
     assert train.__doc__
+
+
+def test_every_choice_about_the_simulator_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Reached(Exception):
+        pass
+
+    def make_envs(task_suite: str, **options: object) -> None:
+        raise Reached(task_suite, options)
+
+    monkeypatch.setattr("torchrl_vla.training.run.make_envs", make_envs)
+    chosen = [
+        "--task-suite", "libero_goal", "--task-ids", "2", "5", "--num-envs", "3", "--camera-size", "32",
+        "--max-episode-steps", "16", "--settle-steps", "4", "--proprio-format", "quaternion", "--reward-scale", "2",
+        "--fidelity", "fast", "--worker-timeout", "7", "--seed", "9", "--pretrained-checkpoint", "random:tiny",
+    ]  # fmt: skip
+    with pytest.raises(Reached) as reached:
+        main(["train", "--preset", "tiny", "--run-dir", str(tmp_path / "run"), *chosen])
+    suite, options = reached.value.args
+    assert suite == "libero_goal" and options == {
+        "task_ids": [2, 5], "num_envs": 3, "chunk_size": 8, "image_size": 32, "cameras": ("agentview",),
+        "proprio_format": "quaternion", "max_episode_steps": 16, "settle_steps": 4, "reward_scale": 2.0,
+        "fidelity": "fast", "worker_timeout": 7.0, "seed": 0,
+    }  # fmt: skip

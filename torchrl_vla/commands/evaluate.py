@@ -212,6 +212,7 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
         temperature=config.temperature or 1.0,
         device=device,
         trainable=False,
+        read_task_ids=True,
     )
     envs = make_envs(
         config.task_suite,

@@ -73,15 +73,18 @@ def make_env(
     workers, options = _checked(task_suite, num_envs, workers, options)
     if workers == 1:
         return LiberoEnv(task_suite, num_envs=num_envs, **options)
-    return _in_processes(task_suite, workers, num_envs // workers, worker_timeout, options)
+    env = _in_processes(task_suite, workers, num_envs // workers, worker_timeout, options)
+    return TransformedEnv(env, InstructionFromTaskId(task_suite))
 
 
 def make_envs(
     task_suite: str, *, num_envs: int = 1, workers: int | None = None, worker_timeout: float = 120.0, **options: Any
 ) -> list[EnvBase]:
-    """What :func:`make_env` makes, in up to four parts that take turns with the policy.
+    """What :func:`make_env` makes, in up to four parts that take turns with the policy, and without strings.
 
-    While a :class:`~torchrl_vla.collectors.GroupCollector` decides for one part, the others simulate.
+    While a :class:`~torchrl_vla.collectors.GroupCollector` decides for one part, the others simulate. The policy is to
+    read ``task_id`` (``instructions`` of :func:`~torchrl_vla.modules.make_actor`): strings cost more to pass around
+    than a small network to run.
 
     Args:
         task_suite: as for :func:`make_env`, and so are the others.
@@ -94,7 +97,7 @@ def make_envs(
     """
     workers, options = _checked(task_suite, num_envs, workers, options)
     if workers == 1:
-        return [LiberoEnv(task_suite, num_envs=num_envs, **options)]
+        return [LiberoEnv(task_suite, num_envs=num_envs, include_instruction=False, **options)]
     parts = max(parts for parts in range(1, _MOST_PARTS + 1) if workers % parts == 0)
     per_worker = num_envs // workers
     return [_in_processes(task_suite, workers // parts, per_worker, worker_timeout, options) for _ in range(parts)]
@@ -121,5 +124,4 @@ def _in_processes(
     task_suite: str, workers: int, per_worker: int, worker_timeout: float, options: dict[str, Any]
 ) -> EnvBase:
     worker = functools.partial(LiberoEnv, task_suite, num_envs=per_worker, include_instruction=False, **options)
-    env = WatchedParallelEnv(workers, worker, mp_start_method="spawn", worker_timeout=worker_timeout)
-    return TransformedEnv(env, InstructionFromTaskId(task_suite))
+    return WatchedParallelEnv(workers, worker, mp_start_method="spawn", worker_timeout=worker_timeout)

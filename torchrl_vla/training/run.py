@@ -68,6 +68,7 @@ def train(config: TrainConfig, preset: str) -> Path:
         temperature=config.ppo.rollout_temperature,
         device=device,
         head_device=head_device,
+        read_task_ids=True,
     )
     image_size = policy.model.config.image_size
     if tuple(config.env.image_size) != (image_size, image_size):
@@ -119,8 +120,10 @@ def build_trainer(config: TrainConfig, policy: Policy, folder: Path, device: tor
         max_episode_steps=horizon,
         settle_steps=config.env.settle_steps,
         reward_scale=config.env.reward_scale,
+        fidelity=config.env.fidelity,
         worker_timeout=config.env.worker_timeout,
-        seed=ppo.seed,
+        # This seed moves the scene's fixtures. The protocol's is 0, whatever else is drawn at random.
+        seed=0,
     )
     try:
         yield _assemble(config, folder, device, policy, value_head, envs, horizon)
