@@ -115,9 +115,9 @@ class LiberoSimulator:
     ``set_init_state``, ten waits. With ``fidelity="exact"`` states, observations, success and pictures equal stock's to
     the bit. With ``fidelity="fast"`` the controller solves by Cholesky factors and the forward dynamics are evaluated
     once per substep: positions deviate by rounding errors, at first 1e-15, up to 1e-6 m after contacts in 80 control
-    steps. A software renderer then leaves out anti-aliasing and mirrors: 2 to 4% of the pixels differ by more than 20
-    of 255 levels, the mean by 1.3 to 3 levels; a GPU draws them as ever. A tiny difference can decide whether a grasp
-    holds, so report success rates with ``"exact"``.
+    steps. A software renderer then leaves out anti-aliasing, mirrors and details of 2 mm: 2 to 4% of the pixels differ
+    by more than 20 of 255 levels, the mean by 1 to 3 levels; a GPU draws them as ever. A tiny difference can decide
+    whether a grasp holds, so report success rates with ``"exact"``.
 
     Slots may be stepped one after the other in one thread. What is shared, and made when it is first needed: the
     compiled model (0.3 GB, one for all tasks of ``libero_spatial``, one per task of ``libero_object``) and its render
