@@ -32,8 +32,10 @@ def with_coarse_meshes(model: mujoco.MjModel) -> mujoco.MjModel:
         start, count = model.mesh_faceadr[mesh], model.mesh_facenum[mesh]
         faces = model.mesh_face[start : start + count]
         cells = np.round(vertices / _CELL).astype(np.int64)
-        _, chosen, cluster = np.unique(cells, axis=0, return_index=True, return_inverse=True)
-        faces = chosen[cluster.reshape(-1)][faces]
+        cells -= cells.min(axis=0)
+        numbers = np.ravel_multi_index(tuple(cells.T), tuple(cells.max(axis=0) + 1))
+        _, chosen, cluster = np.unique(numbers, return_index=True, return_inverse=True)
+        faces = chosen[cluster][faces]
         area = (faces != np.roll(faces, 1, axis=1)).all(axis=1)
         kept = int(area.sum())
         if kept == 0:
