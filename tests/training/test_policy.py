@@ -14,7 +14,7 @@ from torchrl.envs import set_exploration_type
 from torchrl.envs.utils import ExplorationType
 
 from torchrl_vla.config import OpenVLAActorConfig
-from torchrl_vla.modules import OpenVLAActor, OpenVLAL1Actor, make_l1_actor
+from torchrl_vla.modules import OpenVLAActor, OpenVLAL1Actor, ValueHead, make_l1_actor
 from torchrl_vla.training.devices import choose_head_device
 from torchrl_vla.training.policy import Policy, acts_by_l1, load_policy
 
@@ -133,12 +133,16 @@ def test_heads_sit_on_a_device_of_their_own(release: Path) -> None:
     policy = load(release, load_l1_action_head=True, head_device=torch.device("meta"))
     where = {name.split(".")[0]: p.device.type for name, p in policy.model.named_parameters()}
     assert where.pop("action_head") == "meta" and set(where.values()) == {"cpu"}
-    moved: list[torch.device] = []
-    head = policy.model.action_head
-    assert head is not None
-    head.register_forward_hook(lambda module, inputs, output: moved.append(output.device))
-    hidden = torch.zeros(1, 56, policy.model.config.hidden_size, device="meta")
-    assert head(hidden).device.type == "meta" and moved == [torch.device("meta")]
+    width = policy.model.config.hidden_size
+    assert policy.model.action_head is not None
+    heads = (
+        (policy.model.action_head, torch.zeros(1, 56, width)),
+        (ValueHead(width).to("meta"), torch.zeros(1, width)),
+    )
+    for head, hidden in heads:
+        # The meta device takes the input, and is the one that cannot give the output back.
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+            head(hidden)
 
 
 def test_a_missing_second_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
