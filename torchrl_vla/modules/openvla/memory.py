@@ -16,7 +16,7 @@ from torchrl_vla.modules.openvla.lora import add_lora
 from torchrl_vla.modules.openvla.model import OpenVLA
 from torchrl_vla.modules.openvla.quantization import quantized_linears
 
-#: Tokens of a prompt: LIBERO's longest instruction has fewer.
+#: Tokens of a prompt; LIBERO's longest instruction has 19 words.
 PROMPT_TOKENS = 48
 #: NF4 keeps half a byte per weight and a float32 scale per 64 of them.
 _NF4_BYTES = 0.5 + 4 / 64
