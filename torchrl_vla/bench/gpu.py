@@ -53,7 +53,8 @@ class GpuBench:
         """Measure, print, and write the file."""
         import torch
 
-        from torchrl_vla.bench.gpu_sections import MEASURES, Bench
+        from torchrl_vla.bench.gpu_policy import Bench
+        from torchrl_vla.bench.gpu_sections import MEASURES
         from torchrl_vla.bench.report import Report
 
         started = time.perf_counter()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from torchrl_vla.bench.gpu_sections import Bench
+from torchrl_vla.bench.gpu_policy import Bench
 from torchrl_vla.bench.report import Figure
 from torchrl_vla.collectors import EpisodePlan, GroupCollector
 from torchrl_vla.envs.layout import make_env

@@ -2,185 +2,21 @@
 
 from __future__ import annotations
 
-import gc
-import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from tensordict import TensorDict, TensorDictBase
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from torchrl_vla.bench.report import Figure, Report
-from torchrl_vla.config import PPOConfig
+from torchrl_vla.bench.gpu_policy import GIB, Bench, set_adapters
+from torchrl_vla.bench.report import Figure
 from torchrl_vla.modules.openvla import blocks, vision
-from torchrl_vla.modules.openvla.lora import add_lora
-from torchrl_vla.objectives import AsymmetricClipPPOLoss
-from torchrl_vla.training.logging import RunLogger
-from torchrl_vla.training.policy import Policy, build_policy
-from torchrl_vla.training.trainer import PPOTrainer
 
-if TYPE_CHECKING:
-    from torchrl_vla.bench.gpu import GpuBench
-
-_GRAPH_BATCH_SIZE = 4
-_PROMPT_TOKENS = 36  # with 256 patches, 56 action slots and </s>: 349
 _WANTED_ROLLOUT = {1: 12.5, 8: 9.0, 32: 8.5}
-_GIB = 2**30
-
-
-class Bench:
-    """What the parts share: one policy with adapters, its inputs, and what has been measured of it.
-
-    Args:
-        options: of the command.
-        report: takes the figures.
-        started: when the process began, by `time.perf_counter`.
-    """
-
-    def __init__(self, options: GpuBench, report: Report, started: float) -> None:
-        self.options, self.report, self.started = options, report, started
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.accelerated = False
-        self.naive: dict[str, float] = {}
-        self.floor_seconds: float | None = None
-        self.expected: Tensor | None = None
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether there is a GPU."""
-        return self.device.type == "cuda"
-
-    @cached_property
-    def policy(self) -> Policy:
-        """The policy, LoRA-32 on every linear layer, its output adapters not at zero so that they count."""
-        torch.manual_seed(0)
-        began = time.perf_counter()
-        policy = build_policy(self.options.model, temperature=1.6, device=self.device)
-        add_lora(policy.model, rank=32, alpha=16)
-        with torch.no_grad():
-            for name, parameter in policy.model.named_parameters():
-                if ".lora_B" in name:
-                    parameter.normal_(std=1e-3)
-        policy.model.eval()
-        self.synchronize()
-        self.report.note("policy built: seconds", round(time.perf_counter() - began, 2))
-        return policy
-
-    @property
-    def model(self) -> Any:
-        """The network."""
-        return self.policy.model
-
-    def accelerate(self) -> None:
-        """Take the fast paths from here on, as the presets do."""
-        if not self.accelerated:
-            set_adapters(self.model, torch.float32)
-            self.model.accelerate(graph_batch_size=_GRAPH_BATCH_SIZE if self.on_gpu else 0)
-            self.accelerated = True
-
-    def inputs(self, batch: int) -> tuple[Tensor, Tensor, None, Tensor | None]:
-        """Model inputs of 349 tokens each."""
-        config = self.model.config
-        generator = torch.Generator().manual_seed(1)
-        pixels = torch.randn(batch, 6, config.image_size, config.image_size, generator=generator)
-        ids = torch.randint(4, 200, (1, _PROMPT_TOKENS), generator=generator).expand(batch, -1).clone()
-        ids[:, 0], ids[:, -1] = config.bos_token_id, config.empty_token_id
-        proprio = torch.zeros(batch, config.proprio_dim) if config.use_proprio else None
-        return (
-            pixels.to(self.device), ids.to(self.device), None, None if proprio is None else proprio.to(self.device)
-        )  # fmt: skip
-
-    def decisions(self, count: int) -> TensorDictBase:
-        """What a rollout of the policy would have stored: observations, tokens and their log-probabilities."""
-        instruction = _instruction_of(self.policy, _PROMPT_TOKENS)
-        generator = torch.Generator().manual_seed(2)
-        images = torch.randint(0, 256, (count, 3, 256, 256), dtype=torch.uint8, generator=generator)
-        observation = TensorDict({"image": images, "state": torch.zeros(count, 8)}, [count])
-        seen = TensorDict({"observation": observation, "language_instruction": [instruction] * count}, [count])
-        with torch.no_grad():
-            data = torch.cat([self.policy.actor(part.to(self.device)) for part in seen.split(16)]).cpu()
-        half = torch.arange(count) % 2 == 0
-        data.set("advantage", torch.where(half, 1.0, -1.0).unsqueeze(-1))
-        done = torch.zeros(count, 1, dtype=torch.bool)
-        done[-1] = True
-        return data.set(("next", "done"), done)
-
-    def trainer(self, **values: Any) -> PPOTrainer:
-        """A trainer as the presets make it, over decisions that have their advantages."""
-        defaults = {"n_epochs": 1, "traj_split_num": 1, "val_interval": 0, "batch_size": "auto"}
-        config = PPOConfig(**{**defaults, **values})
-        loss = AsymmetricClipPPOLoss(self.policy.actor, None, entropy_coeff=config.entropy_coef).to(self.device)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=config.actor_lr, weight_decay=0.0, fused=self.on_gpu)
-        logger = RunLogger(Path(tempfile.mkdtemp(prefix="torchrl-vla-bench-")))
-        return PPOTrainer(
-            config, [], loss, lambda data: data, optimizer, logger, device=self.device,
-            set_recompute=self.model.gradient_checkpointing_enable,
-        )  # fmt: skip
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.on_gpu:
-            torch.cuda.synchronize()
-
-    def milliseconds(self, function: Callable[[], Any], repeats: int = 5, warm_ups: int = 2) -> float:
-        """Median time of a call, waiting for the device after each."""
-        for _ in range(warm_ups):
-            function()
-        times = []
-        for _ in range(repeats):
-            self.synchronize()
-            began = time.perf_counter()
-            function()
-            self.synchronize()
-            times.append(time.perf_counter() - began)
-        return statistics.median(times) * 1e3
-
-    @contextmanager
-    def peak(self, figures: dict[str, float]) -> Iterator[None]:
-        """Peak GPU memory of a block in GiB: allocated, and reserved from the card."""
-        self.clean()
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        yield
-        if self.on_gpu:
-            figures["allocated"] = torch.cuda.max_memory_allocated() / _GIB
-            figures["reserved"] = torch.cuda.max_memory_reserved() / _GIB
-
-    def clean(self) -> None:
-        """Give memory back between parts."""
-        if "policy" in self.__dict__:
-            self.model.zero_grad(set_to_none=True)
-        gc.collect()
-        if self.on_gpu:
-            torch.cuda.empty_cache()
-
-    def floor(self, passes: float) -> str:
-        """The floor of so many forwards of arithmetic, for a figure's name."""
-        return "" if self.floor_seconds is None else f" (floor {passes * self.floor_seconds * 1e3:.1f})"
-
-
-def set_adapters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Store the adapters in another dtype."""
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.to(dtype)
-
-
-def _instruction_of(policy: Policy, tokens: int) -> str:
-    """An instruction whose prompt has so many tokens."""
-    for words in range(1, 2 * tokens):
-        instruction = " ".join(["bowl"] * words)
-        if policy.processor.encode_instructions([instruction])[0].shape[1] >= tokens:
-            break
-    return instruction
 
 
 def flops_per_decision(model: Any, inputs: tuple[Any, ...]) -> float:
@@ -212,7 +48,7 @@ def measure_floor(bench: Bench) -> None:
     report.note("a forward, TFLOP", round(flops / 1e12, 3))
     report.note("floor of a forward, ms", round(flops / rate * 1e3, 2))
     report.note("floor of reading the weights once, ms", round(weights / bandwidth * 1e3, 2))
-    report.note("weights with adapters, GiB", round(weights / _GIB, 2))
+    report.note("weights with adapters, GiB", round(weights / GIB, 2))
     config = bench.model.config
     for rows in (349, 8 * 349, 16 * 349) if bench.on_gpu else (349,):
         shares = []
@@ -222,7 +58,7 @@ def measure_floor(bench: Bench) -> None:
         ):  # fmt: skip
             x = torch.randn(rows, inside, device=bench.device, dtype=dtype)
             weight = torch.randn(outside, inside, device=bench.device, dtype=dtype)
-            seconds = bench.milliseconds(lambda x=x, weight=weight: F.linear(x, weight), repeats=20) / 1e3
+            seconds = bench.milliseconds(partial(F.linear, x, weight), repeats=20) / 1e3
             shares.append(round(2 * rows * inside * outside / seconds / 1e12))
         report.note(f"products of {rows} rows (qkv, output, gate and up, down), TFLOP/s", shares)
 
@@ -249,7 +85,7 @@ def measure_naive(bench: Bench) -> None:
         with torch.no_grad():
             for batch in _WANTED_ROLLOUT:
                 inputs = bench.inputs(batch)
-                bench.naive[f"rollout {batch}"] = bench.milliseconds(lambda i=inputs: model(*i), 3, 1) / batch
+                bench.naive[f"rollout {batch}"] = bench.milliseconds(partial(model, *inputs), 3, 1) / batch
             # Two samples are enough to compare with, and stay on the device.
             bench.expected = model(*bench.inputs(2)).action_logits
         trainer = bench.trainer(batch_size=1, recompute=1.0)
@@ -290,7 +126,7 @@ def measure_rollout(bench: Bench) -> None:
                 since = time.perf_counter() - bench.started
                 bench.report.note("first decision after start: seconds", round(since, 1))
             first = False
-            milliseconds = bench.milliseconds(lambda i=inputs: bench.model(*i), 10) / batch
+            milliseconds = bench.milliseconds(partial(bench.model, *inputs), 10) / batch
         name = f"rollout forward, batch {batch}, per decision{bench.floor(1)}"
         naive = bench.naive.get(f"rollout {batch}")
         bench.report.add(Figure(name, "ms", milliseconds, naive, wanted=wanted if bench.on_gpu else None))
@@ -305,38 +141,47 @@ def measure_rollout(bench: Bench) -> None:
 def measure_update(bench: Bench) -> None:
     """Forward, loss and backward of a decision, and the optimizer's share, at the presets' settings."""
     bench.accelerate()
-    data = bench.decisions(bench.options.decisions)
-    for name, wanted, passes, settings in (
-        ("80gb preset", 20.0, 2, {}),
-        ("24gb preset", 35.0, 3, {"memory_gb": 22.0}),
-        ("24gb preset, batch_size 1", None, 2, {"memory_gb": 22.0, "batch_size": 1}),
-    ):
-        _measure_update(bench, data, name, wanted, passes, settings)
+    count = bench.options.decisions
+    presets: tuple[tuple[str, int, _Wanted, dict[str, Any]], ...] = (
+        ("80gb preset", count, _Wanted(20.0, passes=2), {}),
+        ("24gb preset", count, _Wanted(35.0, 22.0, passes=3), {"memory_gb": 22.0}),
+        # One at a time: a few decisions say as much.
+        ("24gb preset, batch_size 1", min(count, 8), _Wanted(None, 18.0, 2), {"memory_gb": 22.0, "batch_size": 1}),
+    )
+    for name, decisions, wanted, settings in presets:
+        _measure_update(bench, decisions, name, wanted, settings)
 
 
-def _measure_update(
-    bench: Bench, data: TensorDictBase, name: str, wanted: float | None, passes: int, settings: dict[str, Any]
-) -> None:
+class _Wanted(NamedTuple):
+    """Of an update: milliseconds per decision, GiB, and the forwards of arithmetic that its floor counts."""
+
+    milliseconds: float | None
+    memory: float | None = None
+    passes: int = 2
+
+
+def _measure_update(bench: Bench, count: int, name: str, wanted: _Wanted, settings: dict[str, Any]) -> None:
+    # The policy has learned since the preset before: decisions of its own, or ratios say how far it has moved.
+    data = bench.decisions(count)
     trainer = bench.trainer(traj_mini_batch_size=8, **settings)
     first = trainer.update(data)
     chosen = trainer.micro_batch
-    bench.report.note(f"{name}: micro-batch, recomputed share", [chosen.size, chosen.recompute])
     costs = {
-        f"{size}/{share:.2f}": f"{cost.seconds / size * 1e3:.1f} ms, {cost.bytes / _GIB:.2f} GiB"
+        f"{size}/{share:.2f}": f"{cost.seconds / size * 1e3:.1f} ms, {cost.bytes / GIB:.2f} GiB"
         for (size, share), cost in chosen.costs.items()
     }
-    bench.report.note(f"{name}: per decision at size/share", costs)
+    bench.report.note(f"{name}: per decision at micro-batch/recomputed share", costs)
     bench.report.note(f"{name}: first step, ratio max, KL, clipped",
                       [first[f"train/{key}"] for key in ("max_ratio", "approx_kl", "clipfrac")])  # fmt: skip
     peak: dict[str, float] = {}
     with bench.peak(peak):
         milliseconds = bench.milliseconds(lambda: trainer.update(data), 1, 0) / len(data)
-    title = f"update, {name}, per decision and epoch{bench.floor(passes)}"
-    bench.report.add(Figure(title, "ms", milliseconds, bench.naive.get("update"), wanted=wanted))
+    how = f"micro-batch {min(chosen.size, count)}, {chosen.recompute:.0%} recomputed"
+    title = f"update, {name} ({how}), per decision and epoch{bench.floor(wanted.passes)}"
+    limit = wanted.milliseconds if bench.on_gpu else None
+    bench.report.add(Figure(title, "ms", milliseconds, bench.naive.get("update"), wanted=limit))
     if bench.on_gpu:
-        limit = {"24gb preset": 22.0, "24gb preset, batch_size 1": 18.0}.get(name)
-        bench.report.add(Figure(f"peak memory, {name}", "GiB", peak["reserved"], bench.naive.get("update peak"),
-                                wanted=limit))  # fmt: skip
+        bench.report.add(Figure(f"peak memory, {name} ({how})", "GiB", peak["reserved"], wanted=wanted.memory))
         bench.report.note(f"{name}: allocated, GiB", round(peak["allocated"], 2))
     trainer.logger.close()
 
@@ -418,9 +263,10 @@ def measure_capped(bench: Bench) -> None:
     bench.accelerate()
     bench.clean()
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(24 * _GIB / total)
+    torch.cuda.set_per_process_memory_fraction(24 * GIB / total)
     try:
-        _measure_update(bench, bench.decisions(32), "24gb preset, card cut to 24 GiB", 35.0, 3, {"memory_gb": 22.0})
+        wanted = _Wanted(35.0, 24.0, passes=3)
+        _measure_update(bench, 32, "24gb preset, card cut to 24 GiB", wanted, {"memory_gb": 22.0})
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 

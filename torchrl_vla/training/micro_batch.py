@@ -129,7 +129,9 @@ class MicroBatch:
                     break
         return fits
 
-    def _measure(self, run: Callable[[int], Any], device: torch.device, size: int, share: float) -> MicroBatchCost | None:
+    def _measure(
+        self, run: Callable[[int], Any], device: torch.device, size: int, share: float
+    ) -> MicroBatchCost | None:
         """Time and additional memory of one pass; None if memory runs out."""
         self._recompute(share)
         try:
