@@ -13,7 +13,7 @@ import torch
 from torchrl_vla.collectors import demonstrations
 from torchrl_vla.collectors.demonstrations import collect_demonstrations
 from torchrl_vla.datasets import DemonstrationDataset
-from torchrl_vla.datasets.recording import Job, Perturbation
+from torchrl_vla.datasets.recording import Job
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
 
 SUITE = "libero_spatial"
@@ -113,23 +113,6 @@ def test_bad_options_are_explained_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         collect_demonstrations(tmp_path / "new", **{**options, **changes})
     assert not (tmp_path / "new").exists()
-
-
-def test_pushes_last_their_steps_and_spare_the_gripper():
-    action = np.array([0.1, -0.1, 0.0, 0.0, 0.0, 0.0, -1.0])
-    rng = np.random.default_rng(0)
-    perturb = Perturbation(0.0, True, rng)
-    biases = np.array([perturb(action) - action for _ in range(20_000)])
-    assert (biases[:, 6] == 0).all()
-    starts = np.flatnonzero(np.any(biases[1:] != biases[:-1], axis=1)) + 1
-    lengths = [len(run) for run in np.split(biases, starts) if run.any()]
-    # Two pushes may follow each other; each lasts 4 to 10 steps.
-    assert min(lengths[:-1]) == 4 and max(lengths) == 10
-    assert 0.15 < np.any(biases != 0, axis=1).mean() < 0.2  # 0.03 * 7 / (1 + 0.03 * 7)
-    clean = Perturbation(0.0, False, rng)
-    assert all((clean(action) == action).all() for _ in range(100))
-    noisy = np.array([Perturbation(0.1, False, rng)(np.zeros(7)) for _ in range(2000)])
-    assert noisy[:, :6].std() == pytest.approx(0.1, rel=0.05) and not noisy[:, 6].any()
 
 
 def test_workers_stay_with_their_task_and_join_where_most_is_left():

@@ -247,6 +247,9 @@ def test_perturbations_are_constant_pushes_of_a_few_steps() -> None:
     assert np.all(np.abs(deviations[:3] - 0.35) < 0.1) and np.all(np.abs(deviations[3:] - 0.12) < 0.04)
     still = Perturbation(0, push_probability=0.0)
     np.testing.assert_array_equal(still(action), action)
+    tremble = Perturbation(0, push_probability=0.0, noise=0.1)
+    trembling = np.array([tremble(np.zeros(7)) for _ in range(2000)])
+    assert trembling[:, :6].std() == pytest.approx(0.1, rel=0.05) and not trembling[:, 6].any()
     with pytest.raises(ValueError, match="push_probability=1.5"):
         Perturbation(0, push_probability=1.5)
     with pytest.raises(ValueError, match="noise=-1"):

@@ -18,16 +18,13 @@ import torch
 from torchrl_vla.datasets.episodes import Episode, encode_jpeg, write_episode
 from torchrl_vla.envs.expert.expert import ScriptedExpert
 from torchrl_vla.envs.expert.goals import read_goals
+from torchrl_vla.envs.expert.perturbation import Perturbation
 from torchrl_vla.envs.proprio import axis_angle_state
 from torchrl_vla.envs.simulator import LiberoSimulator
 from torchrl_vla.envs.tasks import get_suite
 
-__all__ = ["DemonstrationOptions", "Job", "Perturbation", "Report", "record_episode", "run_worker"]
+__all__ = ["DemonstrationOptions", "Job", "Report", "record_episode", "run_worker"]
 
-# A perturbed episode is pushed off its way about twice in its some 80 steps.
-_PUSH_PROBABILITY = 0.03
-_PUSH_STEPS = (4, 10)
-_PUSH_DEVIATIONS = np.array([0.35, 0.35, 0.35, 0.12, 0.12, 0.12])
 _OBSERVATION_KEYS = {"agentview": "image", "robot0_eye_in_hand": "wrist_image"}
 
 
@@ -73,38 +70,6 @@ class Report(NamedTuple):
     error: str = ""
 
 
-class Perturbation:
-    """What is added to an expert's actions so that demonstrations show recoveries.
-
-    Every action gets noise; a perturbed episode is also pushed: a constant bias, normal with deviations of 0.35
-    (translation) and 0.12 (rotation), for 4 to 10 steps, begun with probability 0.03 at each step.
-
-    Args:
-        noise: standard deviation of the noise.
-        perturbed: whether there are pushes.
-        rng: source of randomness.
-    """
-
-    def __init__(self, noise: float, perturbed: bool, rng: np.random.Generator) -> None:
-        self._noise = noise
-        self._perturbed = perturbed
-        self._rng = rng
-        self._bias = np.zeros(6)
-        self._left = 0
-
-    def __call__(self, action: np.ndarray) -> np.ndarray:
-        """The action [7] to execute instead; the gripper's part stays."""
-        if self._left:
-            self._left -= 1
-        elif self._perturbed and self._rng.random() < _PUSH_PROBABILITY:
-            self._bias = self._rng.normal(0.0, _PUSH_DEVIATIONS)
-            self._left = int(self._rng.integers(_PUSH_STEPS[0], _PUSH_STEPS[1] + 1)) - 1
-        else:
-            self._bias = np.zeros(6)
-        moved = action[:6] + self._bias + self._rng.normal(0.0, self._noise, 6)
-        return np.concatenate([np.clip(moved, -1.0, 1.0), action[6:]])
-
-
 def record_episode(
     simulator: LiberoSimulator,
     expert: ScriptedExpert,
@@ -125,8 +90,8 @@ def record_episode(
         The demonstration, None where the task was not solved within the suite's horizon, and the steps it took.
     """
     suite = get_suite(options.task_suite)
-    rng = np.random.default_rng([options.seed, *job.name.encode()])
-    perturb = Perturbation(options.noise, job.perturbed, rng)
+    pushes = {} if job.perturbed else {"push_probability": 0.0}
+    perturb = Perturbation([options.seed, *job.name.encode()], noise=options.noise, **pushes)
     frames: dict[str, list[bytes]] = {camera: [] for camera in options.cameras}
     states, actions, executed = [], [], []
     succeeded, left = False, suite.horizon
