@@ -37,13 +37,19 @@ command -v "$program" >/dev/null || {
   echo "torchrl-vla is not installed here: run make install first." >&2
   exit 1
 }
+: >>"$log"
+begin=$(wc -c <"$log")
 nohup setsid "$program" train "$@" >>"$log" 2>&1 </dev/null &
 echo $! >"$pid_file"
-# Bad arguments show within seconds; say so here instead of leaving a dead process id behind.
-sleep 5
-if ! kill -0 "$!" 2>/dev/null && ! wait "$!"; then
-  echo "Training stopped at once. The end of $log:" >&2
-  tail -n 20 "$log" >&2
-  exit 1
-fi
+# Bad arguments show before the run's folder is made; say so here instead of leaving a dead process id behind.
+for _ in $(seq 120); do
+  if ! kill -0 "$!" 2>/dev/null; then
+    wait "$!" && break
+    echo "Training stopped at once. The end of $log:" >&2
+    tail -n 20 "$log" >&2
+    exit 1
+  fi
+  if tail -c "+$((begin + 1))" "$log" | grep -q "results go to"; then break; fi
+  sleep 0.5
+done
 echo "Training in $run_dir, process $!. Watch it: tail -f $log   Stop it: kill \$(cat $pid_file)"
