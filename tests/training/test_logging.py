@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from torchrl_vla.training.logging import RunLogger, format_table
+from torchrl_vla.training.logging import RunLogger, check_wandb, format_table
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -93,3 +93,13 @@ def test_videos_are_files_and_go_to_loggers_that_can_encode_them(
     assert (name, named) == ("val/success", {"step": 3520, "fps": 10})
     assert video.shape == (1, 3, 3, 32, 48) and video[0, 1, 0, 5, 3] == 200 and video[0, 1, 2, 5, 3] == 0
     logger.close()
+
+
+def test_wandb_without_a_login_is_refused_and_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "nobody"))
+    with pytest.raises(ValueError, match="wandb login.*WANDB_API_KEY.*WANDB_MODE=offline.*--no-wandb"):
+        check_wandb()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_wandb()

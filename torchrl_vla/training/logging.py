@@ -91,7 +91,7 @@ def check_wandb() -> None:
         raise ValueError(
             "use_wandb is on, but wandb is not installed: pip install 'torchrl-vla[wandb]', or use --no-wandb."
         ) from error
-    if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.api.api_key:
+    if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.login(prompt=False):
         raise ValueError(
             "use_wandb is on, but you are not logged in: run `wandb login`, set WANDB_API_KEY, "
             "or WANDB_MODE=offline to log locally; --no-wandb turns it off."
