@@ -114,8 +114,9 @@ def read_llama_layer(layer: Any) -> LlamaWeights:
 def fuse_llama_layer(layer: Any) -> None:
     """Lay the frozen weights of a decoder layer so that :func:`read_llama_layer` finds them fused."""
     attention, mlp = layer.self_attn, layer.mlp
-    fuse_storage([attention.q_proj, attention.k_proj, attention.v_proj])
-    fuse_storage([mlp.gate_proj, mlp.up_proj])
+    for group in ([attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj],
+                  [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]):  # fmt: skip
+        fuse_storage(group)
 
 
 class ViTWeights(NamedTuple):
@@ -173,6 +174,13 @@ def read_siglip_layer(layer: Any) -> ViTWeights:
     )  # fmt: skip
 
 
+def fuse_vit_layer(layer: Any) -> None:
+    """Make room for the adapters of a vision layer beside its frozen weights."""
+    attention = layer.attention if hasattr(layer, "attention") else layer.self_attn
+    for module in (attention.qkv, attention.proj, layer.mlp.fc1, layer.mlp.fc2):
+        fuse_storage([module])
+
+
 class LayerStack:
     """Runs layers of one kind, one after the other.
 
@@ -188,7 +196,7 @@ class LayerStack:
         layers: nn.ModuleList,
         read: Callable[[Any], Any],
         block: Block,
-        fuse: Callable[[Any], None] | None = None,
+        fuse: Callable[[Any], None],
     ) -> None:
         self.layers = layers
         self.recompute = 0.0
@@ -213,18 +221,19 @@ class LayerStack:
 
     def accelerate(self, compile_layers: bool) -> None:
         """Fuse and keep the weights, and compile the block; see :meth:`OpenVLA.accelerate`."""
-        for layer in self.layers if self._fuse is not None else ():
-            self._fuse(layer)  # type: ignore[misc]
+        for layer in self.layers:
+            self._fuse(layer)
         self._cache = {}
         self._switch = next((module for module in self.layers.modules() if isinstance(module, LoraLayer)), None)
         if compile_layers:
-            self._block = torch.compile(self._eager.__call__, fullgraph=True)
+            # Its method: what is compiled should be a plain function.
+            self._block = torch.compile(self._eager.__call__, fullgraph=True)  # type: ignore[operator]
 
     def adapters(self) -> Iterable[Adapters]:
         """The adapters that are kept, once :meth:`accelerate` was called."""
         for layers, _ in (self._cache or {}).values():
             for leaf in _leaves(tuple(layers)):
-                if isinstance(leaf, LinearWeights) and leaf.adapters is not None:
+                if isinstance(leaf, LinearWeights) and leaf.adapters is not None and leaf.adapters.down is not None:
                     yield leaf.adapters
 
     def _weights(self) -> tuple[list[Any], Block]:

@@ -1,4 +1,4 @@
-"""Linear layers with low-rank adapters as one operator: products in the weights' dtype, float32 adapters."""
+"""Linear layers with low-rank adapters: several of one input as a single product, the adapters inside it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+_ALIGNMENT = 8  # elements: rows of 16 bytes, which the fastest products of 16-bit numbers ask for
+
 
 class Adapters(NamedTuple):
     """The adapters of a linear layer, or of several that read the same input and are computed as one.
@@ -18,17 +20,18 @@ class Adapters(NamedTuple):
         downs: each adapter's ``A``, ``[r, K]``, as it is trained.
         ups: each adapter's ``B``, ``[N_i, r]``, as it is trained.
         starts: first output feature of each adapter.
-        down: all ``A`` one above the other, ``[R, K]``, in the dtype that is computed in.
-        up: all ``B`` on a block diagonal, ``[N, R]``, likewise.
-        scale: ``alpha / rank``.
+        scales: each adapter's ``alpha / rank``.
+        down: all ``A`` one above the other, ``[R, K]``, in the dtype that is computed in; None if the layer is
+            computed from ``downs`` and ``ups`` themselves.
+        extended: the weight, and beside it all ``scale * B`` on a block diagonal, ``[N, K + R]``; None likewise.
     """
 
     downs: list[Tensor]
     ups: list[Tensor]
-    starts: list[int]
-    down: Tensor
-    up: Tensor
-    scale: float
+    starts: tuple[int, ...]
+    scales: tuple[float, ...]
+    down: Tensor | None = None
+    extended: Tensor | None = None
 
 
 class LinearWeights(NamedTuple):
@@ -50,13 +53,23 @@ Linear = LinearWeights | nn.Module
 
 
 def linear(x: Tensor, layer: Linear) -> Tensor:
-    """``W x + b + scale * B A x``, ``[..., K]`` to ``[..., N]``."""
+    """``W x + b + scale * B A x``, ``[..., K]`` to ``[..., N]``.
+
+    Reference: `LoRA <https://arxiv.org/abs/2106.09685>`_.
+    """
     if not isinstance(layer, tuple):
         return layer(x)
-    if layer.adapters is None:
+    adapters = layer.adapters
+    if adapters is None:
         return F.linear(x, layer.weight, layer.bias)
-    downs, ups, starts, down, up, scale = layer.adapters
-    return lora_linear(x, layer.weight, layer.bias, down, up, scale, downs, ups, starts)[0]
+    if adapters.down is None or adapters.extended is None:
+        (down,), (up,), (scale,) = adapters.downs, adapters.ups, adapters.scales
+        low = F.linear(x, down.to(x.dtype))
+        return F.linear(x, layer.weight, layer.bias) + scale * F.linear(low, up.to(x.dtype))
+    arguments = x, adapters.extended, layer.bias, adapters.down
+    if torch.is_grad_enabled():
+        return _ExtendedLinear.apply(*arguments, adapters.starts, adapters.scales, *adapters.downs, *adapters.ups)
+    return _extended_linear(*arguments)[0]
 
 
 def linear_group(x: Tensor, layers: Sequence[Linear], sizes: Sequence[int]) -> tuple[Tensor, ...]:
@@ -72,105 +85,49 @@ def linear_group(x: Tensor, layers: Sequence[Linear], sizes: Sequence[int]) -> t
     return tuple(linear(x, layer) for layer in layers)
 
 
-# One operator, so that a compiler neither splits it nor copies the result that the adapter is added to in place.
-@torch.library.custom_op("torchrl_vla::lora_linear", mutates_args=())
-def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    scale: float,
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    starts: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    """A frozen linear layer with adapters; see :class:`Adapters`.
-
-    Returns:
-        The layer's output ``[..., N]`` and the adapters' ``A x``, ``[..., R]``.
-
-    Reference: `LoRA <https://arxiv.org/abs/2106.09685>`_.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    low = rows @ down.t()
-    output = F.linear(rows, weight, bias).addmm_(low, up.t(), alpha=scale)
-    return output.view(*x.shape[:-1], -1), low.view(*x.shape[:-1], -1)
+def _extended_linear(x: Tensor, extended: Tensor, bias: Tensor | None, down: Tensor) -> tuple[Tensor, Tensor]:
+    # One product of K + R terms: cheaper than adding a second product to the first's result, and rounded once.
+    low = F.linear(x, down)
+    return F.linear(torch.cat([x, low], dim=-1), extended, bias), low
 
 
-@lora_linear.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    scale: float,
-    downs: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    starts: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(*x.shape[:-1], len(weight)), x.new_empty(*x.shape[:-1], len(down))
+class _ExtendedLinear(torch.autograd.Function):
+    """A frozen linear layer with adapters: computes with copies of them, and gives the gradients to the originals."""
 
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        extended: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        starts: tuple[int, ...],
+        scales: tuple[float, ...],
+        *adapters: Tensor,
+    ) -> Tensor:
+        output, low = _extended_linear(x, extended, bias, down)
+        ctx.save_for_backward(x, low, extended, down)
+        ctx.starts, ctx.scales = starts, scales
+        downs, ups = adapters[: len(starts)], adapters[len(starts) :]
+        ctx.shapes = [(len(a), len(b), a.dtype) for a, b in zip(downs, ups, strict=True)]
+        return output
 
-@torch.library.custom_op("torchrl_vla::lora_linear_backward", mutates_args=())
-def lora_linear_backward(
-    grad: Tensor, x: Tensor, low: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float, need_input: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`lora_linear`: of ``x`` (empty if not needed), and in float32 of ``down`` and ``up``."""
-    grad_rows, rows, low = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (grad, x, low))
-    grad_low = grad_rows @ up
-    if scale != 1:
-        grad_low *= scale
-    grad_down = _product_float32(grad_low.t(), rows)
-    grad_up = _product_float32(grad_rows.t(), low)
-    if scale != 1:
-        grad_up *= scale
-    if not need_input:
-        return x.new_empty(0), grad_down, grad_up
-    return (grad_rows @ weight).addmm_(grad_low, down).view(x.shape), grad_down, grad_up
-
-
-@lora_linear_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, low: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float, need_input: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x = x.new_empty(x.shape if need_input else (0,))
-    return grad_x, down.new_empty(down.shape, dtype=torch.float32), up.new_empty(up.shape, dtype=torch.float32)
-
-
-def _product_float32(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` accumulated and kept in float32."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, down, up, scale, downs, ups, starts = inputs
-    ctx.save_for_backward(x, output[1], weight, down, up)
-    ctx.scale, ctx.starts = scale, starts
-    ctx.shapes = [(len(a), len(b), a.dtype) for a, b in zip(downs, ups, strict=True)]
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    x, low, weight, down, up = ctx.saved_tensors
-    need_input = ctx.needs_input_grad[0]
-    grad_x, grad_down, grad_up = lora_linear_backward(grad, x, low, weight, down, up, ctx.scale, need_input)
-    grad_downs, grad_ups, rank_start = [], [], 0
-    for (rank, features, dtype), start in zip(ctx.shapes, ctx.starts, strict=True):
-        columns = slice(rank_start, rank_start + rank)
-        grad_downs.append(grad_down[columns].to(dtype))
-        grad_ups.append(grad_up[start : start + features, columns].to(dtype))
-        rank_start += rank
-    return grad_x if need_input else None, None, None, None, None, None, grad_downs, grad_ups, None
-
-
-lora_linear.register_autograd(_backward, setup_context=_save_for_backward)
-for _device in ("cpu", "cuda"):
-    torch.library.register_autocast("torchrl_vla::lora_linear", _device, torch.bfloat16)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, low, extended, down = ctx.saved_tensors
+        inputs = x.shape[-1]
+        grad_rows, rows, low = grad.flatten(0, -2), x.flatten(0, -2), low.flatten(0, -2)
+        grad_both = grad_rows @ extended
+        grad_low = grad_both[:, inputs:]
+        grad_x = (grad_both[:, :inputs] + grad_low @ down).view(x.shape)
+        grad_down, grad_up = grad_low.t() @ rows, grad_rows.t() @ low
+        grad_downs, grad_ups, column = [], [], 0
+        for (rank, features, dtype), start, scale in zip(ctx.shapes, ctx.starts, ctx.scales, strict=True):
+            columns = slice(column, column + rank)
+            grad_downs.append(grad_down[columns].to(dtype))
+            grad_ups.append(grad_up[start : start + features, columns].to(dtype) * scale)
+            column += rank
+        return grad_x, None, None, None, None, None, *grad_downs, *grad_ups
 
 
 def read_linear(module: Any) -> Linear:
@@ -179,7 +136,39 @@ def read_linear(module: Any) -> Linear:
     Args:
         module: ``nn.Linear``, or peft's wrapper of one.
     """
-    base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    return read_group([module])[0]
+
+
+def read_group(modules: Sequence[Any]) -> tuple[Linear, ...]:
+    """Several layers of one input: as a single fused one where :func:`fuse_storage` has been, else each."""
+    layers = tuple(_read_layer(module) for module in modules)
+    plain = [layer for layer in layers if isinstance(layer, LinearWeights)]
+    if len(plain) < len(layers) or any(layer.weight.requires_grad for layer in plain):
+        return layers
+    fused = _shared_storage([layer.weight for layer in plain])
+    if fused is None or (len(plain) > 1 and any(layer.bias is not None for layer in plain)):
+        return layers
+    inputs, start = plain[0].weight.shape[1], 0
+    found: list[tuple[Adapters, int]] = []
+    for layer in plain:
+        if layer.adapters is not None:
+            found.append((layer.adapters, start))
+        start += len(layer.weight)
+    weight, bias = fused[:, :inputs], plain[0].bias
+    if not found:
+        return (LinearWeights(weight, bias, None),)
+    downs, ups = [one.downs[0] for one, _ in found], [one.ups[0] for one, _ in found]
+    starts, scales = tuple(start for _, start in found), tuple(one.scales[0] for one, _ in found)
+    rank = fused.shape[1] - inputs
+    if rank < sum(len(down) for down in downs):
+        return layers
+    adapters = Adapters(downs, ups, starts, scales, fused.new_zeros(rank, inputs), fused)
+    copy_adapters(adapters)
+    return (LinearWeights(weight, bias, adapters),)
+
+
+def _read_layer(module: Any) -> Linear:
+    base = _base_layer(module)
     if type(base) is not nn.Linear:
         return module
     adapters = None
@@ -188,60 +177,59 @@ def read_linear(module: Any) -> Linear:
         if module.training and not isinstance(module.lora_dropout[name], nn.Identity):
             return module
         down, up = module.lora_A[name].weight, module.lora_B[name].weight
-        dtype = base.weight.dtype
-        adapters = Adapters([down], [up], [0], down.detach().to(dtype), up.detach().to(dtype), module.scaling[name])
+        adapters = Adapters([down], [up], (0,), (module.scaling[name],))
     return LinearWeights(base.weight, base.bias, adapters)
 
 
+def _base_layer(module: Any) -> Any:
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
+def _shared_storage(weights: Sequence[Tensor]) -> Tensor | None:
+    """``[N, K + R]``, the storage that weights fill one below the other with ``R`` columns to spare, or None."""
+    first, start = weights[0], 0
+    width, storage = first.stride(0), first.untyped_storage()
+    for weight in weights:
+        elsewhere = weight.untyped_storage().data_ptr() != storage.data_ptr()
+        if elsewhere or weight.stride() != (width, 1) or weight.storage_offset() != start * width:
+            return None
+        start += len(weight)
+    if storage.nbytes() != start * width * first.element_size():
+        return None
+    return first.detach().as_strided((start, width), (width, 1), 0)
+
+
+@torch.no_grad()
 def fuse_storage(modules: Sequence[Any]) -> None:
-    """Lay the frozen weights of layers that read one input behind each other, so that they can be used as one.
+    """Lay the frozen weights of layers that read one input below each other, with columns for their adapters.
 
-    The modules' parameters stay what they are, now parts of one storage. Layers that learn, or are no plain linear
-    layers without bias, are left alone.
+    The modules' parameters stay what they are, now parts of one storage. Layers that learn, several with biases, or
+    what is no plain linear layer, are left alone.
     """
-    layers = [module.get_base_layer() if isinstance(module, LoraLayer) else module for module in modules]
-    if any(type(layer) is not nn.Linear or layer.bias is not None or layer.weight.requires_grad for layer in layers):
+    layers = [_base_layer(module) for module in modules]
+    if any(type(layer) is not nn.Linear or layer.weight.requires_grad for layer in layers):
         return
-    fused = torch.cat([layer.weight.detach() for layer in layers])
-    for layer, part in zip(layers, fused.split([layer.out_features for layer in layers]), strict=True):
+    if len(layers) > 1 and any(layer.bias is not None for layer in layers):
+        return
+    rank = sum(module.r[module.active_adapters[0]] for module in modules if isinstance(module, LoraLayer))
+    rank = -(-rank // _ALIGNMENT) * _ALIGNMENT
+    if rank == 0 and len(layers) == 1:
+        return
+    sizes, inputs = [layer.out_features for layer in layers], layers[0].in_features
+    fused = layers[0].weight.new_zeros(sum(sizes), inputs + rank)
+    for layer, part in zip(layers, fused[:, :inputs].split(sizes), strict=True):
+        part.copy_(layer.weight)
         layer.weight.data = part
-
-
-def read_group(modules: Sequence[Any]) -> tuple[Linear, ...]:
-    """Several layers of one input: as a single fused one where :func:`fuse_storage` has been, else each."""
-    layers = tuple(read_linear(module) for module in modules)
-    plain = [layer for layer in layers if isinstance(layer, LinearWeights)]
-    if len(plain) < len(layers) or any(layer.bias is not None or layer.weight.requires_grad for layer in plain):
-        return layers
-    first, scales = plain[0].weight, {layer.adapters.scale for layer in plain if layer.adapters is not None}
-    position, starts = first.data_ptr(), []
-    for layer in plain:
-        if layer.weight.data_ptr() != position or not layer.weight.is_contiguous():
-            return layers
-        position += layer.weight.nbytes
-        starts.append((layer.weight.data_ptr() - first.data_ptr()) // first[0].nbytes)
-    if first.untyped_storage().nbytes() < position - first.untyped_storage().data_ptr() or len(scales) > 1:
-        return layers
-    rows = starts[-1] + len(plain[-1].weight)
-    weight = first.detach().as_strided((rows, first.shape[1]), first.stride())
-    if not scales:
-        return (LinearWeights(weight, None, None),)
-    adapted = [(layer.adapters, start) for layer, start in zip(plain, starts, strict=True) if layer.adapters]
-    downs = [adapters.downs[0] for adapters, _ in adapted]
-    ups = [adapters.ups[0] for adapters, _ in adapted]
-    down = torch.cat([adapters.down for adapters, _ in adapted])
-    up = weight.new_zeros(rows, len(down))
-    adapters = Adapters(downs, ups, [start for _, start in adapted], down, up, scales.pop())
-    copy_adapters(adapters)
-    return (LinearWeights(weight, None, adapters),)
 
 
 @torch.no_grad()
 def copy_adapters(adapters: Adapters) -> None:
     """Bring what is computed with up to date with what is trained."""
-    column = 0
-    for down, up, start in zip(adapters.downs, adapters.ups, adapters.starts, strict=True):
-        columns = slice(column, column + len(down))
-        adapters.down[columns].copy_(down)
-        adapters.up[start : start + len(up), columns].copy_(up)
-        column += len(down)
+    assert adapters.down is not None and adapters.extended is not None
+    row, inputs = 0, adapters.down.shape[1]
+    parts = zip(adapters.downs, adapters.ups, adapters.starts, adapters.scales, strict=True)
+    for down, up, start, scale in parts:
+        end = row + len(down)
+        adapters.down[row:end].copy_(down)
+        adapters.extended[start : start + len(up), inputs + row : inputs + end].copy_(up * scale)
+        row = end

@@ -15,6 +15,7 @@ from torchrl_vla.modules.openvla.blocks import (
     Attention,
     LayerStack,
     ViTBlock,
+    fuse_vit_layer,
     read_dinov2_layer,
     read_siglip_layer,
 )
@@ -111,7 +112,7 @@ class VisionTower(nn.Module):
             self.layers.append(layer)
         block = ViTBlock(Attention(tower_config, config.embed_dim // config.num_heads), eps=1e-6)
         self.stack = LayerStack(
-            self.layers, read_dinov2_layer if config.num_prefix_tokens else read_siglip_layer, block
+            self.layers, read_dinov2_layer if config.num_prefix_tokens else read_siglip_layer, block, fuse_vit_layer
         )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
