@@ -29,21 +29,21 @@ def chosen(monkeypatch: pytest.MonkeyPatch, *, free: float, speed: dict[int, flo
 
 
 def test_large_and_without_recomputation_where_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    speed = {32: 1.0, 16: 1.0, 8: 1.1, 4: 1.3, 2: 1.8, 1: 3.0}
+    speed = {32: 1.0, 24: 1.0, 16: 1.0, 12: 1.05, 8: 1.1, 4: 1.3, 2: 1.8, 1: 3.0}
     assert chosen(monkeypatch, free=40, speed=speed).size == 32
     choice = chosen(monkeypatch, free=20, speed=speed)
-    assert (choice.size, choice.recompute) == (16, 0.0)  # 32 would have to recompute half
-    assert choice.costs.keys() == {(32, 0.5), (16, 0.0), (8, 0.0), (4, 0.0), (2, 0.0), (1, 0.0)}
+    assert (choice.size, choice.recompute) == (16, 0.0)  # 24 would have to recompute a quarter, 32 half
+    assert choice.costs.keys() == {(32, 0.5), (24, 0.25), (16, 0.0), (12, 0.0), (8, 0.0), (4, 0.0), (2, 0.0), (1, 0.0)}
 
 
 def test_recomputes_where_small_micro_batches_are_slower_still(monkeypatch: pytest.MonkeyPatch) -> None:
-    speed = {32: 1.0, 16: 1.0, 8: 1.0, 4: 2.0, 2: 4.0, 1: 8.0}
+    speed = {32: 1.0, 24: 1.0, 16: 1.0, 12: 1.1, 8: 1.0, 4: 2.0, 2: 4.0, 1: 8.0}
     choice = chosen(monkeypatch, free=4, speed=speed)
     assert (choice.size, choice.recompute) == (8, 0.75)  # 8 x (1 - 0.9 x 0.75) = 2.6 GiB; a quarter less is 4.4
 
 
 def test_what_is_given_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    speed = dict.fromkeys((32, 16, 8, 4, 2, 1), 1.0)
+    speed = dict.fromkeys((32, 24, 16, 12, 8, 4, 2, 1), 1.0)
     choice = chosen(monkeypatch, free=4, speed=speed, size=8)
     assert (choice.size, choice.recompute) == (8, 0.75)
     choice = chosen(monkeypatch, free=9, speed=speed, memory_gb=2.0, recompute=0.0)
@@ -52,7 +52,7 @@ def test_what_is_given_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    choice = chosen(monkeypatch, free=0.01, speed=dict.fromkeys((32, 16, 8, 4, 2, 1), 1.0))
+    choice = chosen(monkeypatch, free=0.01, speed=dict.fromkeys((32, 24, 16, 12, 8, 4, 2, 1), 1.0))
     assert (choice.size, choice.recompute) == (1, 1.0)
 
 

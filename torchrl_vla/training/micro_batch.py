@@ -13,7 +13,7 @@ import torch
 __all__ = ["MicroBatch", "MicroBatchCost"]
 
 _CPU_SIZE = 32
-_SIZES = (32, 16, 8, 4, 2, 1)
+_SIZES = (32, 24, 16, 12, 8, 4, 2, 1)
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 #: Share of the memory that is left for fragmentation and small tensors.
 _MARGIN = 0.04
@@ -88,11 +88,13 @@ class MicroBatch:
             self.size = _CPU_SIZE if self._auto_size else self.size
             return f"Micro-batches of {self.size} decisions."
         run(2)  # compiles, and allocates the gradients
-        free, total = torch.cuda.mem_get_info(device)
-        limit = free + torch.cuda.memory_reserved(device)
+        # What is still reserved after this belongs to the weights and to recorded rollouts.
+        free_memory()
+        reserved = torch.cuda.memory_reserved(device)
+        limit = torch.cuda.mem_get_info(device)[0] + reserved
         if self.memory_gb is not None:
             limit = min(limit, int(self.memory_gb * 2**30))
-        budget = limit - torch.cuda.memory_allocated(device) - reserve - int(_MARGIN * limit)
+        budget = limit - reserved - reserve - int(_MARGIN * limit)
         fits = self._fitting(run, device, budget)
         for candidate in fits:
             if (cost := self._measure(run, device, *candidate)) is not None:
