@@ -7,8 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from torchrl_vla.modules.openvla import OpenVLA
+from torchrl_vla.modules.openvla.language import Prompt, arrange_prompt, decode_bidirectional, sequence_mask
 from torchrl_vla.modules.openvla.linear import (
     Adapters,
     LinearWeights,
@@ -94,7 +96,7 @@ def test_one_compilation_serves_all_layers_and_batch_sizes() -> None:
     model = adapted()
     model.accelerate(compile_layers=False)
     for stack in model._stacks:
-        stack._block = COMPILE(stack._eager.__call__, backend=counter, fullgraph=True)
+        stack._block = COMPILE(stack.block.__call__, backend=counter, fullgraph=True)
     for batch in (2, 3, 5):
         logits_and_gradients(model, batch)
     assert counter.frame_count == 3  # a DINOv2, a SigLIP and a Llama layer
@@ -213,6 +215,63 @@ def test_one_product_for_layers_of_which_some_have_adapters(names: tuple[str, ..
         torch.testing.assert_close(linear(x, group), expected)
     # peft still computes the same from its part of the storage.
     torch.testing.assert_close(torch.cat([module(x) for module in modules], dim=-1), expected)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
+def test_wider_padding_changes_nothing(implementation: str) -> None:
+    """As on a GPU, where no column of padding is taken away: 12 more of them, on the side of the prompt or not."""
+    model = random_model(attn_implementation=implementation)
+    pixels, ids, mask, proprio = inputs(3, padded=True)
+    expected = model(pixels, ids, mask, proprio).action_logits
+    wide, real = F.pad(ids, (0, 12), value=9), F.pad(mask, (0, 12))
+    prompt = arrange_prompt(wide, real, EMPTY, 0)
+    assert prompt.rest.shape[1] == 3  # on the CPU they go
+    rest = F.pad(prompt.rest, (12, 0), value=9)
+    kept = Prompt(prompt.first, rest, F.pad(torch.ones_like(prompt.rest, dtype=torch.bool), (12, 0)))
+    if prompt.mask is not None:
+        kept = kept._replace(mask=F.pad(prompt.mask, (12, 0)))
+    embeds = model.embed(kept, model.encode_images(pixels), proprio, num_action_slots=model.config.num_action_tokens)
+    slots = model.config.num_action_tokens
+    patches = embeds.shape[1] - 1 - rest.shape[1] - slots - 1
+    hidden = decode_bidirectional(model.language_model, embeds, sequence_mask(kept, patches, slots + 1))
+    found = model._action_logits(hidden[:, -slots - 2 : -2])
+    torch.testing.assert_close(found.view(expected.shape), expected, atol=1e-5, rtol=1e-5)
+
+
+def through_transformers(model: OpenVLA, pixels: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Seven greedy tokens and their logits through transformers' own model and cache."""
+    prompt, features = model._inputs(pixels, ids, mask, None)
+    embeds = model.embed(prompt, features, num_action_slots=0)
+    real = sequence_mask(prompt, embeds.shape[1] - 1 - prompt.rest.shape[1], 0)
+    assert real is not None
+    step: dict[str, Tensor] = {"inputs_embeds": embeds}
+    cache, tokens, logits = None, [], []
+    for _ in range(7):
+        width = next(iter(step.values())).shape[1]
+        position_ids = (real.cumsum(dim=1) - 1).clamp_min(0)[:, -width:]
+        output = model.language_model(
+            **step, attention_mask=real, position_ids=position_ids, past_key_values=cache, use_cache=True
+        )
+        cache = output.past_key_values
+        logits.append(output.logits[:, -1:])
+        tokens.append(logits[-1].argmax(dim=-1))
+        step = {"input_ids": tokens[-1]}
+        real = torch.cat([real, real.new_ones(len(real), 1)], dim=1)
+    return torch.cat(tokens, dim=1), torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.no_grad()
+def test_decoding_through_the_fixed_cache_is_that_of_transformers(compiled: bool) -> None:
+    model = adapted()
+    pixels, ids, mask, _ = inputs(3, padded=True)
+    tokens, logits = through_transformers(model, pixels, ids, mask)
+    model.accelerate(compile_layers=compiled)
+    found = model._decode(pixels, ids, mask, None)
+    assert torch.equal(found.tokens, tokens) and len(set(tokens.flatten().tolist())) > 2
+    torch.testing.assert_close(found.logits, logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.generate_autoregressive(pixels, ids, mask), tokens)
 
 
 def test_dropout_in_adapters_is_left_to_peft() -> None:

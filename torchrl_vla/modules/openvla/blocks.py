@@ -6,7 +6,7 @@ A function of tensors is compiled once and then serves every layer of its kind.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +58,13 @@ class Attention(nn.Module):
         output, _ = attend(self, *heads, mask, scaling=self.head_dim**-0.5, dropout=0.0, is_causal=False)
         return output.flatten(-2)
 
+    def attend_cached(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+        """Attend from ``[B, T, H * head_dim]`` to a cache; ``visible`` is bool [B, 1, T, cache size]."""
+        heads = [x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (query, key, value)]
+        grouped = self.num_key_value_groups > 1
+        output = F.scaled_dot_product_attention(*heads, attn_mask=visible, enable_gqa=grouped)
+        return output.transpose(1, 2).flatten(-2)
+
 
 class LlamaWeights(NamedTuple):
     """Of one decoder layer: ``qkv`` and ``gate_up`` are one fused layer each, or three and two."""
@@ -87,12 +94,39 @@ class LlamaBlock:
         self.qkv_sizes = (hidden_size, key_value_size, key_value_size)
         self.mlp_sizes = (mlp_size, mlp_size)
 
-    def __call__(self, x: Tensor, weights: LlamaWeights, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        """``x`` [B, S, D] to the same; ``cos`` and ``sin`` [B or 1, S, head_dim], ``mask`` [B, 1, S, S] or None."""
+    def __call__(
+        self,
+        x: Tensor,
+        weights: LlamaWeights,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: tuple[Tensor, Tensor] | None = None,
+        place: Tensor | None = None,
+    ) -> Tensor:
+        """Compute a layer.
+
+        Args:
+            x: [B, S, D].
+            weights: the layer's.
+            cos: [B or 1, S, head_dim].
+            sin: likewise.
+            mask: [B, 1, S, S] or None; with a cache bool [B, 1, S, cache size], True where attention is allowed.
+            cache: keys and values of earlier tokens, [B, cache size, key_value_size] each; the new ones are written.
+            place: int64 [S], where in the cache.
+
+        Returns:
+            [B, S, D].
+        """
         states = _rms_norm(x, weights.input_norm, self.eps)
         query, key, value = linear_group(states, weights.qkv, self.qkv_sizes)
         query, key = (_rotate(states, cos, sin, self.attention.head_dim) for states in (query, key))
-        x = x + linear(self.attention(query, key, value, mask), weights.output)
+        if cache is None or place is None or mask is None:
+            attended = self.attention(query, key, value, mask)
+        else:
+            key, value = (old.index_copy_(1, place, new) for old, new in zip(cache, (key, value), strict=True))
+            attended = self.attention.attend_cached(query, key, value, mask)
+        x = x + linear(attended, weights.output)
         states = _rms_norm(x, weights.mlp_norm, self.eps)
         gate, up = linear_group(states, weights.gate_up, self.mlp_sizes)
         return x + linear(F.silu(gate) * up, weights.down)
@@ -201,7 +235,7 @@ class LayerStack:
         self.layers = layers
         self.recompute = 0.0
         self._read, self._fuse = read, fuse
-        self._eager: Block = block
+        self.block = block
         self._block: Block = block
         self._cache: dict[tuple[bool, bool], tuple[list[Any], Block]] | None = None
         self._switch: Any = None
@@ -210,13 +244,31 @@ class LayerStack:
         """Run every layer on ``x`` [B, S, D]; ``recompute`` is the share of them that keeps no activations."""
         layers, block = self._weights()
         recomputed = round(self.recompute * len(layers)) if torch.is_grad_enabled() else 0
-        if block is not self._eager:
+        if block is not self.block:
             mark_batch(x, *shared)
         for index, weights in enumerate(layers):
             if index < recomputed:
                 x = checkpoint(block, x, weights, *shared, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(x, weights, *shared)
+        return x
+
+    @torch.no_grad()
+    def extend(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        visible: Tensor,
+        caches: Sequence[tuple[Tensor, Tensor]],
+        place: Tensor,
+    ) -> Tensor:
+        """Run decoder layers on further tokens; the arguments are :class:`LlamaBlock`'s, with a cache per layer."""
+        layers, block = self._weights()
+        if block is not self.block:
+            mark_batch(x, cos, sin, visible, *(part for cache in caches for part in cache))
+        for weights, cache in zip(layers, caches, strict=True):
+            x = block(x, weights, cos, sin, visible, cache, place)
         return x
 
     def accelerate(self, compile_layers: bool) -> None:
@@ -227,7 +279,7 @@ class LayerStack:
         self._switch = next((module for module in self.layers.modules() if isinstance(module, LoraLayer)), None)
         if compile_layers:
             # Its method: what is compiled should be a plain function.
-            self._block = torch.compile(self._eager.__call__, fullgraph=True)  # type: ignore[operator]
+            self._block = torch.compile(self.block.__call__, fullgraph=True)  # type: ignore[operator]
 
     def adapters(self) -> Iterable[Adapters]:
         """The adapters that are kept, once :meth:`accelerate` was called."""
@@ -239,14 +291,14 @@ class LayerStack:
     def _weights(self) -> tuple[list[Any], Block]:
         """Every layer's weights, and what computes with them."""
         if self._cache is None:
-            return [self._read(layer) for layer in self.layers], self._eager
+            return [self._read(layer) for layer in self.layers], self.block
         # Adapters may be switched off for a while (the reference policy), which changes what is read.
         key = (self._switch is not None and self._switch.disable_adapters, self.layers.training)
         if key not in self._cache:
             layers = [self._read(layer) for layer in self.layers]
             plain = not any(isinstance(leaf, nn.Module) for layer in layers for leaf in _leaves(layer))
             # A compiler would make code for each module that it is given.
-            self._cache[key] = layers, self._block if plain else self._eager
+            self._cache[key] = layers, self._block if plain else self.block
         return self._cache[key]
 
 

@@ -34,6 +34,11 @@ class ForwardGraphs:
         # One pool of memory for all: a replay's outputs are copied before the next one overwrites them.
         self._pool: Any = None
 
+    def clear(self) -> None:
+        """Forget the recordings and give their memory back."""
+        self._recordings.clear()
+        self._pool = None
+
     def serves(self, inputs: Sequence[Tensor | None]) -> bool:
         """Whether these inputs can be replayed: on a GPU, without gradient, few enough, and not in a recording."""
         given = [tensor for tensor in inputs if tensor is not None]

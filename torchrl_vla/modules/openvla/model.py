@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchrl_vla.modules.heads import L1ActionHead, ProprioProjector
 from torchrl_vla.modules.openvla.blocks import LayerStack, count_optimizer_steps, refresh
 from torchrl_vla.modules.openvla.config import OpenVLAConfig
+from torchrl_vla.modules.openvla.decoding import Decoded, decode_greedily
 from torchrl_vla.modules.openvla.graphs import ForwardGraphs
 from torchrl_vla.modules.openvla.language import (
     Prompt,
@@ -109,9 +110,14 @@ class OpenVLA(nn.Module):
         # The N of the files of the heads.
         self.checkpoint_step = "0"
         self.is_loaded_in_4bit = False
+        self._accelerated = False
         self._adapters: list[Tensor] = []
+        self._trained: list[Tensor] = []
+        # Any adapted layer: they are switched on and off together. In a tuple, so as not to be registered again.
+        self._switched: tuple[Any, ...] = ()
         self._adapter_version = (0, 0)
         self._graphs: ForwardGraphs | None = None
+        self._decoding_graphs: ForwardGraphs | None = None
         self.initialize()
 
     @torch.no_grad()
@@ -229,9 +235,9 @@ class OpenVLA(nn.Module):
 
     def _graph_state(self) -> Hashable:
         """What a forward depends on beside its inputs: where the trained weights lie, adapters on or off."""
-        switch = next((m for m in self.modules() if isinstance(m, LoraLayer)), None)
-        weights = tuple(p.data_ptr() for p in self.parameters() if p.requires_grad)
-        return hash(weights), switch is None or switch.disable_adapters
+        # Found once: walking through a model of thousands of modules takes longer than a forward.
+        weights = tuple(p.data_ptr() for p in self._trained)
+        return hash(weights), all(layer.disable_adapters for layer in self._switched)
 
     def _forward(
         self,
@@ -312,28 +318,25 @@ class OpenVLA(nn.Module):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        self.refresh()
+        inputs = (pixel_values, input_ids, attention_mask, vision_features)
+        if self._decoding_graphs is not None and self._decoding_graphs.serves(inputs):
+            return self._decoding_graphs(inputs, self._graph_state())[0]
+        return self._decode(*inputs)[0]
+
+    def _decode(
+        self,
+        pixel_values: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        vision_features: Tensor | None,
+    ) -> Decoded:
         prompt, features = self._inputs(pixel_values, input_ids, attention_mask, vision_features)
-        step = {"inputs_embeds": self.embed(prompt, features, num_action_slots=0)}
-        num_patches = step["inputs_embeds"].shape[1] - 1 - prompt.rest.shape[1]
-        mask = sequence_mask(prompt, num_patches, 0)
+        inputs_embeds = self.embed(prompt, features, num_action_slots=0)
+        mask = sequence_mask(prompt, inputs_embeds.shape[1] - 1 - prompt.rest.shape[1], 0)
         if mask is None:
-            mask = step["inputs_embeds"].new_ones(step["inputs_embeds"].shape[:2], dtype=torch.bool)
-        cache, tokens = None, []
-        for _ in range(_BASE_ACTION_TOKENS):
-            position_ids = (mask.cumsum(dim=1) - 1).clamp_min(0)
-            output = self.language_model(
-                **step,
-                attention_mask=mask,
-                position_ids=position_ids[:, -next(iter(step.values())).shape[1] :],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache = output.past_key_values
-            tokens.append(output.logits[:, -1:].argmax(dim=-1))
-            step = {"input_ids": tokens[-1]}
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        return torch.cat(tokens, dim=1)
+            mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.bool)
+        return decode_greedily(self.language_model, inputs_embeds, mask, _BASE_ACTION_TOKENS)
 
     @property
     def _stacks(self) -> list[LayerStack]:
@@ -371,8 +374,24 @@ class OpenVLA(nn.Module):
         for stack in self._stacks:
             stack.accelerate(compile_layers)
         self._adapters = [p for name, p in self.named_parameters() if ".lora_" in name]
+        self._accelerated = True
+        self._trained = [p for p in self.parameters() if p.requires_grad]
+        self._switched = tuple(m for m in self.modules() if isinstance(m, LoraLayer))[:1]
         self._adapter_version = self._current_version()
-        self._graphs = ForwardGraphs(self._forward, graph_batch_size) if graph_batch_size else None
+        if graph_batch_size:
+            self._graphs = ForwardGraphs(self._forward, graph_batch_size)
+            self._decoding_graphs = ForwardGraphs(self._decode, graph_batch_size)
+
+    def forget_graphs(self) -> None:
+        """Give the memory of recorded forwards back; the next forward of each shape is recorded again."""
+        for graphs in (self._graphs, self._decoding_graphs):
+            if graphs is not None:
+                graphs.clear()
+
+    @property
+    def accelerated(self) -> bool:
+        """Whether :meth:`accelerate` was called."""
+        return self._accelerated
 
     def _current_version(self) -> tuple[int, int]:
         # Fused optimizers write without a new version of the tensor, so that steps are counted too.
