@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,8 +44,11 @@ _BUNDLED_FOLDER = Path(__file__).parents[1] / "assets" / "tiny_policy"
 PROCESSOR_FILE = "processor.json"
 #: Subfolder of a run with what it can be resumed from.
 CHECKPOINTS = "checkpoints"
-#: Above it, a 7B model's arithmetic takes longer than launching it.
-_GRAPH_BATCH_SIZE = 4
+#: As many environments as a 7B model's rollout has at most: to launch 8 decisions one by one takes longer than to
+#: compute them, and replaying larger batches costs nothing.
+GRAPH_BATCH_SIZE = 32
+#: Tokens: few lengths for all tasks, and little padding.
+_PROMPT_MULTIPLE = 16
 #: Suites that the small tokenizer knows the words of; their LIBERO-PRO variants use few others.
 _VOCABULARY_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 
@@ -67,6 +70,18 @@ class Policy:
     processor: OpenVLAProcessor
     actor: OpenVLAActor | OpenVLAL1Actor
     statistics_key: str
+
+    def share_prompt_length(self, instructions: Iterable[str]) -> None:
+        """Pad the prompts of several tasks, so that a compiled network does not meet every length anew.
+
+        Prompts of one length stay as they are: attention without a mask is faster. So does everything on a CPU.
+
+        Args:
+            instructions: of all tasks that are to come.
+        """
+        ids, mask = self.processor.encode_instructions(list(instructions))
+        if mask is not None and self.model.accelerated:
+            self.processor.prompt_multiple = _PROMPT_MULTIPLE
 
     def reference_context(self) -> AbstractContextManager[Any]:
         """A context in which the policy is the one it was before its adapters learned."""
@@ -230,7 +245,7 @@ def load_policy(
     else:
         policy.model.requires_grad_(False)
     if actor.compile and device.type == "cuda":
-        policy.model.accelerate(graph_batch_size=_GRAPH_BATCH_SIZE)
+        policy.model.accelerate(graph_batch_size=GRAPH_BATCH_SIZE)
     return policy
 
 

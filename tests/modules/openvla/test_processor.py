@@ -55,6 +55,20 @@ def test_prompts_of_different_length_are_padded_on_the_right() -> None:
     assert inputs.attention_mask.tolist() == [[1] * len(short) + [0] * padding, [1] * len(long)]
 
 
+def test_prompts_share_a_bucket() -> None:
+    processor = _processor(prompt_multiple=8)
+    for texts in ([SHORT, SHORT], [SHORT, LONG], [LONG]):
+        ids, mask = processor.encode_instructions(texts)
+        prompts = [encode_prompt(processor.tokenizer, text) for text in texts]
+        length = 8 * -(-max(map(len, prompts)) // 8)
+        assert mask is not None
+        for row, real, prompt in zip(ids.tolist(), mask.tolist(), prompts, strict=True):
+            assert row == prompt + [512] * (length - len(prompt))
+            assert real == [1] * len(prompt) + [0] * (length - len(prompt))
+    with pytest.raises(ValueError, match="prompt_multiple must be at least 1"):
+        _processor(prompt_multiple=0)
+
+
 def test_an_instruction_is_tokenized_once() -> None:
     processor = _processor()
     expected = processor.encode_instructions([SHORT, LONG])[0]

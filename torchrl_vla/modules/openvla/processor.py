@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
@@ -41,9 +42,11 @@ class OpenVLAProcessor:
         image_size: side of the model's input images in pixels.
         center_crop: as for :class:`ImagePipeline`.
         backend: ``"exact"`` or ``"fast"``, as for :class:`ImagePipeline`.
+        prompt_multiple: prompts are padded to a multiple of so many tokens, and always have a mask, so that tasks of
+            different instructions share one shape; 1 pads only prompts of different length in one batch.
 
     Raises:
-        ValueError: if the tokenizer has no empty token, or an image option is out of range.
+        ValueError: if the tokenizer has no empty token, or an option is out of range.
 
     Examples:
         >>> import torch
@@ -63,11 +66,17 @@ class OpenVLAProcessor:
         image_size: int = 224,
         center_crop: bool = True,
         backend: ImageBackend = "exact",
+        prompt_multiple: int = 1,
     ) -> None:
+        if prompt_multiple < 1:
+            raise ValueError(
+                f"prompt_multiple must be at least 1 (no padding beyond the batch), got {prompt_multiple}."
+            )
         self.tokenizer = tokenizer
         self.action_tokenizer = action_tokenizer
         self.images = ImagePipeline(image_size, center_crop=center_crop, backend=backend)
         self.empty_token_id = empty_token_id(tokenizer)
+        self.prompt_multiple = prompt_multiple
         self._prompts: dict[str, Tensor] = {}
 
     def __call__(
@@ -108,14 +117,16 @@ class OpenVLAProcessor:
         )
 
     def encode_instructions(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Prompts as int64 ``[B, L]``, padded on the right, and their mask; no mask if they are of one length."""
+        """Prompts as int64 ``[B, L]``, padded on the right, and their mask; no mask if none is asked for or needed."""
         prompts = [self._prompt(instruction) for instruction in instructions]
-        if len({len(prompt) for prompt in prompts}) == 1:
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        longest = int(lengths.max())
+        if self.prompt_multiple == 1 and bool((lengths == longest).all()):
             return torch.stack(prompts), None
         # What stands in the padding is never attended to.
         padding = self.tokenizer.pad_token_id or 0
         input_ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=padding)
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        input_ids = F.pad(input_ids, (0, -longest % self.prompt_multiple), value=padding)
         return input_ids, (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
 
     def _prompt(self, instruction: str) -> Tensor:
