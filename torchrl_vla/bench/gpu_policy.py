@@ -21,14 +21,13 @@ from torchrl_vla.config import PPOConfig
 from torchrl_vla.modules.openvla.lora import add_lora
 from torchrl_vla.objectives import AsymmetricClipPPOLoss
 from torchrl_vla.training.logging import RunLogger
-from torchrl_vla.training.policy import Policy, build_policy
+from torchrl_vla.training.policy import GRAPH_BATCH_SIZE, Policy, build_policy
 from torchrl_vla.training.trainer import PPOTrainer
 
 if TYPE_CHECKING:
     from torchrl_vla.bench.gpu import GpuBench
 
 GIB = 2**30
-_GRAPH_BATCH_SIZE = 4
 _PROMPT_TOKENS = 36  # with 256 patches, 56 action slots and </s>: 349
 
 
@@ -47,7 +46,7 @@ class Bench:
         self.accelerated = False
         self.naive: dict[str, float] = {}
         self.floor_seconds: float | None = None
-        self.expected: Tensor | None = None
+        self.expected: dict[str, Tensor] = {}
 
     @property
     def on_gpu(self) -> bool:
@@ -79,7 +78,7 @@ class Bench:
         """Take the fast paths from here on, as the presets do."""
         if not self.accelerated:
             set_adapters(self.model, torch.float32)
-            self.model.accelerate(graph_batch_size=_GRAPH_BATCH_SIZE if self.on_gpu else 0)
+            self.model.accelerate(graph_batch_size=GRAPH_BATCH_SIZE if self.on_gpu else 0)
             self.accelerated = True
 
     def inputs(self, batch: int) -> tuple[Tensor, Tensor, None, Tensor | None]:
@@ -102,7 +101,7 @@ class Bench:
         observation = TensorDict({"image": images, "state": torch.zeros(count, 8)}, [count])
         seen = TensorDict({"observation": observation, "language_instruction": [instruction] * count}, [count])
         with torch.no_grad():
-            parts = [self.policy.actor(part.to(self.device)) for part in seen.split(16)]
+            parts = [self.policy.actor(part.to(self.device)) for part in seen.split(8)]
         data: TensorDictBase = TensorDict.cat(parts).cpu()
         half = torch.arange(count) % 2 == 0
         data.set("advantage", torch.where(half, 1.0, -1.0).unsqueeze(-1))

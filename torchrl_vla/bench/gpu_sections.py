@@ -87,7 +87,14 @@ def measure_naive(bench: Bench) -> None:
                 inputs = bench.inputs(batch)
                 bench.naive[f"rollout {batch}"] = bench.milliseconds(partial(model, *inputs), 3, 1) / batch
             # Two samples are enough to compare with, and stay on the device.
-            bench.expected = model(*bench.inputs(2)).action_logits
+            bench.expected["naive"] = model(*bench.inputs(2)).action_logits.log_softmax(-1)
+            if not bench.on_gpu or torch.cuda.mem_get_info()[0] > 2 * sum(p.nbytes for p in model.parameters()):
+                # bfloat16 comes back from float32 as it was.
+                dtype = model.dtype
+                model.float()
+                bench.expected["float32"] = model(*bench.inputs(2)).action_logits.log_softmax(-1)
+                model.to(dtype)
+                _note_difference(bench, "naive against float32", bench.expected["naive"], bench.expected["float32"])
         trainer = bench.trainer(batch_size=1, recompute=1.0)
         data = bench.decisions(4)
         peak: dict[str, float] = {}
@@ -130,12 +137,16 @@ def measure_rollout(bench: Bench) -> None:
         name = f"rollout forward, batch {batch}, per decision{bench.floor(1)}"
         naive = bench.naive.get(f"rollout {batch}")
         bench.report.add(Figure(name, "ms", milliseconds, naive, wanted=wanted if bench.on_gpu else None))
-    if bench.expected is not None:
-        with torch.no_grad():
-            logits = bench.model(*bench.inputs(2)).action_logits
-        change = (logits.log_softmax(-1) - bench.expected.log_softmax(-1)).abs()
-        bench.report.note("log-probabilities, fast against naive: mean and largest difference",
-                          [round(change.mean().item(), 5), round(change.max().item(), 4)])  # fmt: skip
+    with torch.no_grad():
+        found = bench.model(*bench.inputs(2)).action_logits.log_softmax(-1)
+    for name, expected in bench.expected.items():
+        _note_difference(bench, f"fast against {name}", found, expected)
+
+
+def _note_difference(bench: Bench, what: str, found: Tensor, expected: Tensor) -> None:
+    change = (found - expected).abs()
+    bench.report.note(f"log-probabilities, {what}: mean and largest difference",
+                      [round(change.mean().item(), 5), round(change.max().item(), 4)])  # fmt: skip
 
 
 def measure_update(bench: Bench) -> None:
@@ -162,6 +173,9 @@ class _Wanted(NamedTuple):
 
 def _measure_update(bench: Bench, count: int, name: str, wanted: _Wanted, settings: dict[str, Any]) -> None:
     # The policy has learned since the preset before: decisions of its own, or ratios say how far it has moved.
+    # Of recorded rollouts only those stay in memory that this preset's environments would record.
+    bench.model.forget_graphs()
+    bench.clean()
     data = bench.decisions(count)
     trainer = bench.trainer(traj_mini_batch_size=8, **settings)
     first = trainer.update(data)
@@ -198,15 +212,18 @@ def measure_profile(bench: Bench) -> None:
     def update() -> None:
         trainer._backward(data, 1.0, True, {})
 
-    def rollout(batch: int) -> None:
-        with torch.no_grad():
-            bench.model(*bench.inputs(batch))
-
-    for name, function in (
-        ("rollout of 1", lambda: rollout(1)), ("rollout of 32", lambda: rollout(32)), ("update of 16", update),
-    ):  # fmt: skip
-        function()
+    measured: dict[str, Callable[[], Any]] = {
+        f"rollout of {batch}": partial(_without_gradient, bench.model, bench.inputs(batch)) for batch in _WANTED_ROLLOUT
+    }
+    measured["update of 16"] = update
+    for name, function in measured.items():
+        wall = bench.milliseconds(function)
         bench.synchronize()
+        began = time.perf_counter()
+        function()
+        launched = (time.perf_counter() - began) * 1e3
+        bench.synchronize()
+        bench.report.note(f"profile, {name}: ms, of them until launched", [round(wall, 2), round(launched, 2)])
         with profile(activities=activities) as recorded:
             function()
             bench.synchronize()
@@ -217,6 +234,11 @@ def measure_profile(bench: Bench) -> None:
         rows = [f"{time / 1e3:8.2f} ms {time / total:6.1%} {count:5d} x {key[:90]}"
                 for time, count, key in sorted(events, reverse=True)[:22]]  # fmt: skip
         bench.report.note(f"profile, {name}", "\n  " + "\n  ".join(rows))
+
+
+def _without_gradient(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    with torch.no_grad():
+        return function(*arguments)
 
 
 def measure_autoregressive(bench: Bench) -> None:
