@@ -76,6 +76,7 @@ def train(config: TrainConfig, preset: str) -> Path:
             f"image_size is {tuple(config.env.image_size)}, but {config.actor.pretrained_checkpoint} was made for "
             f"{(image_size, image_size)}: use --image-size {image_size} {image_size}."
         )
+    policy.share_prompt_length(suite.task(task).instruction for task in config.env.tasks)
     folder = open_run_folder(config, preset)
     tqdm.write(f"preset {preset}, policy {config.actor.pretrained_checkpoint} on {device}, results go to {folder}")
     attention = policy.model.language_model.config._attn_implementation
