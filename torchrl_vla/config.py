@@ -76,6 +76,9 @@ class PPOConfig:
     """What one importance ratio covers: an action token, the 7 tokens of one action, or a whole chunk."""
     advantage_estimator: Literal["grpo", "rloo", "gae"] = "grpo"
     """grpo: returns normalised within a group; rloo: leave-one-out baseline; gae: value head and GAE."""
+    baseline: Literal["group", "running"] = "group"
+    """What a return is compared with at each decision: those of its whole group, or of those episodes of the group that
+    still run then. running has less variance and leaves out the ends of failures; not used with gae."""
     group_size: int = 8
     """Episodes per group: the same task and initial state, tried this often."""
     keep_low: float = 0.1

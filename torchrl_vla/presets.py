@@ -13,7 +13,7 @@ def _tiny() -> TrainConfig:
     """A small OpenVLA on a machine without a GPU: minutes, to see everything work."""
     return TrainConfig(
         ppo=PPOConfig(
-            total_timesteps=8_000,
+            total_timesteps=7_500,
             n_steps=1_500,
             batch_size=32,
             n_epochs=1,

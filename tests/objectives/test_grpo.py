@@ -52,6 +52,52 @@ def test_variants_by_hand(estimator, expected):
     assert out["advantage"].flatten()[[0, 2, 5]].tolist() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("estimator", "scale", "expected"),
+    [
+        ("dr_grpo", 1.0, [2 / 3, 1 / 2, -1 / 3, -1 / 2, -1 / 3]),
+        ("grpo", math.sqrt(1 / 3), [2 / 3, 1 / 2, -1 / 3, -1 / 2, -1 / 3]),
+        ("rloo", 1.0, [1, 1, -1 / 2, -1, -1 / 2]),
+    ],
+)
+def test_those_that_still_run_by_hand(estimator, scale, expected):
+    """Three run at the first decision, the first two at the second, at the third one is left to learn nothing from."""
+    transform = GRPOAdvantage(estimator, baseline="running")
+    out = transform.inv(batch(*MIXED, episode(13, [0.0]), episode(13, [0.0])))
+    assert (out["advantage"].flatten() * scale).tolist() == pytest.approx(expected, rel=1e-5)
+    stats = transform.get_stats()
+    assert (stats["kept_episodes"], stats["kept_decisions"], stats["decisions"]) == (3, 5, 8)
+
+
+def test_those_that_still_run_leave_the_gradient_as_it_is_and_make_it_less_noisy():
+    """An action of 1 succeeds at once with 0.7; else three idle actions follow, and success with 0.1."""
+    torch.manual_seed(0)
+    groups, members, p = 20_000, 4, 0.5
+    first = torch.rand(groups * members) < p
+    at_once = first & (torch.rand(len(first)) < 0.7)
+    success = at_once | (torch.rand(len(first)) < 0.1)
+    lengths = torch.where(at_once, 1, 4)
+    ends = lengths.cumsum(0) - 1
+    action = (torch.rand(int(lengths.sum())) < p).double()
+    action[ends - lengths + 1] = first.double()
+    done = torch.zeros(len(action), 1, dtype=torch.bool)
+    done[ends] = True
+    succeeded = torch.zeros_like(done)
+    succeeded[ends, 0] = success
+    group = (torch.arange(len(first)) // members).repeat_interleave(lengths).unsqueeze(-1)
+    after = TensorDict({"done": done, "success": succeeded, "reward": succeeded.float()}, [len(action)])
+    data = TensorDict({"group_id": group, "score": action - p, "next": after}, [len(action)])
+    spread = {}
+    for baseline in ("group", "running"):
+        out = GRPOAdvantage("rloo", baseline=baseline, keep_low=0, keep_high=1).inv(data)
+        terms = out["advantage"].squeeze(-1) * out["score"] / members
+        estimates = torch.zeros(groups, dtype=torch.double).index_add_(0, out["group_id"].squeeze(-1), terms)
+        spread[baseline] = estimates.std().item()
+        gradient = p * (1 - p) * (0.7 + 0.3 * 0.1 - 0.1)
+        assert estimates.mean().item() == pytest.approx(gradient, abs=4 * spread[baseline] / math.sqrt(groups))
+    assert spread["running"] < 0.85 * spread["group"]
+
+
 def test_the_discount_counts_decisions_from_the_first():
     out = GRPOAdvantage("dr_grpo", verifier_gamma=0.5).inv(batch(*MIXED, episode(12, [1.0])))
     # returns .5 0 0 1
@@ -96,6 +142,7 @@ def test_dropped_groups_and_why():
         "decisions": 37,
         "groups": 5,
         "kept": 1,
+        "kept_episodes": 10,
         "kept_decisions": 10,
         "incomplete_episodes": 1,
         "dropped_all_failed": 1,
@@ -117,6 +164,11 @@ def test_bounds_can_be_opened():
     assert discounted["advantage"].flatten().tolist() == pytest.approx([0.25, -0.25, -0.25])
     rare = [episode(3, [0.0]) for _ in range(19)] + [episode(3, [1.0])]
     assert GRPOAdvantage(keep_low=0.01).inv(batch(*rare)).numel() == 20
+
+
+def test_an_unknown_baseline_is_named():
+    with pytest.raises(ValueError, match="baseline='mean' is unknown.*group.*running"):
+        GRPOAdvantage(baseline="mean")
 
 
 def test_min_group_size():

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from torchrl_vla.cli import main
-from torchrl_vla.config import OpenVLAActorConfig
+from torchrl_vla.config import OpenVLAActorConfig, PPOConfig
 from torchrl_vla.envs import get_suite
 from torchrl_vla.training.devices import choose_device
 from torchrl_vla.training.policy import BUNDLED, build_policy, load_policy, save_policy
-from torchrl_vla.training.run import train
+from torchrl_vla.training.run import _advantage, train
 
 SMALL = [
     "--preset", "tiny", "--pretrained-checkpoint", "random:tiny", "--num-envs", "1", "--group-size", "2",
@@ -176,3 +176,7 @@ def test_every_choice_about_the_simulator_reaches_it(tmp_path: Path, monkeypatch
         "proprio_format": "quaternion", "max_episode_steps": 16, "settle_steps": 4, "reward_scale": 2.0,
         "fidelity": "fast", "worker_timeout": 7.0, "seed": 0,
     }  # fmt: skip
+
+
+def test_the_baseline_reaches_the_advantage():
+    assert _advantage(PPOConfig(advantage_estimator="rloo", baseline="running")).baseline == "running"

@@ -214,6 +214,7 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
         trainable=False,
         read_task_ids=True,
     )
+    policy.share_prompt_length(suite.task(task).instruction for task in tasks)
     envs = make_envs(
         config.task_suite,
         num_envs=min(config.num_envs, len(plan)),

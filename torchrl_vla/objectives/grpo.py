@@ -13,6 +13,7 @@ from torch import Tensor
 from torchrl.envs.transforms import Transform
 
 Estimator = Literal["grpo", "rloo", "dr_grpo"]
+Baseline = Literal["group", "running"]
 
 
 class GRPOAdvantage(Transform):
@@ -29,6 +30,11 @@ class GRPOAdvantage(Transform):
     dr_grpo   :math:`R_i - \bar R`                                          https://arxiv.org/abs/2503.20783
     ========= ============================================================= ==============================
 
+    With ``baseline="running"`` the means over the group become, at each decision, means over those of its episodes
+    that still run then. Other episodes of the same initial state know nothing of what this one does next, so with
+    ``rloo`` the gradient's expectation stays what it was, and its variance falls: once all episodes that succeed have
+    ended, the rest of a failure is compared with failures alone. Decisions whose advantage is then 0 are dropped.
+
     A group is dropped when its mean success lies outside ``[keep_low, keep_high]`` (dynamic sampling,
     https://arxiv.org/abs/2503.14476), when all its episodes failed, or all succeeded, with equal returns (their
     advantages are zero), and when it has fewer than ``min_group_size`` complete episodes; :meth:`get_stats` counts
@@ -39,6 +45,7 @@ class GRPOAdvantage(Transform):
         estimator: ``"grpo"``, ``"rloo"`` or ``"dr_grpo"``.
 
     Keyword Args:
+        baseline: ``"group"``, or ``"running"`` for those of the group that still run.
         verifier_gamma: discount per decision, in (0, 1].
         keep_low: lowest mean success of a group that is kept.
         keep_high: highest mean success of a group that is kept.
@@ -68,6 +75,7 @@ class GRPOAdvantage(Transform):
         self,
         estimator: Estimator = "grpo",
         *,
+        baseline: Baseline = "group",
         verifier_gamma: float = 1.0,
         keep_low: float = 0.1,
         keep_high: float = 0.9,
@@ -81,6 +89,8 @@ class GRPOAdvantage(Transform):
     ) -> None:
         if estimator not in get_args(Estimator):
             raise ValueError(f"estimator={estimator!r} is unknown: choose one of {get_args(Estimator)}.")
+        if baseline not in get_args(Baseline):
+            raise ValueError(f"baseline={baseline!r} is unknown: choose one of {get_args(Baseline)}.")
         if not 0 < verifier_gamma <= 1:
             raise ValueError(f"verifier_gamma={verifier_gamma} must lie in (0, 1]; 1 does not discount.")
         if not 0 <= keep_low <= keep_high <= 1:
@@ -94,6 +104,7 @@ class GRPOAdvantage(Transform):
             )
         super().__init__()
         self.estimator = estimator
+        self.baseline = baseline
         self.verifier_gamma = verifier_gamma
         self.keep_low = keep_low
         self.keep_high = keep_high
@@ -116,11 +127,11 @@ class GRPOAdvantage(Transform):
 
         Returns:
             ``episodes``, ``decisions``, ``groups``; of the groups ``kept``, ``dropped_all_failed``,
-            ``dropped_all_succeeded``, ``dropped_out_of_bounds``, ``dropped_incomplete``; the ``kept_decisions`` and
-            the episodes' ``success_rate`` and ``mean_return``. Episodes without their end count as incomplete, and
-            in no other figure.
+            ``dropped_all_succeeded``, ``dropped_out_of_bounds``, ``dropped_incomplete``; the ``kept_episodes`` and
+            ``kept_decisions``, and the episodes' ``success_rate`` and ``mean_return``. Episodes without their end
+            count as incomplete, and in no other figure.
         """
-        names = ("episodes", "decisions", "groups", "kept", "kept_decisions", "incomplete_episodes")
+        names = ("episodes", "decisions", "groups", "kept", "kept_episodes", "kept_decisions", "incomplete_episodes")
         reasons = ("all_failed", "all_succeeded", "out_of_bounds", "incomplete")
         stats = {name: self._stats[name] for name in (*names, *(f"dropped_{reason}" for reason in reasons))}
         episodes = max(self._stats["episodes"], 1)
@@ -147,19 +158,25 @@ class GRPOAdvantage(Transform):
             tensordict, episode = tensordict[complete], episode[complete]
         if not ends.numel():
             return None
-        returns = self._returns(tensordict, episode, ends)
+        step = torch.arange(len(episode), device=episode.device)
+        step -= torch.cat([ends.new_zeros(1), ends[:-1] + 1])[episode]
+        returns = self._returns(tensordict, episode, step, len(ends))
         success = tensordict.get(self.success_key).reshape(-1)[ends].double()
-        group, advantage, keep = self._score(returns, success, self._groups(tensordict, ends))
+        _, group = torch.unique(self._groups(tensordict, ends), dim=0, return_inverse=True)
+        kept = self._keep(returns, success, group)[group][episode]
+        advantage = self._advantage(returns, group, episode, step)
+        if self.baseline == "running":
+            kept &= advantage != 0
         self._stats["episodes"] += ends.numel()
         self._stats["decisions"] += tensordict.numel()
         self._stats["successes"] += int(success.sum())
         self._return_sum += returns.sum().item()
-        kept = keep[group][episode]
+        self._stats["kept_episodes"] += len(episode[kept].unique())
         self._stats["kept_decisions"] += int(kept.sum())
         if not kept.any():
             return None
         out = tensordict[kept]
-        out.set(self.advantage_key, advantage[episode[kept]].float().unsqueeze(-1))
+        out.set(self.advantage_key, advantage[kept].float().unsqueeze(-1))
         out.set(self.return_key, returns[episode[kept]].float().unsqueeze(-1))
         return out
 
@@ -172,29 +189,30 @@ class GRPOAdvantage(Transform):
             raise KeyError(f"The episodes need {list(keys)} to be grouped by: add them, or set group_keys.")
         return torch.stack([column.reshape(-1)[ends] for column in columns], -1)
 
-    def _returns(self, tensordict: TensorDictBase, episode: Tensor, ends: Tensor) -> Tensor:
+    def _returns(self, tensordict: TensorDictBase, episode: Tensor, step: Tensor, episodes: int) -> Tensor:
         reward = tensordict.get(self.reward_key).reshape(-1).double()
-        starts = torch.cat([ends.new_zeros(1), ends[:-1] + 1])
-        step = torch.arange(len(episode), device=episode.device) - starts[episode]
-        discounted = reward * self.verifier_gamma ** step.double()
-        return torch.zeros(len(ends), dtype=torch.double, device=reward.device).index_add_(0, episode, discounted)
+        return _sums(reward * self.verifier_gamma ** step.double(), episode, episodes)
 
-    def _score(self, returns: Tensor, success: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each episode's group and advantage, and which groups to keep."""
-        _, group, size = torch.unique(groups, dim=0, return_inverse=True, return_counts=True)
-
-        def group_sum(values: Tensor) -> Tensor:
-            return torch.zeros(len(size), dtype=torch.double, device=values.device).index_add_(0, group, values)
-
-        centred = returns - (group_sum(returns) / size)[group]
-        others = (size - 1).clamp_min(1)
+    def _advantage(self, returns: Tensor, group: Tensor, episode: Tensor, step: Tensor) -> Tensor:
+        """The advantage of every decision, given its episode and its number therein."""
+        # Every episode of a group runs at its first decision.
+        compared = step if self.baseline == "running" else torch.zeros_like(step)
+        width = int(compared.max()) + 1
+        cell, cells = group[episode] * width + compared, (int(group.max()) + 1) * width
+        runs = step == compared  # so that an episode counts once in a cell
+        size = _sums(runs.double(), cell, cells)
+        centred = returns[episode] - (_sums(returns[episode] * runs, cell, cells) / size.clamp_min(1))[cell]
         if self.estimator == "grpo":
-            advantage = centred / ((group_sum(centred.square()) / others).sqrt() + 1e-6)[group]
-        elif self.estimator == "rloo":
-            advantage = centred * (size / others)[group]
-        else:
-            advantage = centred
-        mean_success = group_sum(success) / size
+            return centred / (_unbiased_std(returns, group) + 1e-6)[group[episode]]
+        if self.estimator == "rloo":
+            return centred * (size / (size - 1).clamp_min(1))[cell]
+        return centred
+
+    def _keep(self, returns: Tensor, success: Tensor, group: Tensor) -> Tensor:
+        """Which groups can teach something."""
+        groups = int(group.max()) + 1
+        size = _sums(torch.ones_like(returns), group, groups)
+        mean_success = _sums(success, group, groups) / size
         lowest, highest = (
             torch.zeros_like(mean_success).scatter_reduce(0, group, returns, reduce, include_self=False)
             for reduce in ("amin", "amax")
@@ -213,4 +231,17 @@ class GRPOAdvantage(Transform):
         }
         for name, which in reasons.items():
             self._stats[name] += int(which.sum())
-        return group, advantage, keep
+        return keep
+
+
+def _sums(values: Tensor, place: Tensor, places: int) -> Tensor:
+    """The sum of the values of each place, float64."""
+    return torch.zeros(places, dtype=torch.double, device=values.device).index_add_(0, place, values)
+
+
+def _unbiased_std(values: Tensor, group: Tensor) -> Tensor:
+    """Of each group; 0 for a group of one."""
+    groups = int(group.max()) + 1
+    size = _sums(torch.ones_like(values), group, groups)
+    centred = values - (_sums(values, group, groups) / size)[group]
+    return (_sums(centred.square(), group, groups) / (size - 1).clamp_min(1)).sqrt()

@@ -246,6 +246,7 @@ def _advantage(ppo: PPOConfig) -> GRPOAdvantage | Callable[[TensorDictBase], Ten
         return GAE(gamma=ppo.gamma, lmbda=ppo.gae_lambda, value_network=None, average_gae=True)
     return GRPOAdvantage(
         ppo.advantage_estimator,
+        baseline=ppo.baseline,
         verifier_gamma=ppo.verifier_gamma,
         keep_low=ppo.keep_low,
         keep_high=ppo.keep_high,

@@ -138,11 +138,10 @@ class PPOTrainer:
         started = time.perf_counter()
         data = batch.reshape(-1)
         episodes = max(1, int(data["next", "done"].sum()))
-        scored, metrics = self._score(data)
+        scored, kept, metrics = self._score(data)
         if scored is None:
             return metrics
         data = scored
-        kept = max(1, int(data["next", "done"].sum()))
         buffer = TensorDictReplayBuffer(
             storage=TensorStorage(data),
             sampler=SamplerWithoutReplacement(),
@@ -166,10 +165,11 @@ class PPOTrainer:
         }
         return metrics
 
-    def _score(self, data: TensorDictBase) -> tuple[TensorDictBase | None, dict[str, float]]:
-        """Write the advantages; None where no decision is left that teaches something."""
+    def _score(self, data: TensorDictBase) -> tuple[TensorDictBase | None, int, dict[str, float]]:
+        """Write the advantages; None where no decision is left that teaches something. And of how many episodes."""
         if not isinstance(self.advantage, GRPOAdvantage):
-            return self.advantage(data), {}
+            scored = self.advantage(data)
+            return scored, max(1, int(scored["next", "done"].sum())), {}
         self.advantage.reset_stats()
         scored = self.advantage.inv(data)
         stats = self.advantage.get_stats()
@@ -181,7 +181,7 @@ class PPOTrainer:
                 f"{stats['dropped_all_succeeded']} succeeded throughout, {stats['dropped_out_of_bounds']} outside the "
                 "bounds): there is nothing to learn from in this update, and the policy stays as it is."
             )
-        return scored, metrics
+        return scored, int(stats["kept_episodes"]), metrics
 
     def _optimizer_step(self, minibatch: TensorDictBase, bar: tqdm) -> dict[str, torch.Tensor]:
         """One optimizer step, its gradient accumulated over micro-batches; the figures stay on the device."""

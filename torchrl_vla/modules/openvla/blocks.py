@@ -60,9 +60,9 @@ class Attention(nn.Module):
 
     def attend_cached(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
         """Attend from ``[B, T, H * head_dim]`` to a cache; ``visible`` is bool [B, 1, T, cache size]."""
-        heads = [x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (query, key, value)]
+        query, key, value = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (query, key, value))
         grouped = self.num_key_value_groups > 1
-        output = F.scaled_dot_product_attention(*heads, attn_mask=visible, enable_gqa=grouped)
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=grouped)
         return output.transpose(1, 2).flatten(-2)
 
 
