@@ -99,6 +99,11 @@ class GroupCollector:
         self._next_keys = (*envs[0].reward_keys, *envs[0].done_keys, *next_keys)
         self._num_collected = 0
 
+    @property
+    def num_slots(self) -> int:
+        """Episodes that can run at the same time."""
+        return sum(map(len, self._slots))
+
     def __iter__(self) -> Iterator[TensorDict]:
         for plan in self.plans:
             yield self.collect(plan)

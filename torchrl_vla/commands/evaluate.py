@@ -186,6 +186,7 @@ def _settings(config: EvaluateConfig, checkpoint: str) -> dict[str, Any]:
 def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationReport:
     """Load a policy and run its episodes."""
     import torch
+    from tqdm import tqdm
 
     from torchrl_vla.config import OpenVLAActorConfig
     from torchrl_vla.envs import get_suite
@@ -230,6 +231,11 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
         print("Initial states are drawn where that was not done yet: some seconds per task.")
     settings = _settings(config, checkpoint)
     settings |= {"action_mode": "l1" if by_l1 else "tokens", "device": str(device)}
+
+    def keep(part: EvaluationReport) -> None:
+        part.save(out)
+        tqdm.write(f"{part.total} so far, of {len(plan)} planned: kept in {out}")
+
     try:
         return evaluate(
             envs,
@@ -239,7 +245,8 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
             instructions={task: suite.task(task).instruction for task in tasks},
             greedy=config.temperature == 0,
             progress=EpisodeBar("evaluation"),
-            settings=settings,
+            settings=settings | {"planned_episodes": len(plan)},
+            save=keep,
         )
     finally:
         for env in envs:

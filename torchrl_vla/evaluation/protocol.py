@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 
 from torchrl_vla.collectors import EpisodePlan, GroupCollector, Progress
+from torchrl_vla.collectors.plan import Episode
 from torchrl_vla.envs.tasks import TaskSuite
 from torchrl_vla.evaluation.report import EpisodeResult, EvaluationReport
 
@@ -21,6 +23,9 @@ __all__ = ["evaluate", "initial_states", "spread_episodes"]
 
 #: Pictures are looked at and forgotten: an evaluation keeps what its report needs.
 _PICTURES = (("observation", "image"), ("observation", "wrist_image"), ("observation", "state"))
+
+#: Fewest episodes after which what is known is kept.
+_PART = 100
 
 
 def initial_states(suite: TaskSuite, task_ids: Iterable[int], wanted: list[int] | None) -> dict[int, list[int]]:
@@ -78,6 +83,7 @@ def evaluate(
     greedy: bool = True,
     progress: Callable[[Progress], None] | None = None,
     settings: dict[str, Any] | None = None,
+    save: Callable[[EvaluationReport], None] | None = None,
 ) -> EvaluationReport:
     """Run every planned episode to its end, once.
 
@@ -90,37 +96,63 @@ def evaluate(
         greedy: take the most likely action tokens; False samples at the policy's temperature.
         progress: called after every decision.
         settings: what else the report should say of how it was made.
+        save: called with the report of the episodes so far whenever some hundred more are done, so that an interruption
+            does not lose them.
     """
     collector = GroupCollector(
         env,
         policy,
         exploration_type=ExplorationType.DETERMINISTIC if greedy else ExplorationType.RANDOM,
         not_stored=(*GroupCollector.NOT_STORED, *_PICTURES),
-        progress=progress,
     )
+    report = EvaluationReport(task_suite, instructions, [], 0.0, {"greedy": greedy, **(settings or {})}, [])
+    # Waiting for the last episodes of a part costs little where every environment runs ten of them.
+    size = max(_PART, 10 * collector.num_slots)
     started = time.perf_counter()
-    batch = collector.collect(plan)
-    seconds = time.perf_counter() - started
-    trajectory = batch["collector", "traj_ids"]
-    decisions = trajectory.bincount(minlength=len(plan)).tolist()
+    for start in range(0, len(plan), size):
+        part = plan[start : start + size]
+        collector.progress = None if progress is None else _continued(progress, report, len(plan))
+        episodes, actions = _results(collector.collect(part), part)
+        report = replace(
+            report,
+            episodes=[*report.episodes, *episodes],
+            actions=[*report.actions, *actions],
+            seconds=time.perf_counter() - started,
+        )
+        if save is not None and len(report.episodes) < len(plan):
+            save(report)
+    return report
+
+
+def _continued(
+    progress: Callable[[Progress], None], report: EvaluationReport, planned: int
+) -> Callable[[Progress], None]:
+    """Counts on from the episodes of a report."""
+    decisions = sum(episode.decisions for episode in report.episodes)
+    successes = sum(episode.success for episode in report.episodes)
+
+    def count(part: Progress) -> None:
+        done = len(report.episodes) + part.episodes
+        progress(Progress(decisions + part.decisions, done, successes + part.successes, planned))
+
+    return count
+
+
+def _results(batch: TensorDictBase, part: Sequence[Episode]) -> tuple[list[EpisodeResult], list[np.ndarray]]:
+    """What became of each episode, and the actions [n, 7] that it ran."""
+    trajectory = batch["collector", "traj_ids"] - batch["collector", "traj_ids"][0]
+    decisions = trajectory.bincount(minlength=len(part)).tolist()
     control_steps = trajectory.bincount(
-        weights=batch["next", "num_control_steps"].squeeze(-1).double(), minlength=len(plan)
+        weights=batch["next", "num_control_steps"].squeeze(-1).double(), minlength=len(part)
     ).tolist()
     success = batch["next", "success"].squeeze(-1)[batch["next", "done"].squeeze(-1)].tolist()
     episodes = [
         EpisodeResult(episode.task_id, episode.init_state_id, success[i], int(control_steps[i]), decisions[i])
-        for i, episode in enumerate(plan)
+        for i, episode in enumerate(part)
     ]
     chunks = batch["action"].reshape(len(batch), -1, batch["action"].shape[-1]).split(decisions)
     steps = batch["next", "num_control_steps"].split(decisions)
-    return EvaluationReport(
-        task_suite,
-        instructions,
-        episodes,
-        seconds,
-        {"greedy": greedy, **(settings or {})},
-        [_executed(chunk, count) for chunk, count in zip(chunks, steps, strict=True)],
-    )
+    return episodes, [_executed(chunk, count) for chunk, count in zip(chunks, steps, strict=True)]
 
 
 def _executed(chunks: Tensor, steps: Tensor) -> np.ndarray:

@@ -1,0 +1,40 @@
+"""The protocol: parts make one report, and what is done is kept on the way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDictBase
+
+from torchrl_vla.collectors import EpisodePlan, Progress
+from torchrl_vla.envs.toy import ToyTrackingEnv
+from torchrl_vla.evaluation import protocol
+from torchrl_vla.evaluation.report import EvaluationReport
+
+
+def act(tensordict: TensorDictBase) -> TensorDictBase:
+    """The right answer for even initial states, the worst one for the others."""
+    target = tensordict["observation", "state"][..., 2:4]
+    good = (tensordict["init_state_id"] % 2 == 0).float()
+    return tensordict.set("action", (target * (2 * good - 1)).unsqueeze(-2).expand(-1, 4, -1).clamp(-1, 1))
+
+
+def test_parts_make_the_report_that_one_collection_makes(monkeypatch: pytest.MonkeyPatch):
+    plan = EpisodePlan.grid([0], range(50))
+    options = {"task_suite": "toy", "instructions": {0: "track"}}
+    torch.manual_seed(0)
+    whole = protocol.evaluate(ToyTrackingEnv(2), act, plan, **options)
+    monkeypatch.setattr(protocol, "_PART", 15)
+    kept: list[EvaluationReport] = []
+    seen: list[Progress] = []
+    torch.manual_seed(0)
+    report = protocol.evaluate(ToyTrackingEnv(2), act, plan, save=kept.append, progress=seen.append, **options)
+    assert report.episodes == whole.episodes and 0 < report.total.successes < 50
+    assert [len(action) for action in report.actions] == [episode.control_steps for episode in report.episodes]
+    # Twenty at a time, ten of each of two environments; the last ones are in the report that is returned.
+    assert [len(part.episodes) for part in kept] == [20, 40]
+    assert kept[0].episodes == whole.episodes[:20]
+    assert {progress.planned_episodes for progress in seen} == {50}
+    counted = [(progress.decisions, progress.episodes, progress.successes) for progress in seen]
+    assert counted == sorted(counted)
+    assert counted[-1] == (sum(episode.decisions for episode in report.episodes), 50, report.total.successes)
