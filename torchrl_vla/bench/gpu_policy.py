@@ -43,7 +43,6 @@ class Bench:
     def __init__(self, options: GpuBench, report: Report, started: float) -> None:
         self.options, self.report, self.started = options, report, started
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.accelerated = False
         self.naive: dict[str, float] = {}
         self.floor_seconds: float | None = None
         self.expected: dict[str, Tensor] = {}
@@ -76,10 +75,9 @@ class Bench:
 
     def accelerate(self) -> None:
         """Take the fast paths from here on, as the presets do."""
-        if not self.accelerated:
+        if not self.model.accelerated:
             set_adapters(self.model, torch.float32)
             self.model.accelerate(graph_batch_size=GRAPH_BATCH_SIZE if self.on_gpu else 0)
-            self.accelerated = True
 
     def inputs(self, batch: int) -> tuple[Tensor, Tensor, None, Tensor | None]:
         """Model inputs of 349 tokens each."""

@@ -77,7 +77,7 @@ def peft_layers() -> Iterator[None]:
 
 def measure_naive(bench: Bench) -> None:
     """What the guide's loop does: peft's layers, one sample at a time, everything recomputed, the cache emptied."""
-    if bench.accelerated:
+    if bench.model.accelerated:
         raise ValueError("naive has to be measured before the fast paths are on")
     model = bench.model
     set_adapters(model, model.dtype)

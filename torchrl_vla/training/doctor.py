@@ -14,10 +14,10 @@ from packaging.requirements import Requirement
 from torchrl_vla.envs.rendering import configure_rendering, renderer_name
 from torchrl_vla.modules import load_tokenizer
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
+from torchrl_vla.modules.openvla.attention import resolve_attention
 from torchrl_vla.modules.openvla.config import OpenVLAConfig
 from torchrl_vla.modules.openvla.inspection import TOKEN_CHECKPOINTS, CheckpointSummary, TrainedMode
 from torchrl_vla.modules.openvla.memory import MemoryEstimate
-from torchrl_vla.modules.openvla.model import resolve_attention
 from torchrl_vla.modules.openvla.quantization import check_4bit
 from torchrl_vla.modules.openvla.tokenizer import empty_token_id
 

@@ -279,3 +279,18 @@ def test_dropout_in_adapters_is_left_to_peft() -> None:
     layer = model.language_model.model.layers[0].self_attn.q_proj
     assert isinstance(read_linear(layer.train()), torch.nn.Module)
     assert isinstance(read_linear(layer.eval()), LinearWeights)
+
+
+def test_a_recording_is_of_one_state_of_the_weights() -> None:
+    """What was recorded with adapters, or with the weights elsewhere in memory, must not be replayed."""
+    model = adapted()
+    model.accelerate(compile_layers=False)
+    acceleration = model._acceleration
+    assert acceleration is not None
+    with_adapters = acceleration._state()
+    with without_adapters(model):
+        assert acceleration._state() != with_adapters
+    assert acceleration._state() == with_adapters
+    trained = next(p for p in model.parameters() if p.requires_grad)
+    trained.data = trained.data.clone()
+    assert acceleration._state() != with_adapters

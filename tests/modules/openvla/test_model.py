@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from torchrl_vla.modules.openvla import OpenVLA, VisionTowerConfig
+from torchrl_vla.modules.openvla.attention import resolve_attention
 from torchrl_vla.modules.openvla.language import arrange_prompt
-from torchrl_vla.modules.openvla.model import resolve_attention
 
 from .conftest import random_model, small_config
 

@@ -5,7 +5,6 @@ A function of tensors is compiled once and then serves every layer of its kind.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,17 +12,13 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from torchrl_vla.modules.openvla.attention import Attention
 from torchrl_vla.modules.openvla.linear import (
     Adapters,
     Linear,
     LinearWeights,
-    copy_adapters,
     fuse_storage,
     linear,
     linear_group,
@@ -32,38 +27,6 @@ from torchrl_vla.modules.openvla.linear import (
 )
 
 Block = Callable[..., Tensor]
-
-
-class Attention(nn.Module):
-    """Bidirectional attention through transformers' interface; it has no weights and serves a whole stack.
-
-    Args:
-        config: transformers' configuration of the stack, which names the kernel.
-        head_dim: width of a head.
-        num_key_value_groups: query heads per key/value head.
-    """
-
-    is_causal = False
-
-    def __init__(self, config: PretrainedConfig, head_dim: int, num_key_value_groups: int = 1) -> None:
-        super().__init__()
-        self.config = config
-        self.head_dim = head_dim
-        self.num_key_value_groups = num_key_value_groups
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend over ``[B, S, H * head_dim]`` each, heads already turned; returns ``[B, S, H * head_dim]``."""
-        heads = [x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (query, key, value)]
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, _ = attend(self, *heads, mask, scaling=self.head_dim**-0.5, dropout=0.0, is_causal=False)
-        return output.flatten(-2)
-
-    def attend_cached(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
-        """Attend from ``[B, T, H * head_dim]`` to a cache; ``visible`` is bool [B, 1, T, cache size]."""
-        query, key, value = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (query, key, value))
-        grouped = self.num_key_value_groups > 1
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=grouped)
-        return output.transpose(1, 2).flatten(-2)
 
 
 class LlamaWeights(NamedTuple):
@@ -309,30 +272,6 @@ def _leaves(weights: Any) -> Iterable[Any]:
             yield from _leaves(part)
     else:
         yield weights
-
-
-def refresh(adapters: Iterable[Adapters]) -> None:
-    """Bring the copies that kept adapters compute with up to date."""
-    for one in adapters:
-        copy_adapters(one)
-
-
-class _StepCounter:
-    """How often any optimizer of this process has stepped."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-
-    def __call__(self, *_: Any) -> None:
-        self.steps += 1
-
-
-@functools.cache
-def count_optimizer_steps() -> _StepCounter:
-    """The counter of this process, which counts from the first call on."""
-    counter = _StepCounter()
-    register_optimizer_step_post_hook(counter)
-    return counter
 
 
 def mark_batch(*tensors: Tensor | None) -> None:

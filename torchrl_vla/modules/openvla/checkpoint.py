@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from torchrl_vla.modules.openvla.attention import resolve_attention
 from torchrl_vla.modules.openvla.config import OpenVLAConfig
 from torchrl_vla.modules.openvla.layout import parameter_names, unused_shapes, unused_weight
 from torchrl_vla.modules.openvla.lora import merged_weight
@@ -78,7 +79,7 @@ def load_pretrained(
     load_l1_action_head: bool | None,
 ) -> OpenVLA:
     """What :meth:`OpenVLA.from_pretrained` does, one shard at a time, each tensor straight onto its device."""
-    from torchrl_vla.modules.openvla.model import OpenVLA, resolve_attention
+    from torchrl_vla.modules.openvla.model import OpenVLA
 
     folder = resolve_checkpoint(path_or_hub_id, local_files_only=local_files_only, use_local=use_local)
     config = OpenVLAConfig.from_folder(folder)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import create_bidirectional_mask
 
-from torchrl_vla.modules.openvla.blocks import Attention, LayerStack, LlamaBlock, fuse_llama_layer, read_llama_layer
+from torchrl_vla.modules.openvla.attention import Attention
+from torchrl_vla.modules.openvla.blocks import LayerStack, LlamaBlock, fuse_llama_layer, read_llama_layer
 
 
 class RotaryEmbedding(nn.Module):

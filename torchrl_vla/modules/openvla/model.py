@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import logging
-from collections.abc import Hashable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from torchrl_vla.modules.heads import L1ActionHead, ProprioProjector
-from torchrl_vla.modules.openvla.blocks import LayerStack, count_optimizer_steps, refresh
+from torchrl_vla.modules.openvla.acceleration import Acceleration
+from torchrl_vla.modules.openvla.attention import ATTENTION_IMPLEMENTATIONS
+from torchrl_vla.modules.openvla.blocks import LayerStack
 from torchrl_vla.modules.openvla.config import OpenVLAConfig
 from torchrl_vla.modules.openvla.decoding import Decoded, decode_greedily
-from torchrl_vla.modules.openvla.graphs import ForwardGraphs
 from torchrl_vla.modules.openvla.language import (
     Prompt,
     arrange_prompt,
@@ -28,9 +25,6 @@ from torchrl_vla.modules.openvla.language import (
 from torchrl_vla.modules.openvla.lora import linear_rows
 from torchrl_vla.modules.openvla.vision import VisionBackbone, VisionProjector
 
-_logger = logging.getLogger(__name__)
-
-ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "eager")
 _BASE_ACTION_TOKENS = 7  # base OpenVLA decodes one control step
 
 
@@ -44,29 +38,6 @@ class OpenVLAOutput(NamedTuple):
 
     action_logits: Tensor
     hidden_states: Tensor
-
-
-@functools.cache
-def resolve_attention(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
-    """The attention kernel to use: the one asked for, else flash-attention 2 where it can run, else SDPA.
-
-    Raises:
-        ValueError: if the kernel is unknown, or flash-attention 2 is asked for and cannot run.
-    """
-    if requested is not None and requested not in ATTENTION_IMPLEMENTATIONS:
-        raise ValueError(
-            f"attn_implementation must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)} or None, got {requested!r}."
-        )
-    missing = None
-    if importlib.util.find_spec("flash_attn") is None:
-        missing = "the package flash-attn is not installed"
-    elif device_type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        missing = f"it needs a CUDA device and bfloat16 or float16, not {device_type} and {dtype}"
-    if requested == "flash_attention_2" and missing:
-        raise ValueError(f"attn_implementation 'flash_attention_2' cannot be used: {missing}. Use 'sdpa'.")
-    chosen = requested or ("sdpa" if missing else "flash_attention_2")
-    _logger.info("attention kernel: %s%s", chosen, f" ({missing})" if requested is None and missing else "")
-    return chosen
 
 
 class OpenVLA(nn.Module):
@@ -110,14 +81,7 @@ class OpenVLA(nn.Module):
         # The N of the files of the heads.
         self.checkpoint_step = "0"
         self.is_loaded_in_4bit = False
-        self._accelerated = False
-        self._adapters: list[Tensor] = []
-        self._trained: list[Tensor] = []
-        # Any adapted layer: they are switched on and off together. In a tuple, so as not to be registered again.
-        self._switched: tuple[Any, ...] = ()
-        self._adapter_version = (0, 0)
-        self._graphs: ForwardGraphs | None = None
-        self._decoding_graphs: ForwardGraphs | None = None
+        self._acceleration: Acceleration | None = None
         self.initialize()
 
     @torch.no_grad()
@@ -227,17 +191,12 @@ class OpenVLA(nn.Module):
         Raises:
             ValueError: if shapes do not fit the model or each other.
         """
-        self.refresh()
-        inputs = (pixel_values, input_ids, attention_mask, proprio, vision_features)
-        if self._graphs is not None and self._graphs.serves(inputs):
-            return OpenVLAOutput(*self._graphs(inputs, self._graph_state()))
-        return self._forward(*inputs)
+        return OpenVLAOutput(
+            *self._run(self._forward, pixel_values, input_ids, attention_mask, proprio, vision_features)
+        )
 
-    def _graph_state(self) -> Hashable:
-        """What a forward depends on beside its inputs: where the trained weights lie, adapters on or off."""
-        # Found once: walking through a model of thousands of modules takes longer than a forward.
-        weights = tuple(p.data_ptr() for p in self._trained)
-        return hash(weights), all(layer.disable_adapters for layer in self._switched)
+    def _run(self, function: Callable[..., Sequence[Tensor]], *inputs: Tensor | None) -> Sequence[Tensor]:
+        return function(*inputs) if self._acceleration is None else self._acceleration.run(function, inputs)
 
     def _forward(
         self,
@@ -318,11 +277,7 @@ class OpenVLA(nn.Module):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        self.refresh()
-        inputs = (pixel_values, input_ids, attention_mask, vision_features)
-        if self._decoding_graphs is not None and self._decoding_graphs.serves(inputs):
-            return self._decoding_graphs(inputs, self._graph_state())[0]
-        return self._decode(*inputs)[0]
+        return self._run(self._decode, pixel_values, input_ids, attention_mask, vision_features)[0]
 
     def _decode(
         self,
@@ -368,41 +323,19 @@ class OpenVLA(nn.Module):
             compile_layers: compile the layers.
             graph_batch_size: up to this batch size, forwards without gradient on a GPU are replayed as CUDA graphs.
         """
-        if compile_layers:
-            # One entry per kind of call: with and without gradient, mask and adapters, for one sample and for many.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-        for stack in self._stacks:
-            stack.accelerate(compile_layers)
-        self._adapters = [p for name, p in self.named_parameters() if ".lora_" in name]
-        self._accelerated = True
-        self._trained = [p for p in self.parameters() if p.requires_grad]
-        self._switched = tuple(m for m in self.modules() if isinstance(m, LoraLayer))[:1]
-        self._adapter_version = self._current_version()
-        if graph_batch_size:
-            self._graphs = ForwardGraphs(self._forward, graph_batch_size)
-            self._decoding_graphs = ForwardGraphs(self._decode, graph_batch_size)
+        self._acceleration = Acceleration(
+            self, self._stacks, compile_layers=compile_layers, graph_batch_size=graph_batch_size
+        )
 
     def forget_graphs(self) -> None:
         """Give the memory of recorded forwards back; the next forward of each shape is recorded again."""
-        for graphs in (self._graphs, self._decoding_graphs):
-            if graphs is not None:
-                graphs.clear()
+        if self._acceleration is not None:
+            self._acceleration.forget_graphs()
 
     @property
     def accelerated(self) -> bool:
         """Whether :meth:`accelerate` was called."""
-        return self._accelerated
-
-    def _current_version(self) -> tuple[int, int]:
-        # Fused optimizers write without a new version of the tensor, so that steps are counted too.
-        return sum(parameter._version for parameter in self._adapters), count_optimizer_steps().steps
-
-    def refresh(self) -> None:
-        """Bring what :meth:`accelerate` copied up to date with the adapters; every forward does so by itself."""
-        if self._adapters and (version := self._current_version()) != self._adapter_version:
-            for stack in self._stacks:
-                refresh(stack.adapters())
-            self._adapter_version = version
+        return self._acceleration is not None
 
     @classmethod
     def from_pretrained(

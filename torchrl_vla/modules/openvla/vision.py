@@ -11,8 +11,8 @@ from transformers import Dinov2WithRegistersConfig, SiglipVisionConfig
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
+from torchrl_vla.modules.openvla.attention import Attention
 from torchrl_vla.modules.openvla.blocks import (
-    Attention,
     LayerStack,
     ViTBlock,
     fuse_vit_layer,
