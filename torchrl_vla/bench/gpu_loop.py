@@ -10,7 +10,7 @@ import torch
 from torchrl_vla.bench.gpu_policy import Bench
 from torchrl_vla.bench.report import Figure
 from torchrl_vla.collectors import EpisodePlan, GroupCollector
-from torchrl_vla.envs.layout import make_env
+from torchrl_vla.envs.layout import make_envs
 from torchrl_vla.envs.rendering import configure_rendering
 
 __all__ = ["measure"]
@@ -22,23 +22,21 @@ def measure(bench: Bench) -> None:
     """Rollout of one episode per environment, each to its horizon or success, and one epoch over its decisions.
 
     A random policy hardly ever succeeds, which leaves nothing to learn from: here half of the decisions are taken to be
-    good ones, so that the update has its usual work. One round before warms everything up.
+    good ones, so that the update has its usual work. One round before starts the environments and warms
+    everything up.
     """
     bench.accelerate()
     configure_rendering()
     num_envs = bench.options.num_envs
-    began = time.perf_counter()
-    env = make_env(_SUITE, num_envs=num_envs, chunk_size=bench.model.config.chunk_size, task_ids=[0])
+    envs = make_envs(_SUITE, num_envs=num_envs, chunk_size=bench.model.config.chunk_size, task_ids=[0])
     try:
         trainer = bench.trainer(traj_mini_batch_size=8)
         forward_seconds = _time_forwards(bench)
-        collector = GroupCollector(env, bench.policy.actor)
+        collector = GroupCollector(envs, bench.policy.actor)
         for round_name in ("first", "second"):
             forward_seconds.clear()
             plan = EpisodePlan([(0, state) for state in range(num_envs)])
             started = time.perf_counter()
-            if round_name == "first":
-                bench.report.note("loop: seconds to start the environments", round(started - began, 1))
             batch = collector.collect(plan)
             rollout = time.perf_counter() - started
             batch.set("advantage", torch.where(torch.arange(len(batch)) % 2 == 0, 1.0, -1.0).unsqueeze(-1))
@@ -62,7 +60,8 @@ def measure(bench: Bench) -> None:
         bench.report.add(Figure(name, "/s", rate, more_is_better=True, wanted=wanted))
         bench.report.note("rollout, decisions per second", round(len(batch) / rollout, 1))
     finally:
-        env.close()
+        for env in envs:
+            env.close()
 
 
 def _time_forwards(bench: Bench) -> list[float]:

@@ -54,10 +54,15 @@ class Bench:
 
     @cached_property
     def policy(self) -> Policy:
-        """The policy, LoRA-32 on every linear layer, its output adapters not at zero so that they count."""
+        """The policy, LoRA-32 on every linear layer, its output adapters not at zero so that they count.
+
+        It reads task ids, as `torchrl-vla train` has it; task 0 has an instruction that makes a decision 349 tokens.
+        """
         torch.manual_seed(0)
         began = time.perf_counter()
-        policy = build_policy(self.options.model, temperature=1.6, device=self.device)
+        instructions = {0: ""}
+        policy = build_policy(self.options.model, temperature=1.6, device=self.device, instructions=instructions)
+        instructions[0] = _instruction_of(policy, _PROMPT_TOKENS)
         add_lora(policy.model, rank=32, alpha=16)
         with torch.no_grad():
             for name, parameter in policy.model.named_parameters():
@@ -93,11 +98,11 @@ class Bench:
 
     def decisions(self, count: int) -> TensorDictBase:
         """What a rollout of the policy would have stored: observations, tokens and their log-probabilities."""
-        instruction = _instruction_of(self.policy, _PROMPT_TOKENS)
         generator = torch.Generator().manual_seed(2)
         images = torch.randint(0, 256, (count, 3, 256, 256), dtype=torch.uint8, generator=generator)
         observation = TensorDict({"image": images, "state": torch.zeros(count, 8)}, [count])
-        seen = TensorDict({"observation": observation, "language_instruction": [instruction] * count}, [count])
+        task = torch.zeros(count, 1, dtype=torch.int64)
+        seen = TensorDict({"observation": observation, "task_id": task}, [count])
         with torch.no_grad():
             parts = [self.policy.actor(part.to(self.device)) for part in seen.split(8)]
         data: TensorDictBase = TensorDict.cat(parts).cpu()

@@ -114,14 +114,14 @@ class Report:
         packages = ("mujoco", "robosuite", "torch", "torchrl", "python")
         tqdm.write("  versions: " + ", ".join(f"{name} {versions()[name]}" for name in packages))
 
-    def section(self, title: str, *columns: str) -> None:
+    def section(self, title: str, ours: str, reference: str) -> None:
         """Prints the head of a table.
 
         Args:
             title: of the table.
-            columns: of the values; the ratio's and the wanted value's follow.
+            ours: of the column of our values.
+            reference: of the column of what they are compared with.
         """
-        ours, reference = columns
         tqdm.write("\n" + _row(title, ours, reference, "ratio", "wanted", ""))
         tqdm.write("-" * (_NAME_WIDTH + 5 * _COLUMN_WIDTH))
 

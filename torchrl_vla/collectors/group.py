@@ -129,9 +129,9 @@ class GroupCollector:
             # In turns and in a fixed order, so that the same seed gives the same batch whoever is faster.
             while collection.finished < len(plan):
                 for lane in collection.lanes:
-                    lane.wait()
+                    following = lane.wait()
                     if lane.decision is not None:
-                        self._record(collection, lane)
+                        self._record(collection, lane, following)
                     self._send(collection, lane, executor)
         return self._label(collection)
 
@@ -153,12 +153,11 @@ class GroupCollector:
             lane.decision = _Decision(running, seen, self._act(seen))
             lane.job = executor.submit(lane.slots.step, running, lane.decision.written)
 
-    def _record(self, collection: _Collection, lane: _Lane) -> None:
+    def _record(self, collection: _Collection, lane: _Lane, following: dict[NestedKey, Tensor]) -> None:
         """Takes note of what followed from an environment's last decisions."""
         assert lane.decision is not None
-        (slots, seen, written), following, current = lane.decision, lane.following, lane.current
-        recorder = collection.recorder
-        lane.decision = None
+        (slots, seen, written), lane.decision = lane.decision, None
+        current, recorder = lane.current, collection.recorder
         lost = lane.slots.lost()[slots]
         if lost.any():
             # Their worker was replaced. However far they had come, they run again from their start.
@@ -249,17 +248,15 @@ class _Lane:
         self.current = torch.full((len(slots),), -1)  # the episode each slot runs, -1 for none
         self.job: Future[Any] | None = None
         self.decision: _Decision | None = None
-        self.following: dict[NestedKey, Tensor] = {}
 
     def free(self) -> Tensor:
         """The slots without an episode, int64 ``[n]``, workers in turns."""
         return self.slots.in_turns[self.current[self.slots.in_turns] < 0]
 
-    def wait(self) -> None:
-        """Waits for what the environment is busy with."""
-        if self.job is not None:
-            job, self.job = self.job, None
-            self.following = job.result()
+    def wait(self) -> Any:
+        """Waits for what the environment is busy with, and returns what came of it."""
+        job, self.job = self.job, None
+        return None if job is None else job.result()
 
 
 class _Inline(Executor):

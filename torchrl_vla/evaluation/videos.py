@@ -59,7 +59,7 @@ def film(
     """Run episodes again, action by action, and film them through the agentview.
 
     A simulator gives the same bits for the same actions, so that is the episode that was judged. The pictures are
-    ``"fast"`` ones, without anti-aliasing and mirrors, whatever the policy saw.
+    those of ``fidelity="fast"``, whatever the policy saw.
 
     Args:
         report: an evaluation that was just made: a loaded one has no actions.
