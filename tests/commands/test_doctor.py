@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,12 +49,9 @@ def test_problems_are_told_with_what_to_do(capsys: pytest.CaptureFixture) -> Non
 
 
 def test_an_l1_checkpoint_can_be_evaluated_and_its_maker_believed(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+    copy_release: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    folder = tmp_path / "l1"
-    shutil.copytree(DATA, folder)
-    for file in (Path(__file__).parents[1] / "data" / "llama_tokenizer").iterdir():
-        shutil.copy(file, folder)
+    folder = copy_release(tmp_path / "l1")
     options = ["--task-suite", "libero_spatial", "--device", "cpu"]
     assert diagnose(str(folder), *options) == 1
     assert diagnose(str(folder), *options, "--purpose", "evaluate") == 0

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,17 +18,13 @@ from torchrl_vla.modules.openvla import upstream_tensors
 from torchrl_vla.training.checkpoint import RunCheckpoints, TrainableState
 from torchrl_vla.training.policy import load_policy
 
-DATA = Path(__file__).parents[1] / "data"
 SUITE = "libero_spatial"
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(copy_release: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A release in upstream's format, with an L1 head and files that are none of ours."""
-    folder = tmp_path_factory.mktemp("release") / "openvla"
-    shutil.copytree(DATA / "openvla" / "checkpoint", folder, copy_function=shutil.copyfile)
-    for file in (DATA / "llama_tokenizer").iterdir():
-        shutil.copyfile(file, folder / file.name)
+    folder = copy_release(tmp_path_factory.mktemp("release") / "openvla")
     (folder / "modeling_prismatic.py").write_text("NUM_ACTIONS_CHUNK = 8\n")
     (folder / "preprocessor_config.json").write_text('{"theirs": true}')
     return folder

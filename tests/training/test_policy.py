@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,13 +24,9 @@ INSTRUCTION = "pick up the black bowl"
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def release(copy_release: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Upstream's tiny checkpoint with L1 head and proprio projector."""
-    folder = tmp_path_factory.mktemp("release") / "openvla"
-    shutil.copytree(DATA / "openvla" / "checkpoint", folder, copy_function=shutil.copyfile)
-    for file in (DATA / "llama_tokenizer").iterdir():
-        shutil.copyfile(file, folder / file.name)
-    return folder
+    return copy_release(tmp_path_factory.mktemp("release") / "openvla")
 
 
 def load(

@@ -1,0 +1,24 @@
+"""What tests of several folders start from."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def copy_release() -> Callable[[Path], Path]:
+    """Copies upstream's tiny checkpoint, with L1 head, proprio projector and tokenizer, to a folder and returns it."""
+
+    def copy(folder: Path) -> Path:
+        shutil.copytree(DATA / "openvla" / "checkpoint", folder, copy_function=shutil.copyfile)
+        for file in (DATA / "llama_tokenizer").iterdir():
+            shutil.copyfile(file, folder / file.name)
+        return folder
+
+    return copy
