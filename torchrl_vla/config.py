@@ -252,6 +252,14 @@ class EnvironmentConfig:
                 raise ValueError(f"{name} must not be negative, got {ids}.")
 
     @property
+    def simulation(self) -> dict[str, Any]:
+        """What makes the same initial state and the same actions the same episode.
+
+        The seed moves the scene's fixtures. It is the protocol's 0, whatever else a run draws at random.
+        """
+        return {"fidelity": self.fidelity, "seed": 0, "settle_steps": self.settle_steps}
+
+    @property
     def tasks(self) -> list[int]:
         """The tasks of the run: task_ids, or task_id alone."""
         return list(self.task_ids) if self.task_ids is not None else [self.task_id]

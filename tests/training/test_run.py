@@ -12,6 +12,7 @@ import torch
 from torchrl_vla.cli import main
 from torchrl_vla.config import OpenVLAActorConfig, PPOConfig
 from torchrl_vla.envs import get_suite
+from torchrl_vla.training import run
 from torchrl_vla.training.devices import choose_device
 from torchrl_vla.training.policy import BUNDLED, build_policy, load_policy, save_policy
 from torchrl_vla.training.run import _advantage, train
@@ -180,3 +181,24 @@ def test_every_choice_about_the_simulator_reaches_it(tmp_path: Path, monkeypatch
 
 def test_the_baseline_reaches_the_advantage():
     assert _advantage(PPOConfig(advantage_estimator="rloo", baseline="running")).baseline == "running"
+
+
+def test_videos_are_of_the_simulation_that_was_validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With other fixtures or physics the same actions would be another episode."""
+    seen: dict[str, dict[str, object]] = {}
+
+    def watch(name: str) -> None:
+        function = getattr(run, name)
+
+        def watched(*arguments: object, **options: object) -> object:
+            seen[name] = options
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(run, name, watched)
+
+    watch("make_envs")
+    watch("film")
+    options = ["--fidelity", "fast", "--seed", "9", "--timesteps", "29"]
+    main(["train", *SMALL, *options, "--run-dir", str(tmp_path / "run")])
+    assert seen["film"] == {"fidelity": "fast", "seed": 0, "settle_steps": 1}
+    assert seen["film"].items() <= seen["make_envs"].items()

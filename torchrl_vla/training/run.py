@@ -119,12 +119,9 @@ def build_trainer(config: TrainConfig, policy: Policy, folder: Path, device: tor
         cameras=("agentview", "robot0_eye_in_hand")[: policy.model.config.num_images],
         proprio_format=config.env.proprio_format,
         max_episode_steps=horizon,
-        settle_steps=config.env.settle_steps,
         reward_scale=config.env.reward_scale,
-        fidelity=config.env.fidelity,
         worker_timeout=config.env.worker_timeout,
-        # This seed moves the scene's fixtures. The protocol's is 0, whatever else is drawn at random.
-        seed=0,
+        **config.env.simulation,
     )
     try:
         yield _assemble(config, folder, device, policy, value_head, envs, horizon)
@@ -279,7 +276,7 @@ def _validation(
             actor.temperature = sampling
         if config.ppo.val_videos:
             chosen = choose_episodes(report.episodes, per_task=False)
-            for video in film(report, chosen, settle_steps=config.env.settle_steps, seed=config.ppo.seed):
+            for video in film(report, chosen, **config.env.simulation):
                 outcome = "success" if video.episode.success else "failure"
                 run_logger.log_video(f"val/{outcome}", video.frames, env_steps=env_steps)
         figures = {f"val/{name}": value for name, value in report.figures().items()}
