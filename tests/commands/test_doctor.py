@@ -60,6 +60,19 @@ def test_an_l1_checkpoint_can_be_evaluated_and_its_maker_believed(
     assert "hybrid: the user says" in capsys.readouterr().out
 
 
+def test_base_openvla_can_be_evaluated_and_must_be_fine_tuned_for_rl(
+    copy_release: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = copy_release(tmp_path / "base")
+    for head in folder.glob("*.pt"):
+        head.unlink()
+    options = ["--task-suite", "libero_spatial", "--device", "cpu"]
+    assert diagnose(str(folder), *options) == 1
+    assert "problem  mode: its action tokens were trained one after the other" in capsys.readouterr().out
+    assert diagnose(str(folder), *options, "--purpose", "evaluate") == 0
+    assert "it acts by its tokens, one after the other, one control step at a time" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from torchrl_vla.cli import main
@@ -31,3 +33,25 @@ def test_an_l1_policy_on_sampled_states_of_a_perturbed_suite(tmp_path: Path):
     ]
     page = (tmp_path / "a" / "report.html").read_text()
     assert "sampled from the tasks&#x27; regions with seed 3, none of them official" in page and "<video" not in page
+
+
+def test_base_openvla_decides_every_control_step(
+    copy_release: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = copy_release(tmp_path / "base")
+    for head in folder.glob("*.pt"):
+        head.unlink()
+    options = ["--episodes-per-task", "1", "--num-envs", "1", "--max-episode-steps", "5", "--fidelity", "fast"]
+    options += ["--task-ids", "2", "--no-videos", "--device", "cpu", "--temperature", "0.5"]
+    main(["evaluate", "--checkpoint", str(folder), *options, "--out", str(tmp_path / "out")])
+    assert "one after the other, one control step at a time: nothing of OpenVLA-OFT is in it" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["settings"]["action_mode"] == "autoregressive" and report["settings"]["greedy"] is False
+    (episode,) = report["episodes"]
+    assert (episode["control_steps"], episode["decisions"]) == (5, 5)
+
+
+def test_bad_options(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", "--checkpoint", "bundled:tiny", "--worker-timeout", "0"])
+    assert end.value.code == 2 and "worker_timeout must be positive, got 0.0" in capsys.readouterr().err

@@ -15,9 +15,9 @@ from torchrl.envs import set_exploration_type
 from torchrl.envs.utils import ExplorationType
 
 from torchrl_vla.config import OpenVLAActorConfig
-from torchrl_vla.modules import OpenVLAActor, OpenVLAL1Actor, ValueHead, make_l1_actor
+from torchrl_vla.modules import OpenVLAActor, OpenVLAAutoregressiveActor, OpenVLAL1Actor, ValueHead, make_l1_actor
 from torchrl_vla.training.devices import choose_head_device
-from torchrl_vla.training.policy import Policy, acts_by_l1, load_policy
+from torchrl_vla.training.policy import Policy, load_policy, policy_mode
 
 DATA = Path(__file__).parents[1] / "data"
 INSTRUCTION = "pick up the black bowl"
@@ -30,10 +30,21 @@ def release(copy_release: Callable[[Path], Path], tmp_path_factory: pytest.TempP
 
 
 def load(
-    release: Path, *, trainable: bool = False, head_device: torch.device | None = None, **options: object
+    release: Path,
+    *,
+    trainable: bool = False,
+    autoregressive: bool = False,
+    head_device: torch.device | None = None,
+    **options: object,
 ) -> Policy:
     actor = OpenVLAActorConfig(str(release), **options)  # type: ignore[arg-type]
-    return load_policy(actor, task_suite="libero_spatial", trainable=trainable, head_device=head_device)
+    return load_policy(
+        actor,
+        task_suite="libero_spatial",
+        trainable=trainable,
+        autoregressive=autoregressive,
+        head_device=head_device,
+    )
 
 
 def observation() -> TensorDict:
@@ -96,7 +107,8 @@ def test_an_l1_checkpoint_is_refused_for_training_alone(release: Path, caplog: p
         load(release, trainable=True)
     for allowed in ({"force": True}, {"finetuned_on_discrete_actions": True}):
         assert load(release, trainable=True, lora_rank=2, **allowed).model.config.trained_for == "tokens"
-    assert acts_by_l1(str(release)) and not acts_by_l1("random:tiny") and not acts_by_l1("bundled:tiny")
+    names = [policy_mode(name).name for name in (str(release), "random:tiny", "bundled:tiny")]
+    assert names == ["l1", "tokens", "tokens"]
 
 
 def test_what_does_not_fit_is_said_before_weights_are_read(
@@ -116,13 +128,39 @@ def test_what_does_not_fit_is_said_before_weights_are_read(
         load(DATA / "openvla" / "checkpoint")
 
 
-def test_base_openvla_is_warned_of(release: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = Path(shutil.copytree(release, tmp_path / "base"))
+@pytest.fixture(scope="module")
+def base(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as base OpenVLA, without heads."""
+    folder = Path(shutil.copytree(release, tmp_path_factory.mktemp("release") / "base"))
     for head in folder.glob("*.pt"):
         head.unlink()
+    return folder
+
+
+def test_base_openvla_is_warned_of(base: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        load(folder, trainable=True, lora_rank=2)
+        policy = load(base, trainable=True, lora_rank=2)
     assert "is taken for base OpenVLA" in caplog.text and "one after the other" in caplog.text
+    assert isinstance(policy.actor, OpenVLAActor) and policy.model.config.chunk_size == 8
+
+
+def test_base_openvla_acts_one_token_after_the_other(base: Path, release: Path) -> None:
+    assert policy_mode(str(base)).name == "autoregressive"
+    policy = load(base, autoregressive=True)
+    assert isinstance(policy.actor, OpenVLAAutoregressiveActor) and policy.model.config.chunk_size == 1
+    decision = act(policy)
+    assert decision["action"].shape == (2, 7)
+    inputs = policy.processor(observation()["observation", "image"], [INSTRUCTION] * 2)
+    ids = policy.model.generate_autoregressive(inputs.pixel_values, inputs.input_ids)
+    # Its random weights choose words too, which upstream takes for the nearest action token.
+    found = policy.processor.action_tokenizer.bins_to_ids(decision["vla_action", "tokens"])[:, 0]
+    assert torch.equal(found, ids.clamp(31744, 31999)) and len(found.unique()) > 7
+    # Decoded in parallel these tokens would be others.
+    assert not torch.equal(act(load(base))["vla_action", "tokens"][:, :1], decision["vla_action", "tokens"])
+    with pytest.raises(ValueError, match="load the policy with trainable=False"):
+        load(base, autoregressive=True, trainable=True)
+    with pytest.raises(ValueError, match="reads the robot's state, as OpenVLA-OFT does"):
+        load(release, autoregressive=True)
 
 
 def test_heads_sit_on_a_device_of_their_own(release: Path) -> None:

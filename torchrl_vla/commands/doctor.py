@@ -95,14 +95,21 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(UNREADABLE)
     auto = "float32" if device.type == "cpu" else summary.config.torch_dtype
     dtype = getattr(torch, auto if options.dtype == "auto" else options.dtype)
-    acts_by_l1 = options.purpose == "evaluate" and summary.mode.name == "l1"
+    acts_by = summary.mode.name if options.purpose == "evaluate" else "tokens"
     shared: dict[str, Any] = dict(
         dtype=dtype,
         num_images=options.num_images_in_input,
-        load_l1_action_head=options.load_l1_action_head or acts_by_l1,
+        load_l1_action_head=options.load_l1_action_head or acts_by == "l1",
         load_in_4bit=options.load_in_4bit,
     )
-    needs = {"rollout": estimate_memory(summary.config, batch_size=options.num_envs, training=False, **shared)}
+    rollout = estimate_memory(
+        summary.config,
+        batch_size=options.num_envs,
+        training=False,
+        autoregressive=acts_by == "autoregressive",
+        **shared,
+    )
+    needs = {"rollout": rollout}
     if options.purpose == "train":
         training = functools.partial(
             estimate_memory,

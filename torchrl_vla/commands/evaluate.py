@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 __all__ = ["EvaluateConfig", "main"]
 
+_MODES = {
+    "tokens": "action tokens, decoded in parallel",
+    "autoregressive": "action tokens, decoded one after the other, one control step at a time",
+    "l1": "its L1 head",
+}
+
 
 @dataclass
 class EvaluateConfig:
@@ -56,10 +62,14 @@ class EvaluateConfig:
     """Cameras the policy looks through: 1 agentview, 2 with the wrist camera."""
     unnorm_key: str | None = None
     """Which action statistics of the checkpoint to use; None: the suite's."""
-    action_mode: Literal["auto", "tokens", "l1"] = "auto"
-    """Act by the action tokens or by the L1 head; auto: as the checkpoint was trained."""
+    action_mode: Literal["auto", "tokens", "l1", "autoregressive"] = "auto"
+    """tokens: chunks of action tokens, decoded in parallel (OpenVLA-OFT); l1: the L1 head; autoregressive: one token
+    after the other, one control step at a time (base OpenVLA); auto: as the checkpoint was trained."""
     device: str = "auto"
     """Device of the policy."""
+    worker_timeout: float = 120.0
+    """Seconds after which a simulating process that does not answer is replaced and its episodes run again; five times
+    as long while it starts and resets."""
     seed: int = 0
     """Seeds the poses of fixtures (the protocol's is 0; with sampled initial states they stay so), the draw of sampled
     initial states and, with a temperature, the sampling of actions."""
@@ -72,6 +82,8 @@ class EvaluateConfig:
         for name in ("episodes_per_task", "num_envs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.worker_timeout > 0:
+            raise ValueError(f"worker_timeout must be positive, got {self.worker_timeout}: it is in seconds.")
         if self.temperature < 0:
             raise ValueError(f"temperature must not be negative, got {self.temperature}: 0 is greedy.")
         if self.seed < 0:
@@ -144,9 +156,9 @@ def main(arguments: Sequence[str]) -> None:
 
 def _check_checkpoint(name: str) -> None:
     """Find a policy that is to be run later, before anything long is started."""
-    from torchrl_vla.training.policy import acts_by_l1
+    from torchrl_vla.training.policy import policy_mode
 
-    acts_by_l1(name)
+    policy_mode(name)
 
 
 def _plan(config: EvaluateConfig) -> EpisodePlan:
@@ -193,19 +205,22 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
     from torchrl_vla.envs.layout import make_envs
     from torchrl_vla.evaluation.protocol import evaluate
     from torchrl_vla.training.devices import choose_device
-    from torchrl_vla.training.policy import acts_by_l1, load_policy
+    from torchrl_vla.training.policy import load_policy, policy_mode
     from torchrl_vla.training.progress import EpisodeBar
 
     suite, plan = get_suite(config.task_suite), _plan(config)
     tasks = sorted({episode.task_id for episode in plan})
     device = choose_device(config.device)
     torch.manual_seed(config.seed)
-    by_l1 = config.action_mode == "l1" or (config.action_mode == "auto" and acts_by_l1(checkpoint))
+    mode, reason = config.action_mode, "as --action-mode says"
+    if mode == "auto":
+        trained = policy_mode(checkpoint)
+        mode, reason = "tokens" if trained.name == "hybrid" else trained.name, trained.reason
     policy = load_policy(
         OpenVLAActorConfig(
             pretrained_checkpoint=checkpoint,
-            load_l1_action_head=by_l1,
-            use_tokenized_actions=not by_l1,
+            load_l1_action_head=mode == "l1",
+            use_tokenized_actions=mode != "l1",
             unnorm_key=config.unnorm_key or suite.base,
             num_images_in_input=config.num_images_in_input,
         ),
@@ -213,6 +228,7 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
         temperature=config.temperature or 1.0,
         device=device,
         trainable=False,
+        autoregressive=mode == "autoregressive",
         read_task_ids=True,
     )
     policy.share_prompt_length(suite.task(task).instruction for task in tasks)
@@ -224,13 +240,15 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
         cameras=("agentview", "robot0_eye_in_hand")[: config.num_images_in_input],
         proprio_format=config.proprio_format,
         max_episode_steps=config.max_episode_steps,
+        worker_timeout=config.worker_timeout,
         **config.simulation,
     )
     print(f"{len(plan)} episodes of {suite.name}, policy {checkpoint} on {device}, report goes to {out}")
+    print(f"It acts by {_MODES[mode]}: {reason}.")
     if config.init_states == "sampled":
         print("Initial states are drawn where that was not done yet: some seconds per task.")
     settings = _settings(config, checkpoint)
-    settings |= {"action_mode": "l1" if by_l1 else "tokens", "device": str(device)}
+    settings |= {"action_mode": mode, "device": str(device)}
 
     def keep(part: EvaluationReport) -> None:
         part.save(out)

@@ -2,6 +2,7 @@
 
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
 from torchrl_vla.modules.actor import OpenVLAActor, OpenVLAL1Actor, make_actor, make_l1_actor, make_value_operator
+from torchrl_vla.modules.autoregressive import OpenVLAAutoregressiveActor, make_autoregressive_actor
 from torchrl_vla.modules.distributions import TokenCategorical
 from torchrl_vla.modules.heads import L1ActionHead, ProprioProjector, ValueHead
 from torchrl_vla.modules.openvla.config import OpenVLAConfig
@@ -14,6 +15,7 @@ __all__ = [
     "L1ActionHead",
     "OpenVLA",
     "OpenVLAActor",
+    "OpenVLAAutoregressiveActor",
     "OpenVLAConfig",
     "OpenVLAL1Actor",
     "OpenVLAOutput",
@@ -24,6 +26,7 @@ __all__ = [
     "build_tokenizer",
     "load_tokenizer",
     "make_actor",
+    "make_autoregressive_actor",
     "make_l1_actor",
     "make_value_operator",
 ]

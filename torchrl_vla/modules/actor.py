@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import nn
 from torchrl.envs.utils import ExplorationType
@@ -15,7 +15,7 @@ from torchrl.modules.tensordict_module.probabilistic import SafeProbabilisticTen
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
 from torchrl_vla.modules.distributions import TokenCategorical, check_temperature
 from torchrl_vla.modules.openvla.model import OpenVLA, OpenVLAOutput
-from torchrl_vla.modules.openvla.processor import OpenVLAProcessor
+from torchrl_vla.modules.openvla.processor import OpenVLAProcessor, ProcessorOutput
 
 IMAGE_KEYS: tuple[NestedKey, ...] = (("observation", "image"), ("observation", "wrist_image"))
 STATE_KEY: NestedKey = ("observation", "state")
@@ -26,6 +26,8 @@ LOGITS_KEY: NestedKey = ("vla_action", "logits")
 HIDDEN_KEY: NestedKey = ("vla_action", "hidden")
 ACTION_KEY: NestedKey = "action"
 TASK_KEY: NestedKey = "task_id"
+#: What the network reads, as :class:`ProcessorOutput` names it, where it was made before the forward.
+NETWORK_KEY: NestedKey = "network"
 
 LogProbLevel = Literal["token", "action", "chunk"]
 
@@ -84,14 +86,37 @@ class OpenVLABackbone(TensorDictModuleBase):
 
     def _run_model(self, tensordict: TensorDictBase) -> OpenVLAOutput:
         """The network's output, the batch's dimensions flattened to one."""
+        prepared = tensordict.get(NETWORK_KEY, None)
+        if prepared is None:
+            return self.model(*self._read(tensordict))
+        network = prepared.reshape(-1)
+        return self.model(*(network.get(name, None) for name in ProcessorOutput._fields))
+
+    def prepare(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Do ahead whatever of a forward needs the host: the rest of it can be recorded and replayed.
+
+        Args:
+            tensordict: what :meth:`forward` reads, and anything else.
+
+        Returns:
+            A batch on the network's device that :meth:`forward` takes, the network's inputs in place of what they were
+            made of.
+        """
+        self.model.refresh_adapters()
+        batch_size, inputs = tensordict.batch_size, self._read(tensordict)
+        prepared = tensordict.exclude(*self.in_keys).to(self.model.device, non_blocking=True)
+        given = {name: value for name, value in inputs._asdict().items() if value is not None}
+        network = {name: value.view(*batch_size, *value.shape[1:]) for name, value in given.items()}
+        return prepared.set(NETWORK_KEY, TensorDict(network, batch_size))
+
+    def _read(self, tensordict: TensorDictBase) -> ProcessorOutput:
+        """The network's inputs."""
         inputs = tensordict.select(*self.in_keys).reshape(-1)
-        return self.model(
-            *self.processor(
-                [inputs.get(key) for key in self.image_keys],
-                self._read_instructions(inputs),
-                inputs.get(STATE_KEY) if self.model.config.use_proprio else None,
-                device=self.model.device,
-            )
+        return self.processor(
+            [inputs.get(key) for key in self.image_keys],
+            self._read_instructions(inputs),
+            inputs.get(STATE_KEY) if self.model.config.use_proprio else None,
+            device=self.model.device,
         )
 
     def _read_instructions(self, inputs: TensorDictBase) -> list[str]:

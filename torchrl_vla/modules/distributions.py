@@ -88,12 +88,8 @@ class TokenCategorical(Distribution):
         if self.temperature == 0:
             return self.mode.expand(shape + tokens)
         with torch.no_grad():
-            # Inverse transform: one uniform number per token, where multinomial draws one per bin. The product stays
-            # below the last cumulative value and right=True steps over bins of no mass, so none of those is drawn.
-            cumulative = self.probs.cumsum(dim=-1)
-            uniform = torch.rand((*tokens, shape.numel()), device=cumulative.device)
-            drawn = torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True)
-            return drawn.movedim(-1, 0).reshape(shape + tokens)
+            uniform = torch.rand((*tokens, shape.numel()), device=self.logits.device)
+            return draw_bins(self.probs, uniform).movedim(-1, 0).reshape(shape + tokens)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of each event of ``value`` (int64 ``[..., *B, K, 7]``), float32."""
@@ -123,6 +119,26 @@ class TokenCategorical(Distribution):
 def _kl_token_categorical(p: TokenCategorical, q: TokenCategorical) -> Tensor:
     terms = p.probs * (p.log_probs - q.log_probs)
     return p._sum_event(torch.where(p.probs > 0, terms, 0.0).sum(-1))
+
+
+def draw_bins(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Draw bins by inverse transform: one uniform number per draw, where multinomial draws one per bin.
+
+    Args:
+        probs: probability of every bin, ``[..., n_bins]``.
+        uniform: numbers in [0, 1), ``[..., draws]``.
+
+    Returns:
+        Bins int64 ``[..., draws]``.
+
+    Examples:
+        >>> draw_bins(torch.tensor([0.25, 0.0, 0.75]), torch.tensor([0.0, 0.2, 0.25, 0.9]))
+        tensor([0, 0, 2, 2])
+    """
+    # The product stays below the last cumulative value and right=True steps over bins of no mass, so that none of
+    # those is drawn.
+    cumulative = probs.cumsum(dim=-1)
+    return torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True)
 
 
 def check_temperature(value: float) -> None:

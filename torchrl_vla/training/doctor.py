@@ -149,6 +149,8 @@ def _check_mode(mode: TrainedMode, purpose: str) -> Check:
             f"({', '.join(TOKEN_CHECKPOINTS)}), or pass --finetuned-on-discrete-actions if its maker says they were"
         )
         return Check("mode", "problem", text)
+    if purpose == "evaluate":
+        return Check("mode", "ok", "it acts by its tokens, one after the other, one control step at a time")
     text = (
         "its action tokens were trained one after the other, and are decoded in parallel here: fine-tune it first "
         "(torchrl-vla finetune), or pass --finetuned-on-discrete-actions if it is an OpenVLA-OFT after all"

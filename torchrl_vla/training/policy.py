@@ -19,17 +19,19 @@ from torchrl_vla.modules import (
     ActionTokenizer,
     OpenVLA,
     OpenVLAActor,
+    OpenVLAAutoregressiveActor,
     OpenVLAConfig,
     OpenVLAL1Actor,
     OpenVLAProcessor,
     build_tokenizer,
     load_tokenizer,
     make_actor,
+    make_autoregressive_actor,
     make_l1_actor,
 )
 from torchrl_vla.modules.openvla.checkpoint import resolve_checkpoint
 from torchrl_vla.modules.openvla.companions import save_companions
-from torchrl_vla.modules.openvla.inspection import require_trained_tokens, trained_mode
+from torchrl_vla.modules.openvla.inspection import TrainedMode, require_trained_tokens, trained_mode
 from torchrl_vla.modules.openvla.lora import add_lora, freeze_backbone, without_adapters
 from torchrl_vla.modules.openvla.tokenizer import empty_token_id
 from torchrl_vla.training.folder import written_whole
@@ -62,13 +64,13 @@ class Policy:
     Args:
         model: the network.
         processor: makes its inputs; holds the text tokenizer and the action tokenizer with its statistics.
-        actor: the TorchRL policy, by tokens or by the L1 head.
+        actor: the TorchRL policy: by tokens, in parallel or one after the other, or by the L1 head.
         statistics_key: name of the action statistics.
     """
 
     model: OpenVLA
     processor: OpenVLAProcessor
-    actor: OpenVLAActor | OpenVLAL1Actor
+    actor: OpenVLAActor | OpenVLAAutoregressiveActor | OpenVLAL1Actor
     statistics_key: str
 
     def share_prompt_length(self, instructions: Iterable[str]) -> None:
@@ -149,13 +151,18 @@ def find_policy(name: str, *, use_local: bool = True) -> Path:
     return folder
 
 
-def acts_by_l1(name: str) -> bool:
-    """Whether a policy was trained for its L1 head, and not for tokens.
+def policy_mode(name: str) -> TrainedMode:
+    """For which way of acting a policy was trained.
 
     Args:
         name: as in :class:`OpenVLAActorConfig`.
+
+    Raises:
+        ValueError: it cannot be had.
     """
-    return not name.startswith(_RANDOM) and trained_mode(find_policy(name)).name == "l1"
+    if name.startswith(_RANDOM):
+        return TrainedMode("tokens", "it is untrained")
+    return trained_mode(find_policy(name))
 
 
 def load_policy(
@@ -167,6 +174,7 @@ def load_policy(
     head_device: torch.device | None = None,
     dtype: torch.dtype | Literal["stored"] | None = None,
     trainable: bool = True,
+    autoregressive: bool = False,
     read_task_ids: bool = False,
 ) -> Policy:
     """Load the policy that a configuration names, and prepare what of it learns.
@@ -179,12 +187,19 @@ def load_policy(
         head_device: where to put the L1 head; None for `device`.
         dtype: as for :meth:`OpenVLA.from_pretrained`; random ones are made in float32.
         trainable: add adapters or freeze parts as configured; False loads it to be used as it is.
+        autoregressive: decode one token after the other and one control step at a time, as base OpenVLA does. Such a
+            policy acts; it cannot be trained so.
         read_task_ids: read which task of the suite it is from ``task_id``, not from ``language_instruction``.
 
     Raises:
-        ValueError: the checkpoint cannot be had, does not fit the configuration, or is to be trained and has no
-            trained tokens.
+        ValueError: the checkpoint cannot be had, does not fit the configuration or its decoding, or is to be trained
+            and has no trained tokens.
     """
+    if autoregressive and (trainable or not actor.use_tokenized_actions):
+        raise ValueError(
+            "autoregressive decoding is for acting by tokens: load the policy with trainable=False and "
+            "use_tokenized_actions=True."
+        )
     device = torch.device(device)
     tasks = get_suite(task_suite).tasks if read_task_ids else ()
     instructions = {index: task.instruction for index, task in enumerate(tasks)} or None
@@ -238,7 +253,13 @@ def load_policy(
         )
     if head_device is not None and policy.model.action_head is not None:
         policy.model.action_head.to(head_device)
-    if not actor.use_tokenized_actions:
+    if autoregressive:
+        # No file of a released checkpoint says how many control steps it decides at once.
+        policy.model.config = replace(policy.model.config, chunk_size=1)
+        policy.actor = make_autoregressive_actor(
+            policy.model, policy.processor, temperature=temperature, instructions=instructions
+        )
+    elif not actor.use_tokenized_actions:
         policy.actor = make_l1_actor(policy.model, policy.processor, instructions=instructions)
     if trainable:
         _prepare(policy.model, actor)

@@ -268,7 +268,7 @@ def test_decoding_through_the_fixed_cache_is_that_of_transformers(compiled: bool
     pixels, ids, mask, _ = inputs(3, padded=True)
     tokens, logits = through_transformers(model, pixels, ids, mask)
     model.accelerate(compile_layers=compiled)
-    found = model._decode(pixels, ids, mask, None)
+    found = model._decode(pixels, ids, mask, None, None, None)
     assert torch.equal(found.tokens, tokens) and len(set(tokens.flatten().tolist())) > 2
     torch.testing.assert_close(found.logits, logits, atol=1e-5, rtol=1e-5)
     assert torch.equal(model.generate_autoregressive(pixels, ids, mask), tokens)

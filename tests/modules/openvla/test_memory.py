@@ -70,3 +70,14 @@ def test_a_frozen_backbone_keeps_no_activations_of_its_own() -> None:
     frozen = estimate_memory(config, training=True, freeze_vla_backbone=True, **options)
     assert frozen.gradients == frozen.optimizer == 0
     assert frozen.activations == estimate_memory(config, training=False, **options).activations
+
+
+def test_decoding_one_after_the_other_needs_its_cache() -> None:
+    """Keys and values of 32 layers in bfloat16, of 256 patches, 48 prompt tokens, BOS's place among them, the appended
+    token's, and 6 of 7 action tokens, rounded up to 8."""
+    options = dict(batch_size=4, training=False)
+    parallel, autoregressive = (
+        estimate_memory(SEVEN_B, autoregressive=each, **options).activations for each in (False, True)
+    )
+    cache = 4 * 32 * 2 * 312 * 4096 * 2
+    assert cache < autoregressive < cache + 1.1 * parallel

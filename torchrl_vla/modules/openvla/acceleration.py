@@ -51,7 +51,7 @@ class Acceleration:
             function: of tensors (or None) to tensors, as :class:`ForwardGraphs` takes it.
             inputs: its arguments.
         """
-        self._refresh()
+        self.refresh()
         if function not in self._graphs:
             self._graphs[function] = ForwardGraphs(function, self._graph_batch_size)
         graphs = self._graphs[function]
@@ -70,7 +70,7 @@ class Acceleration:
         # Fused optimizers write without a new version of the tensor, so that steps are counted too.
         return sum(parameter._version for parameter in self._adapters), _optimizer_steps().count
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """Bring what layers compute with up to date with the adapters."""
         if self._adapters and (version := self._current_version()) != self._version:
             for stack in self._stacks:

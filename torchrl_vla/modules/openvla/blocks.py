@@ -211,7 +211,10 @@ class LayerStack:
             mark_batch(x, *shared)
         for index, weights in enumerate(layers):
             if index < recomputed:
-                x = checkpoint(block, x, weights, *shared, use_reentrant=False)  # type: ignore[assignment]
+                # Nothing is drawn but by dropout, and a recording could not read the generator's state.
+                x = checkpoint(  # type: ignore[assignment]
+                    block, x, weights, *shared, use_reentrant=False, preserve_rng_state=self.layers.training
+                )
             else:
                 x = block(x, weights, *shared)
         return x

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchrl_vla.modules.distributions import draw_bins
 from torchrl_vla.modules.openvla.lora import linear_rows
+
+Choice = Callable[[Tensor, int], Tensor]
+"""Logits [B, 1, vocabulary] and the number of the token, from 0, to that token, int64 [B, 1]."""
 
 _ALIGNMENT = 8  # attention's kernels want masks of such a width
 
 
 class Decoded(NamedTuple):
-    """What greedy decoding gives.
+    """What decoding gives.
 
     Args:
         tokens: int64 [B, T].
@@ -24,7 +29,28 @@ class Decoded(NamedTuple):
     logits: Tensor
 
 
-def decode_greedily(model: Any, inputs_embeds: Tensor, mask: Tensor, num_tokens: int) -> Decoded:
+def choose_token(begin: int, num_bins: int, temperature: Tensor | None, uniform: Tensor | None) -> Choice:
+    """How tokens are chosen: the most likely of the whole vocabulary, or drawn among the action tokens.
+
+    Args:
+        begin: id of the first action token.
+        num_bins: number of action tokens.
+        temperature: [], of the draw; None to take the most likely token.
+        uniform: [B, T] numbers in [0, 1) to draw with; None likewise.
+    """
+    if temperature is None or uniform is None:
+        return lambda logits, number: logits.argmax(dim=-1)
+
+    def draw(logits: Tensor, number: int) -> Tensor:
+        probs = (logits[:, 0, begin : begin + num_bins].float() / temperature).softmax(dim=-1)
+        return begin + draw_bins(probs, uniform[:, number : number + 1])
+
+    return draw
+
+
+def decode_autoregressively(
+    model: Any, inputs_embeds: Tensor, mask: Tensor, num_tokens: int, choose: Choice
+) -> Decoded:
     """Go on from a prompt, one token after the other, each attending to what is before it.
 
     Nothing is read back and no shape depends on a value, so that a GPU can replay all of it as one graph.
@@ -34,6 +60,7 @@ def decode_greedily(model: Any, inputs_embeds: Tensor, mask: Tensor, num_tokens:
         inputs_embeds: [B, S, D], the prompt; its first column is real in every row.
         mask: bool [B, S], True at real tokens. Positions count real tokens.
         num_tokens: T.
+        choose: takes each token from its logits.
     """
     decoder, config = model.model, model.config
     batch, length, _ = inputs_embeds.shape
@@ -50,11 +77,11 @@ def decode_greedily(model: Any, inputs_embeds: Tensor, mask: Tensor, num_tokens:
 
     states, begin = inputs_embeds, 0
     tokens, logits = [], []
-    for _ in range(num_tokens):
+    for number in range(num_tokens):
         end = begin + states.shape[1]
         cos, sin = decoder.rotary_emb(states, position_ids[:, begin:end])
         states = model.stack.extend(states, cos, sin, visible[:, :, begin:end], caches, place[begin:end])
         logits.append(linear_rows(model.lm_head, decoder.norm(states[:, -1:]), 0, config.vocab_size))
-        tokens.append(logits[-1].argmax(dim=-1))
+        tokens.append(choose(logits[-1], number))
         states, begin = decoder.embed_tokens(tokens[-1]), end
     return Decoded(torch.cat(tokens, dim=1), torch.cat(logits, dim=1))

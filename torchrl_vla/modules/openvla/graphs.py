@@ -1,18 +1,60 @@
-"""Recorded forwards: a small batch's launches cost more than its arithmetic, so a GPU replays them as one."""
+"""Recorded work: small batches' launches cost more than their arithmetic, so a GPU replays them as one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 _WARM_UPS = 2  # compilation and autotuning happen before the recording
 
+T = TypeVar("T")
+
+
+class GraphRecorder:
+    """Records what functions launch on a GPU.
+
+    All its recordings share one pool of memory, so that a replay overwrites what the one before left: copy results
+    before the next.
+
+    Reference: `CUDA graphs <https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/>`_.
+    """
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._stream: Any = None
+
+    def record(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """Run a function a few times, then record it.
+
+        Args:
+            function: neither reads values back nor depends on anything but the contents of tensors that stay in place.
+
+        Returns:
+            What replays it, and its results, which every replay writes anew.
+        """
+        if self._pool is None:
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        # The same stream for both: gradients are added up on the stream where a parameter was first used.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(_WARM_UPS):
+                function()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            results = function()
+        return graph.replay, results
+
+    def clear(self) -> None:
+        """Begin a new pool; the old one's memory is free once its recordings are gone."""
+        self._pool = None
+
 
 class _Recording(NamedTuple):
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
     inputs: tuple[Tensor | None, ...]
     outputs: tuple[Tensor, ...]
 
@@ -23,21 +65,18 @@ class ForwardGraphs:
     Args:
         forward: a function of tensors (or None) to tensors that neither reads values back nor changes its shapes.
         max_batch_size: larger batches are not recorded.
-
-    Reference: `CUDA graphs <https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/>`_.
     """
 
     def __init__(self, forward: Callable[..., Sequence[Tensor]], max_batch_size: int) -> None:
         self.forward = forward
         self.max_batch_size = max_batch_size
         self._recordings: dict[Hashable, _Recording] = {}
-        # One pool of memory for all: a replay's outputs are copied before the next one overwrites them.
-        self._pool: Any = None
+        self._recorder = GraphRecorder()
 
     def clear(self) -> None:
         """Forget the recordings and give their memory back."""
         self._recordings.clear()
-        self._pool = None
+        self._recorder.clear()
 
     def serves(self, inputs: Sequence[Tensor | None]) -> bool:
         """Whether these inputs can be replayed: on a GPU, without gradient, few enough, and not in a recording."""
@@ -63,20 +102,10 @@ class ForwardGraphs:
         for target, source in zip(recording.inputs, inputs, strict=True):
             if target is not None and source is not None:
                 target.copy_(source)
-        recording.graph.replay()
+        recording.replay()
         return tuple(output.clone() for output in recording.outputs)
 
     def _record(self, inputs: Sequence[Any]) -> _Recording:
         static = tuple(None if x is None else x.clone() for x in inputs)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                self.forward(*static)
-        torch.cuda.current_stream().wait_stream(side)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            outputs = tuple(self.forward(*static))
-        return _Recording(graph, static, outputs)
+        replay, outputs = self._recorder.record(lambda: tuple(self.forward(*static)))
+        return _Recording(replay, static, outputs)

@@ -113,6 +113,7 @@ def estimate_memory(
     lora_rank: int = 32,
     freeze_vla_backbone: bool = False,
     recompute: float = 0.0,
+    autoregressive: bool = False,
 ) -> MemoryEstimate:
     """Count the memory of a rollout's forward pass, or of a training step with AdamW.
 
@@ -131,6 +132,7 @@ def estimate_memory(
         lora_rank: their rank.
         freeze_vla_backbone: nothing but the heads learns.
         recompute: share of the layers, 0 to 1, that are computed again in the backward pass.
+        autoregressive: the forward pass is base OpenVLA's decoding, with its cache; not for training.
 
     Example:
         >>> config = OpenVLAConfig.tiny()
@@ -158,7 +160,9 @@ def estimate_memory(
     gradients = sum(p.numel() * p.element_size() for p in learning)
     for parameter in learning:
         parameter.grad = torch.empty_like(parameter)
-    activations = _activations(model, batch_size, num_images, training=training and bool(learning))
+    activations = _activations(
+        model, batch_size, num_images, training=training and bool(learning), autoregressive=autoregressive
+    )
     return MemoryEstimate(
         weights=round(weights - (saved if load_in_4bit else 0)),
         gradients=gradients,
@@ -167,7 +171,7 @@ def estimate_memory(
     )
 
 
-def _activations(model: OpenVLA, batch_size: int, num_images: int, *, training: bool) -> int:
+def _activations(model: OpenVLA, batch_size: int, num_images: int, *, training: bool, autoregressive: bool) -> int:
     config = model.config
     size = config.image_size
     pixels = torch.empty(batch_size, 6 * num_images, size, size, device="meta")
@@ -177,6 +181,9 @@ def _activations(model: OpenVLA, batch_size: int, num_images: int, *, training: 
     known = [*parameters, *(p.grad for p in parameters if p.grad is not None), pixels, prompt]
     _fuse_attention(model)
     with _LiveBytes(known) as live, torch.set_grad_enabled(training):
+        if autoregressive:
+            model.generate_autoregressive(pixels, prompt)
+            return live.peak
         output = model(pixels, prompt, None, proprio)
         if training:
             loss = output.action_logits.log_softmax(dim=-1).sum()

@@ -9,12 +9,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchrl_vla.modules.distributions import check_temperature
 from torchrl_vla.modules.heads import L1ActionHead, ProprioProjector
 from torchrl_vla.modules.openvla.acceleration import Acceleration
 from torchrl_vla.modules.openvla.attention import ATTENTION_IMPLEMENTATIONS
 from torchrl_vla.modules.openvla.blocks import LayerStack
 from torchrl_vla.modules.openvla.config import OpenVLAConfig
-from torchrl_vla.modules.openvla.decoding import Decoded, decode_greedily
+from torchrl_vla.modules.openvla.decoding import Decoded, choose_token, decode_autoregressively
 from torchrl_vla.modules.openvla.language import (
     Prompt,
     arrange_prompt,
@@ -24,8 +25,6 @@ from torchrl_vla.modules.openvla.language import (
 )
 from torchrl_vla.modules.openvla.lora import linear_rows
 from torchrl_vla.modules.openvla.vision import VisionBackbone, VisionProjector
-
-_BASE_ACTION_TOKENS = 7  # base OpenVLA decodes one control step
 
 
 class OpenVLAOutput(NamedTuple):
@@ -263,21 +262,33 @@ class OpenVLA(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         vision_features: Tensor | None = None,
+        temperature: float = 0.0,
     ) -> Tensor:
-        """Base OpenVLA's decoding: seven tokens, one after the other, greedily over the whole vocabulary.
+        """Base OpenVLA's decoding: seven tokens of one control step, one after the other.
 
         Args:
             pixel_values: [B, 6k, H, W] normalised; None if ``vision_features`` are given.
             input_ids: int64 [B, L], prompts padded on either side; 29871 is appended where it is missing.
             attention_mask: [B, L], nonzero at real tokens; None for prompts of one length.
             vision_features: what :meth:`encode_images` gave for the same images.
+            temperature: 0 takes the most likely token of the whole vocabulary, as upstream does; above 0, action tokens
+                alone are drawn, as in parallel decoding.
 
         Returns:
             Token ids int64 [B, 7].
+
+        Raises:
+            ValueError: if shapes do not fit the model or each other, or the temperature is negative.
         """
+        check_temperature(temperature)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        return self._run(self._decode, pixel_values, input_ids, attention_mask, vision_features)[0]
+        heat = uniform = None
+        if temperature > 0:
+            # Tensors, so that a recorded graph can be replayed with others.
+            heat = torch.full((), temperature, device=input_ids.device)
+            uniform = torch.rand(len(input_ids), self.config.action_dim, device=input_ids.device)
+        return self._run(self._decode, pixel_values, input_ids, attention_mask, vision_features, heat, uniform)[0]
 
     def _decode(
         self,
@@ -285,13 +296,16 @@ class OpenVLA(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         vision_features: Tensor | None,
+        heat: Tensor | None,
+        uniform: Tensor | None,
     ) -> Decoded:
         prompt, features = self._inputs(pixel_values, input_ids, attention_mask, vision_features)
         inputs_embeds = self.embed(prompt, features, num_action_slots=0)
         mask = sequence_mask(prompt, inputs_embeds.shape[1] - 1 - prompt.rest.shape[1], 0)
         if mask is None:
             mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.bool)
-        return decode_greedily(self.language_model, inputs_embeds, mask, _BASE_ACTION_TOKENS)
+        choose = choose_token(self.config.action_token_begin, self.config.n_action_bins, heat, uniform)
+        return decode_autoregressively(self.language_model, inputs_embeds, mask, self.config.action_dim, choose)
 
     @property
     def _stacks(self) -> list[LayerStack]:
@@ -326,6 +340,11 @@ class OpenVLA(nn.Module):
         self._acceleration = Acceleration(
             self, self._stacks, compile_layers=compile_layers, graph_batch_size=graph_batch_size
         )
+
+    def refresh_adapters(self) -> None:
+        """Bring copies of the adapters up to date: forwards do, but whoever replays a recording of one has to."""
+        if self._acceleration is not None:
+            self._acceleration.refresh()
 
     def forget_graphs(self) -> None:
         """Give the memory of recorded forwards back; the next forward of each shape is recorded again."""

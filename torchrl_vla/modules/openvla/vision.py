@@ -146,7 +146,8 @@ class VisionBackbone(nn.Module):
         """
         batch, channels, height, width = pixel_values.shape
         images = pixel_values.reshape(batch * (channels // 6), 6, height, width)
-        if images.is_cuda and torch.cuda.is_current_stream_capturing() and len(images) <= _SIDE_BY_SIDE:
+        recorded = images.is_cuda and torch.cuda.is_current_stream_capturing() and not torch.is_grad_enabled()
+        if recorded and len(images) <= _SIDE_BY_SIDE:
             current, side = torch.cuda.current_stream(), torch.cuda.Stream()
             side.wait_stream(current)
             with torch.cuda.stream(side):
