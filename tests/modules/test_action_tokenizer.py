@@ -174,6 +174,14 @@ def test_bad_statistics(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no action statistics"):
         ActionTokenizer.from_statistics(tmp_path / "empty", "x")
+    for damaged in (
+        3,
+        {"action": 3},
+        {"action": {"q01": "low", "q99": [1.0]}},
+        {"action": {"q01": [None], "q99": [1.0]}},
+    ):
+        with pytest.raises(ValueError, match="entry 'action', got 3|must have 'q01'.*got 3|must be lists of numbers"):
+            ActionTokenizer(damaged)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must have 'q01' and 'q99'"):
         ActionTokenizer({"action": {"q01": [0.0]}})
     with pytest.raises(ValueError, match="lists of one length"):

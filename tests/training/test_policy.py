@@ -200,3 +200,13 @@ def test_guides_modes_are_the_configurations(release: Path) -> None:
         OpenVLAActorConfig(use_tokenized_actions=False)
     with pytest.raises(ValueError, match="PPO needs use_tokenized_actions=True"):
         OpenVLAActorConfig(use_tokenized_actions=False, load_l1_action_head=True).require_tokens_for_ppo()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [('{"wings": 1}', "processor.json has wings; it may have backend"), ("{", "not valid JSON")]
+)
+def test_damaged_image_settings_are_told(base: Path, tmp_path: Path, content: str, message: str) -> None:
+    folder = Path(shutil.copytree(base, tmp_path / "base"))
+    (folder / "processor.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load(folder)

@@ -83,8 +83,9 @@ class ActionTokenizer(nn.Module):
         self.register_buffer("bin_centers", torch.from_numpy((edges[:-1] + edges[1:]) / 2.0), persistent=False)
 
         statistics = _IDENTITY if statistics is None else statistics
-        if "action" not in statistics:
-            raise ValueError(f"statistics must have the entry 'action', got {sorted(statistics)}.")
+        if not isinstance(statistics, Mapping) or "action" not in statistics:
+            got = sorted(statistics) if isinstance(statistics, Mapping) else repr(statistics)
+            raise ValueError(f"statistics must have the entry 'action', got {got}.")
         q01, q99 = _percentiles("action", statistics["action"])
         mask = torch.as_tensor(statistics["action"].get("mask", [True] * len(q01)), dtype=torch.bool)
         if mask.shape != q01.shape:
@@ -235,10 +236,14 @@ def _to_unit_range(values: Tensor, q01: Tensor, q99: Tensor) -> Tensor:
 
 def _percentiles(name: str, entry: Mapping[str, Sequence[Any]]) -> tuple[Tensor, Tensor]:
     for field in ("q01", "q99"):
-        if field not in entry:
-            raise ValueError(f"statistics[{name!r}] must have 'q01' and 'q99', got {sorted(entry)}.")
-    q01 = torch.as_tensor(entry["q01"], dtype=torch.float64)
-    q99 = torch.as_tensor(entry["q99"], dtype=torch.float64)
+        if not isinstance(entry, Mapping) or field not in entry:
+            got = sorted(entry) if isinstance(entry, Mapping) else repr(entry)
+            raise ValueError(f"statistics[{name!r}] must have 'q01' and 'q99', got {got}.")
+    try:
+        q01 = torch.as_tensor(entry["q01"], dtype=torch.float64)
+        q99 = torch.as_tensor(entry["q99"], dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"statistics[{name!r}]: 'q01' and 'q99' must be lists of numbers ({error}).") from error
     if q01.ndim != 1 or q01.shape != q99.shape:
         raise ValueError(
             f"statistics[{name!r}]: 'q01' and 'q99' must be lists of one length, got {list(q01.shape)} "

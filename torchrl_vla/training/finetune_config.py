@@ -31,7 +31,8 @@ class FinetuneConfig:
     out: Path
     """Folder for everything the run writes; the finished policy is its subfolder `policy`."""
     checkpoint: str = "random:tiny"
-    """Policy to start from: a folder or hub id of an OpenVLA checkpoint; random:tiny builds a small untrained one."""
+    """Policy to start from: a folder or hub id of an OpenVLA checkpoint, the folder of a run, or bundled:tiny, which
+    comes with the package; random:tiny builds a small untrained one."""
     objective: Literal["tokens", "l1"] = "tokens"
     """tokens: cross-entropy of action tokens, what RL needs; l1: regression by the L1 head, which is added if the
     checkpoint has none."""

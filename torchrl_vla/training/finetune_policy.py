@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,9 @@ from torchrl_vla.datasets.statistics import write_statistics
 from torchrl_vla.modules import ActionTokenizer, OpenVLA, OpenVLAProcessor, load_tokenizer, make_actor
 from torchrl_vla.modules.heads import L1ActionHead
 from torchrl_vla.modules.openvla import add_lora, freeze_backbone
-from torchrl_vla.modules.openvla.checkpoint import resolve_checkpoint
 from torchrl_vla.modules.openvla.inspection import require_trained_tokens
 from torchrl_vla.training.finetune_config import FinetuneConfig
-from torchrl_vla.training.policy import PROCESSOR_FILE as PROCESSOR_FILE
-from torchrl_vla.training.policy import Policy, build_policy, save_policy
+from torchrl_vla.training.policy import Policy, build_policy, find_policy, read_image_settings, save_policy
 
 __all__ = ["load_student", "save_student"]
 
@@ -43,7 +40,7 @@ def load_student(config: FinetuneConfig, dataset: DemonstrationDataset, device: 
         model, tokenizer = fresh.model, fresh.processor.tokenizer
         settings = {"backend": fresh.processor.images.backend}
     else:
-        folder = resolve_checkpoint(config.checkpoint)
+        folder = find_policy(config.checkpoint)
         if config.objective == "tokens":
             require_trained_tokens(
                 folder,
@@ -53,8 +50,7 @@ def load_student(config: FinetuneConfig, dataset: DemonstrationDataset, device: 
         # Adapters leave the weights as they are; weights that learn need float32's small steps.
         model = OpenVLA.from_pretrained(folder, dtype=None if config.use_lora else torch.float32, device=device)
         tokenizer = load_tokenizer(folder)
-        if (folder / PROCESSOR_FILE).is_file():
-            settings = json.loads((folder / PROCESSOR_FILE).read_text())
+        settings = read_image_settings(folder)
     if dataset.action_dim != model.config.action_dim:
         raise ValueError(
             f"{dataset.folder} has actions of {dataset.action_dim} numbers, {config.checkpoint} gives "

@@ -29,6 +29,7 @@ from torchrl_vla.modules import (
     make_autoregressive_actor,
     make_l1_actor,
 )
+from torchrl_vla.modules.files import read_json
 from torchrl_vla.modules.openvla.checkpoint import resolve_checkpoint
 from torchrl_vla.modules.openvla.companions import save_companions
 from torchrl_vla.modules.openvla.inspection import TrainedMode, require_trained_tokens, trained_mode
@@ -36,7 +37,7 @@ from torchrl_vla.modules.openvla.lora import add_lora, freeze_backbone, without_
 from torchrl_vla.modules.openvla.tokenizer import empty_token_id
 from torchrl_vla.training.folder import written_whole
 
-__all__ = ["BUNDLED", "PROCESSOR_FILE", "Policy", "build_policy", "load_policy", "save_policy"]
+__all__ = ["BUNDLED", "Policy", "build_policy", "load_policy", "save_policy"]
 
 _RANDOM = "random:"
 #: The policy that comes with the package, made as docs/tiny_policy.md says.
@@ -228,9 +229,7 @@ def load_policy(
         sizes = {"n_bins": config.n_action_bins, "vocab_size": config.tokenizer_vocab_size}
         actions = ActionTokenizer.from_statistics(folder, key, **sizes)
         tokenizer = load_tokenizer(folder)
-        settings_file = folder / PROCESSOR_FILE
-        # Released checkpoints say nothing: they were trained and judged with the exact pipeline and the centre crop.
-        settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
+        settings = read_image_settings(folder)
         model = OpenVLA.from_pretrained(
             folder,
             dtype=dtype,
@@ -268,6 +267,25 @@ def load_policy(
     if actor.compile and device.type == "cuda":
         policy.model.accelerate(graph_batch_size=GRAPH_BATCH_SIZE)
     return policy
+
+
+def read_image_settings(folder: Path) -> dict[str, Any]:
+    """Options of a checkpoint's image pipeline.
+
+    Released checkpoints say nothing: they were trained and judged with the exact pipeline and the centre crop.
+
+    Args:
+        folder: of the checkpoint.
+
+    Raises:
+        ValueError: the file is damaged, or has an option that there is not.
+    """
+    path = folder / PROCESSOR_FILE
+    settings = read_json(path) if path.is_file() else {}
+    unknown = sorted(set(settings) - {"backend", "center_crop"})
+    if unknown:
+        raise ValueError(f"{path} has {', '.join(unknown)}; it may have backend (exact or fast) and center_crop.")
+    return settings
 
 
 def save_policy(policy: Policy, folder: Path, **options: Any) -> None:

@@ -299,6 +299,22 @@ def test_4bit_without_cuda_is_refused(checkpoint: Path, device: str) -> None:
         OpenVLA.from_pretrained(checkpoint, load_in_4bit=True, device=device)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "nowhere"}, "device 'nowhere' is unknown: use cpu, cuda or cuda:N"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is not on this machine, which has . GPUs: use device='cpu'"),
+        ({"dtype": "float16"}, "dtype must be torch.float32, .* got 'float16'"),
+        ({"dtype": torch.int8}, "dtype must be torch.float32, .* got torch.int8"),
+        ({"attn_implementation": "fast"}, "attn_implementation must be one of .* got 'fast'"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_options_that_cannot_be_had_are_refused(checkpoint: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OpenVLA.from_pretrained(checkpoint, **options)
+
+
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c", "nothing"])
 def test_missing_folders_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"there is no checkpoint folder '{name}'.*local-dir"):

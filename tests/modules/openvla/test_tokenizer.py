@@ -103,3 +103,7 @@ def test_folders_without_a_fitting_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
     with pytest.raises(ValueError, match="no token '▁' .29871 in Llama's vocabulary"):
         load_tokenizer(tmp_path)
+    for damaged in ("{}", "{", json.dumps(saved | {"model": {"type": "?"}})):
+        (tmp_path / "tokenizer.json").write_text(damaged)
+        with pytest.raises(ValueError, match="No tokenizer can be loaded from .*undamaged"):
+            load_tokenizer(tmp_path)

@@ -23,7 +23,7 @@ from torchrl_vla.modules.openvla.attention import resolve_attention
 from torchrl_vla.modules.openvla.config import OpenVLAConfig
 from torchrl_vla.modules.openvla.layout import parameter_names, unused_shapes, unused_weight
 from torchrl_vla.modules.openvla.lora import merged_weight
-from torchrl_vla.modules.openvla.quantization import prepare_4bit, quantize_weight
+from torchrl_vla.modules.openvla.quantization import check_4bit, prepare_4bit, quantize_weight
 from torchrl_vla.modules.openvla.shards import INDEX, SINGLE, check_shards, find_shards, head_file, head_step, listed
 
 if TYPE_CHECKING:
@@ -83,13 +83,16 @@ def load_pretrained(
 
     folder = resolve_checkpoint(path_or_hub_id, local_files_only=local_files_only, use_local=use_local)
     config = OpenVLAConfig.from_folder(folder)
-    device = torch.device("cpu" if device is None else device)
+    device = _check_device("cpu" if device is None else device, load_in_4bit)
     heads_as_stored = dtype == "stored"
     if dtype == "stored" or (dtype is None and device.type != "cpu"):
         dtype = getattr(torch, config.torch_dtype)
     elif dtype is None:
         dtype = torch.float32
-    assert isinstance(dtype, torch.dtype)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"dtype must be torch.float32, torch.bfloat16 or torch.float16, 'stored' or None, got {dtype!r}."
+        )
     head_dtype = None if heads_as_stored else dtype
     proprio_file = head_file(folder, "proprio_projector")
     action_file = head_file(folder, "action_head")
@@ -126,6 +129,19 @@ def load_pretrained(
     elif proprio_file is not None:
         model.checkpoint_step = head_step(proprio_file)
     return model.eval()
+
+
+def _check_device(name: torch.device | str, load_in_4bit: bool) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is unknown: use cpu, cuda or cuda:N.") from error
+    if load_in_4bit:
+        check_4bit(device)
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device '{device}' is not on this machine, which has {count} GPUs: use device='cpu'.")
+    return device
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -331,7 +331,8 @@ class OpenVLAConfig:
                 values[name] = replace(default, **vit.get(tower_id, {}))
             return cls(**{**values, "upstream": raw, **overrides})
         except TypeError as error:
-            raise ValueError(f"{path} has a value that this version cannot read ({error}).") from error
+            where = ", or vit_overrides.json beside it," if "VisionTowerConfig" in str(error) else ""
+            raise ValueError(f"{path}{where} has a value that this version cannot read ({error}).") from error
 
     def save(self, folder: str | Path) -> None:
         """Write ``config.json``, and ``dataset_statistics.json`` and ``vit_overrides.json`` where needed."""

@@ -120,7 +120,7 @@ def head_file(folder: Path, kind: str) -> Path | None:
         kind: ``action_head`` or ``proprio_projector``.
     """
     files = sorted(
-        folder.glob(f"{kind}--*_checkpoint.pt"),
+        (path for path in folder.glob(f"{kind}--*_checkpoint.pt") if path.is_file()),
         key=lambda path: int(head_step(path)) if head_step(path).isdigit() else float("inf"),
     )
     if len(files) > 1:

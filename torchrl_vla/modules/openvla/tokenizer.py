@@ -78,10 +78,11 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     try:
         # An empty config keeps transformers from reading the model's: it names code that is not ours to run.
         tokenizer = AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig(), local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged file the libraries raise whatever they stumble over
         raise ValueError(
             f"No tokenizer can be loaded from {folder}. A checkpoint folder needs tokenizer.json and "
-            "tokenizer_config.json beside the weights; copy them from the release it comes from."
+            "tokenizer_config.json beside the weights, undamaged; copy them from the release it comes from "
+            f"({type(error).__name__}: {error})."
         ) from error
     encode_prompt(tokenizer, "open the drawer")
     return tokenizer
