@@ -11,7 +11,9 @@ from torchrl_vla.training.micro_batch import MicroBatch, MicroBatchCost
 GIB = 2**30
 
 
-def chosen(monkeypatch: pytest.MonkeyPatch, *, free: float, speed: dict[int, float], **options: object) -> MicroBatch:
+def chosen(
+    monkeypatch: pytest.MonkeyPatch, *, free: float, speed: dict[int, float], decisions: int = 96, **options: object
+) -> MicroBatch:
     """A choice on a GPU where a decision needs 1 GiB, or a tenth if recomputed at a third more time."""
     choice = MicroBatch(**{"size": "auto", "recompute": "auto", "set_recompute": lambda share: None, **options})
 
@@ -24,7 +26,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, *, free: float, speed: dict[int, flo
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(micro_batch, "_MARGIN", 0.0)
-    choice.choose(lambda size: None, torch.device("cuda"))
+    choice.choose(lambda size: None, torch.device("cuda"), decisions=decisions)
     return choice
 
 
@@ -61,3 +63,39 @@ def test_a_cpu_is_not_measured() -> None:
     assert not choice.chosen
     assert choice.choose(lambda size: pytest.fail("ran"), torch.device("cpu")) == "Micro-batches of 32 decisions."
     assert choice.chosen and choice.recompute == 0.0
+
+
+def test_the_time_of_a_whole_mini_batch_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 decisions take two passes of up to 24, which 16 at a time do as well; 96 take four of 24."""
+    speed = {32: 9.0, 24: 1.0, 16: 1.05, 12: 2.0, 8: 2.0, 4: 2.0, 2: 2.0, 1: 2.0}
+    assert chosen(monkeypatch, free=40, speed=speed, decisions=32).size == 16
+    assert chosen(monkeypatch, free=40, speed=speed, decisions=96).size == 24
+    # A mini-batch of 3 would be one pass of 4; those to come will hardly be as small.
+    assert chosen(monkeypatch, free=40, speed=speed, decisions=3).size == 16
+
+
+@pytest.mark.parametrize(
+    ("size", "decisions", "parts", "rows"),
+    [(24, 32, 1, 16), (24, 96, 1, 24), (24, 49, 1, 18), (24, 49, 4, 13), (3, 7, 1, 3), (1, 5, 1, 1), (32, 5, 1, 5)],
+)
+def test_passes_of_a_mini_batch_are_of_one_size(size: int, decisions: int, parts: int, rows: int) -> None:
+    assert MicroBatch(size).rows(decisions, parts) == rows
+
+
+def test_what_a_pass_keeps_is_given_back_before_the_next_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each size is measured alone: a recorded pass of the one before would take memory from it."""
+    events: list[str] = []
+    choice = MicroBatch("auto", set_recompute=lambda share: None)
+    for name, value in (
+        ("mem_get_info", (2**40, 2**40)), ("memory_reserved", 0), ("max_memory_reserved", GIB),
+        ("reset_peak_memory_stats", None), ("synchronize", None),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    choice.choose(
+        lambda size: events.append(f"run {size}"),
+        torch.device("cuda"),
+        decisions=32,
+        release=lambda: events.append("release"),
+    )
+    assert events[:8] == ["run 2", "release", "release", "run 2", "run 2", "release", "run 4", "run 4"]
+    assert events[-4:] == ["release", "run 1", "run 1", "release"]

@@ -189,11 +189,11 @@ class Exhausted(AsymmetricClipPPOLoss):
 
 
 def test_out_of_memory_halves_the_micro_batch_and_repeats_the_batch(tmp_path: Path, capsys: pytest.CaptureFixture):
-    """Mini-batches of 12 decisions: 10, 5 and then 2 at a time, said once for each halving, with the same result."""
+    """Mini-batches of 12 decisions: up to 10, 5, then 2 at a time, said once for each halving, with the same result."""
     plain, expected = make_trainer(tmp_path, batch_size=2, traj_split_num=1)
     plain.update(plain.collector.batch)
     trainer, actor = make_trainer(tmp_path, batch_size=10, traj_split_num=1)
-    trainer.loss = Exhausted(actor, None)
+    trainer.loss = trainer.backward_pass.loss = Exhausted(actor, None)
     metrics = trainer.update(trainer.collector.batch)
     torch.testing.assert_close(weights(actor), weights(expected), rtol=0, atol=1e-6)
     assert trainer.micro_batch.size == 2 and metrics["train/optimizer_steps"] == 2
@@ -208,7 +208,7 @@ def test_memory_for_not_even_one_decision_is_an_error_with_advice(tmp_path: Path
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     trainer, actor = make_trainer(tmp_path, batch_size=2)
-    trainer.loss = Full(actor, None)
+    trainer.loss = trainer.backward_pass.loss = Full(actor, None)
     before = weights(actor)
     with pytest.raises(RuntimeError, match="does not hold the forward and backward pass of one decision"):
         trainer.update(trainer.collector.batch)
@@ -227,7 +227,7 @@ def test_finite_steps_between_broken_ones_keep_the_run_going(tmp_path: Path, cap
             return terms.set("loss_objective", terms["loss_objective"] * (float("inf") if self.calls % 2 else 1.0))
 
     trainer, actor = make_trainer(tmp_path, batch_size=100, traj_split_num=1, n_epochs=4, max_bad_updates=2)
-    trainer.loss = Flickering(actor, None)
+    trainer.loss = trainer.backward_pass.loss = Flickering(actor, None)
     trainer.update(trainer.collector.batch)
     assert trainer.bad_steps == 0 and torch.isfinite(weights(actor)).all()
     assert not torch.equal(weights(actor), weights(make_actor()))

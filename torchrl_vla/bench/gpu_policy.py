@@ -20,6 +20,7 @@ from torchrl_vla.bench.report import Report
 from torchrl_vla.config import PPOConfig
 from torchrl_vla.modules.openvla.lora import add_lora
 from torchrl_vla.objectives import AsymmetricClipPPOLoss
+from torchrl_vla.training.backward_pass import can_be_recorded
 from torchrl_vla.training.logging import RunLogger
 from torchrl_vla.training.policy import GRAPH_BATCH_SIZE, Policy, build_policy
 from torchrl_vla.training.trainer import PPOTrainer
@@ -123,6 +124,7 @@ class Bench:
         return PPOTrainer(
             config, [], loss, lambda data: data, optimizer, logger, device=self.device,
             set_recompute=self.model.gradient_checkpointing_enable,
+            prepare=self.policy.actor.backbone.prepare if can_be_recorded(self.model) else None,
         )  # fmt: skip
 
     def synchronize(self) -> None:

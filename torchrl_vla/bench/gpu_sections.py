@@ -101,7 +101,7 @@ def measure_naive(bench: Bench) -> None:
 
         def sample() -> None:
             for one in data.split(1):
-                trainer._backward(one.to(bench.device), 0.25, True, {})
+                trainer.backward_pass(one, rows=1)
                 bench_empty_cache(bench)
 
         with bench.peak(peak):
@@ -207,8 +207,10 @@ def measure_profile(bench: Bench) -> None:
     trainer = bench.trainer(batch_size=16, recompute=0.0)
     data = bench.decisions(16).to(bench.device)
 
+    counts = trainer.loss.count_valid(data)  # type: ignore[operator]
+
     def update() -> None:
-        trainer._backward(data, 1.0, True, {})
+        trainer.backward_pass(data, rows=len(data), counts=counts)
 
     measured: dict[str, Callable[[], Any]] = {
         f"rollout of {batch}": partial(_without_gradient, bench.model, bench.inputs(batch)) for batch in _WANTED_ROLLOUT

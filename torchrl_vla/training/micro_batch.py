@@ -62,6 +62,7 @@ class MicroBatch:
         self._shares = _SHARES if recompute == "auto" else (recompute,)
         self._auto_size = size == "auto"
         self._set_recompute = set_recompute
+        self._release: Callable[[], None] = lambda: None
         self.chosen = len(self._sizes) == len(self._shares) == 1
         self._recompute(self._shares[0])
 
@@ -72,13 +73,40 @@ class MicroBatch:
         self.size //= 2
         return True
 
-    def choose(self, run: Callable[[int], Any], device: torch.device, *, reserve: int = 0) -> str:
+    def rows(self, decisions: int, parts: int = 1) -> int:
+        """Decisions of each pass over a mini-batch, in passes of one size as far as can be.
+
+        Even where it may be: mini-batches of similar sizes then share recorded passes.
+
+        Args:
+            decisions: of the mini-batch.
+            parts: least number of passes.
+
+        Examples:
+            >>> MicroBatch(24).rows(32), MicroBatch(24).rows(200)
+            (16, 24)
+        """
+        most = min(self.size, math.ceil(decisions / parts))
+        equal = math.ceil(decisions / math.ceil(decisions / most))
+        return min(most, equal + equal % 2)
+
+    def choose(
+        self,
+        run: Callable[[int], Any],
+        device: torch.device,
+        *,
+        decisions: int = 0,
+        reserve: int = 0,
+        release: Callable[[], None] | None = None,
+    ) -> str:
         """Measure, and decide.
 
         Args:
             run: a forward and backward pass over so many decisions.
             device: where it runs; only a GPU is measured.
+            decisions: of a mini-batch; what counts is the time of all its passes.
             reserve: bytes that are not allocated yet and will be, such as the optimizer's.
+            release: gives back what a pass keeps for the next one of its size.
 
         Returns:
             What was decided, and why, in a sentence.
@@ -87,8 +115,10 @@ class MicroBatch:
         if device.type != "cuda":
             self.size = _CPU_SIZE if self._auto_size else self.size
             return f"Micro-batches of {self.size} decisions."
+        self._release = release or self._release
         run(2)  # compiles, and allocates the gradients
         # What is still reserved after this belongs to the weights and to recorded rollouts.
+        self._release()
         free_memory()
         reserved = torch.cuda.memory_reserved(device)
         limit = torch.cuda.mem_get_info(device)[0] + reserved
@@ -99,11 +129,14 @@ class MicroBatch:
         for candidate in fits:
             if (cost := self._measure(run, device, *candidate)) is not None:
                 self.costs[candidate] = cost
+        # A first mini-batch of few decisions says little about those to come.
+        decisions = max(decisions, _SIZES[0])
         best = min(
             self.costs,
-            key=lambda candidate: self.costs[candidate].seconds / candidate[0],
+            key=lambda candidate: self.costs[candidate].seconds * math.ceil(decisions / candidate[0]),
             default=(min(self._sizes), max(self._shares)),
         )
+        self._release()
         self.size = best[0]
         self._recompute(best[1])
         figures = ""
@@ -134,20 +167,21 @@ class MicroBatch:
     def _measure(
         self, run: Callable[[int], Any], device: torch.device, size: int, share: float
     ) -> MicroBatchCost | None:
-        """Time and additional memory of one pass; None if memory runs out."""
+        """Time of one pass, and the memory that it takes from the card; None if memory runs out."""
+        self._release()
         self._recompute(share)
+        free_memory()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_reserved(device)
         try:
             run(size)
             torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            before, started = torch.cuda.memory_allocated(device), time.perf_counter()
+            started = time.perf_counter()
             run(size)
             torch.cuda.synchronize(device)
-            return MicroBatchCost(time.perf_counter() - started, torch.cuda.max_memory_allocated(device) - before)
+            return MicroBatchCost(time.perf_counter() - started, torch.cuda.max_memory_reserved(device) - before)
         except torch.OutOfMemoryError:
-            pass
-        free_memory()
-        return None
+            return None
 
     def _recompute(self, share: float) -> None:
         self.recompute = share

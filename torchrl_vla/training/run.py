@@ -26,6 +26,7 @@ from torchrl_vla.evaluation.videos import choose_episodes, film
 from torchrl_vla.modules import OpenVLAActor, ValueHead, make_value_operator
 from torchrl_vla.modules.openvla.lora import has_lora
 from torchrl_vla.objectives import AsymmetricClipPPOLoss, GRPOAdvantage
+from torchrl_vla.training.backward_pass import can_be_recorded
 from torchrl_vla.training.checkpoint import RunCheckpoints, TrainableState
 from torchrl_vla.training.devices import choose_device, choose_head_device
 from torchrl_vla.training.folder import log_to, open_run_folder
@@ -159,6 +160,7 @@ def _assemble(
     if value_head is not None:
         # The loss holds it too, and took it along to the policy's device.
         value_head.to(_head_device(config, device))
+    one_gpu = value_head is None or _head_device(config, device) == device
     groups = [{"params": [p for p in policy.model.parameters() if p.requires_grad], "lr": ppo.actor_lr}]
     if value_head is not None:
         groups.append({"params": list(value_head.parameters()), "lr": ppo.critic_lr})
@@ -206,6 +208,8 @@ def _assemble(
         save=save,
         device=device,
         set_recompute=policy.model.gradient_checkpointing_enable,
+        # A recording is of one GPU.
+        prepare=actor.backbone.prepare if one_gpu and can_be_recorded(policy.model) else None,
     )
     checkpoints = RunCheckpoints(folder / "checkpoints", keep=ppo.keep_checkpoints, trainer=trainer, **components)
     if config.resume:

@@ -15,7 +15,9 @@ from torchrl.objectives import LossModule
 from tqdm import tqdm
 
 from torchrl_vla.config import PPOConfig
+from torchrl_vla.modules.openvla.graphs import GraphRecorder
 from torchrl_vla.objectives import AsymmetricClipPPOLoss, GRPOAdvantage
+from torchrl_vla.training.backward_pass import BackwardPass, RecordedPass
 from torchrl_vla.training.logging import RunLogger, format_table
 from torchrl_vla.training.micro_batch import MicroBatch, free_memory
 
@@ -47,6 +49,8 @@ class PPOTrainer:
         device: where the loss runs.
         set_recompute: tells the policy which share of its layers to compute again in the backward pass; None if it
             cannot.
+        prepare: for a policy whose passes can be recorded and replayed on a GPU: does ahead what of them needs the
+            host; None launches them as any loss's.
 
     Examples:
         See `scripts/toy_vla.py` for a complete one on TorchRL's ``ToyVLAEnv``.
@@ -65,6 +69,7 @@ class PPOTrainer:
         save: Callable[[PPOTrainer], None] | None = None,
         device: torch.device | str = "cpu",
         set_recompute: Callable[[float], None] | None = None,
+        prepare: Callable[[TensorDictBase], TensorDictBase] | None = None,
     ) -> None:
         self.config = config
         self.collector = collector
@@ -77,6 +82,9 @@ class PPOTrainer:
         self.micro_batch = MicroBatch(
             config.batch_size, config.recompute, memory_gb=config.memory_gb, set_recompute=set_recompute
         )
+        self.backward_pass = BackwardPass(loss, optimizer, self.device)
+        if prepare is not None and isinstance(loss, AsymmetricClipPPOLoss):
+            self.backward_pass = RecordedPass(loss, optimizer, self.device, prepare, GraphRecorder())
         self.updates = 0
         self.env_steps = 0
         self.bad_steps = 0
@@ -185,29 +193,32 @@ class PPOTrainer:
 
     def _optimizer_step(self, minibatch: TensorDictBase, bar: tqdm) -> dict[str, torch.Tensor]:
         """One optimizer step, its gradient accumulated over micro-batches; the figures stay on the device."""
-        minibatch = minibatch.to(self.device)
         counts = None
         if isinstance(self.loss, AsymmetricClipPPOLoss):
-            counts = self.loss.count_valid(minibatch)
-            self.loss.set_normalizer(counts)
+            counts = self.loss.count_valid(minibatch).to(self.device)
         if not self.micro_batch.chosen:
-            self._choose_micro_batch(minibatch)
-        while (sums := self._accumulate(minibatch, bar, normalized=counts is not None)) is None:
+            self._choose_micro_batch(minibatch, counts)
+        while (sums := self._accumulate(minibatch, bar, counts)) is None:
             self._halve_micro_batch()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self._step_if_finite(torch.isfinite(norm) & torch.isfinite(sums["loss"]))
         return {_FIGURES.get(name, name): value for name, value in sums.items()} | {"grad_norm": norm.detach().float()}
 
-    def _accumulate(self, minibatch: TensorDictBase, bar: tqdm, *, normalized: bool) -> dict[str, torch.Tensor] | None:
+    def _accumulate(
+        self, minibatch: TensorDictBase, bar: tqdm, counts: TensorDictBase | None
+    ) -> dict[str, torch.Tensor] | None:
         """The gradient of a mini-batch, and its figures; None, and no gradient, if memory runs out."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.backward_pass.zero_grad()
         sums: dict[str, torch.Tensor] = {}
-        most = min(self.micro_batch.size, math.ceil(len(minibatch) / self.config.traj_split_num))
-        # Micro-batches of equal size, as far as they can be.
-        size, done = math.ceil(len(minibatch) / math.ceil(len(minibatch) / most)), 0
+        rows, done = self.micro_batch.rows(len(minibatch), self.config.traj_split_num), 0
         try:
-            for micro in minibatch.split(size):
-                self._backward(micro, len(micro) / len(minibatch), normalized, sums)
+            for micro in minibatch.split(rows):
+                share = len(micro) / len(minibatch)
+                # Ours divides by the mini-batch's counts itself; a stock loss is a mean over the micro-batch.
+                scale = share if counts is None else 1.0
+                terms = self.backward_pass(micro, rows=rows, scale=scale, counts=counts)
+                for name, value in terms.items():
+                    sums[name] = sums.get(name, 0.0) + (scale if name.startswith("loss") else share) * value
                 done += len(micro)
                 bar.update(len(micro))
         except torch.OutOfMemoryError:
@@ -215,28 +226,15 @@ class PPOTrainer:
             return None
         return sums
 
-    def _backward(self, micro: TensorDictBase, share: float, normalized: bool, sums: dict[str, torch.Tensor]) -> None:
-        """Add a micro-batch's gradient to the parameters' and its figures to `sums`, which stay on the device."""
-        terms = self.loss(micro)
-        losses = {name: value for name, value in terms.items() if name.startswith("loss_")}
-        # Ours divides by the mini-batch's counts itself; a stock loss is a mean over the micro-batch.
-        scale = 1.0 if normalized else share
-        total = sum(value * scale for value in losses.values())
-        total.backward()
-        for name, value in terms.items():
-            if value.numel() == 1:
-                weight = scale if name in losses else share
-                sums[name] = sums.get(name, 0.0) + weight * value.detach().float().reshape(())
-        sums["loss"] = sums.get("loss", 0.0) + total.detach().float().reshape(())
-
-    def _choose_micro_batch(self, minibatch: TensorDictBase) -> None:
+    def _choose_micro_batch(self, minibatch: TensorDictBase, counts: TensorDictBase | None) -> None:
         moments = 0 if self.optimizer.state else 2 * sum(p.nbytes for p in self.parameters)
 
         def run(size: int) -> None:
-            rows = torch.arange(size, device=self.device) % len(minibatch)
-            self._backward(minibatch[rows], 1.0, True, {})
+            self.backward_pass(minibatch[torch.arange(size) % len(minibatch)], rows=size, counts=counts)
 
-        decision = self.micro_batch.choose(run, self.device, reserve=moments)
+        decision = self.micro_batch.choose(
+            run, self.device, decisions=len(minibatch), reserve=moments, release=self.backward_pass.forget
+        )
         free_memory()
         self.logger.print(decision)
 
@@ -247,6 +245,7 @@ class PPOTrainer:
                 "The GPU's memory does not hold the forward and backward pass of one decision: use a preset for a "
                 "smaller card, --recompute 1, --load-in-4bit, or a smaller --num-envs."
             )
+        self.backward_pass.forget()
         free_memory()
         self.logger.print(
             f"Out of GPU memory with micro-batches of {size} decisions: from here on they have "

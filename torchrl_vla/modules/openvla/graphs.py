@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,7 +25,6 @@ class GraphRecorder:
 
     def __init__(self) -> None:
         self._pool: Any = None
-        self._stream: Any = None
 
     def record(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
         """Run a function a few times, then record it.
@@ -36,21 +36,31 @@ class GraphRecorder:
             What replays it, and its results, which every replay writes anew.
         """
         if self._pool is None:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        # The same stream for both: gradients are added up on the stream where a parameter was first used.
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+            self._pool = torch.cuda.graph_pool_handle()
+        stream, current = _recording_stream(torch.cuda.current_device()), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
                 function()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             results = function()
         return graph.replay, results
 
     def clear(self) -> None:
         """Begin a new pool; the old one's memory is free once its recordings are gone."""
         self._pool = None
+
+
+@functools.cache
+def _recording_stream(device: int) -> torch.cuda.Stream:
+    """The stream that everything is warmed up and recorded on.
+
+    Gradients are added up on the stream where a parameter was first used, which must be the recording's; and each
+    stream has workspaces of its own, which stay.
+    """
+    return torch.cuda.Stream(device)
 
 
 class _Recording(NamedTuple):

@@ -116,9 +116,10 @@ def arrange_prompt(input_ids: Tensor, attention_mask: Tensor | None, empty_token
     # rank[i, j]: which token of prompt i stands in column j of `rest`, counted from its first token.
     rank = torch.arange(1, length, device=input_ids.device) + total - length
     tokens = input_ids.gather(1, (start + rank).clamp(0, input_ids.shape[1] - 1))
-    tokens = torch.where(rank >= count, empty_token_id, tokens)
+    # Not torch.where, which may bring a number to the GPU by a copy that a recording cannot hold.
+    tokens = tokens.masked_fill(rank >= count, empty_token_id)
     mask = rank >= 1
-    rest = torch.where(mask, tokens, pad_token_id)
+    rest = tokens.masked_fill(~mask, pad_token_id)
     return Prompt(input_ids.gather(1, start), rest, None if inspect and bool(mask.all()) else mask)
 
 
