@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -200,5 +201,8 @@ def test_what_cannot_be_exported_is_explained(base: Path, tmp_path: Path) -> Non
     config.actor.use_lora = True
     config.save(tmp_path / "whole" / "config.json")
     with pytest.raises(SystemExit, match="does not hold the policy of the run.*trainable parameters are not this"):
+        main(["export", str(tmp_path / "whole"), str(out)])
+    shutil.rmtree(tmp_path / "whole" / "checkpoints")
+    with pytest.raises(SystemExit, match="the run in .* has no checkpoint: it ended before its first one"):
         main(["export", str(tmp_path / "whole"), str(out)])
     assert not out.exists()

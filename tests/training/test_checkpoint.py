@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torchrl.checkpoint import GlobalRNGState
 
 from torchrl_vla.training.checkpoint import RunCheckpoints, TrainableState
 
@@ -39,6 +40,27 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path):
     resumed.checkpoints.load_latest()
     resumed.step()
     assert torch.equal(resumed.policy[1].weight, run.policy[1].weight)
+
+
+def test_a_gpus_checkpoint_is_read_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Of a run on the second of two GPUs, as far as its files say; here there is none."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    run = Run(tmp_path)
+    run.step()
+    state = GlobalRNGState.state_dict
+    two = [torch.get_rng_state(), torch.get_rng_state()]
+    monkeypatch.setattr(GlobalRNGState, "state_dict", lambda self: state(self) | {"torch_cuda": two})
+    path = run.checkpoints.save(step=1, success=0.0)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for file in path.glob("components/*/state.json"):
+        file.write_text(file.read_text().replace('"cpu"', '"cuda:1"'))
+    other = Run(tmp_path)
+    other.checkpoints.load_latest()
+    assert torch.equal(other.policy[1].weight, run.policy[1].weight) and other.policy[1].weight.device.type == "cpu"
+    assert "The run had 2 GPUs and goes on with 0" in caplog.text
 
 
 def test_frozen_parameters_are_not_written(tmp_path: Path):

@@ -129,6 +129,7 @@ def main(arguments: Sequence[str]) -> None:
     diagnosis = Diagnosis(summary, needs, checks)
     print(diagnosis)
     if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(diagnosis.as_dict(), indent=2) + "\n")
         print(f"\nFindings: {options.json}")
     sys.exit(FITS if diagnosis.fits else PROBLEMS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from torch import nn
 from torchrl.checkpoint import Checkpoint, CheckpointRotation, GlobalRNGState
 
 __all__ = ["RunCheckpoints", "TrainableState"]
+
+logger = logging.getLogger(__name__)
 
 
 class TrainableState:
@@ -61,6 +64,21 @@ class TrainableState:
             parameter.copy_(state[name])
 
 
+class _RNGState(GlobalRNGState):
+    """TorchRL's, also where a run goes on with another number of GPUs."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        saved, count = state_dict.get("torch_cuda", []), torch.cuda.device_count()
+        if len(saved) > count:
+            logger.warning(
+                "The run had %d GPUs and goes on with %d: what it draws at random is not what it would have drawn.",
+                len(saved),
+                count,
+            )
+        state = {name: value for name, value in state_dict.items() if name != "torch_cuda"}
+        super().load_state_dict(state | {"torch_cuda": saved[:count]} if saved[:count] else state)
+
+
 class RunCheckpoints:
     """The checkpoints of one run: the newest few and the best by validated success.
 
@@ -79,7 +97,7 @@ class RunCheckpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int, **components: Any) -> None:
-        self.checkpoint = Checkpoint(rng=GlobalRNGState(), **components)
+        self.checkpoint = Checkpoint(rng=_RNGState(), **components)
         self.rotation = CheckpointRotation(folder, keep_last=keep, keep_best=("success", "max"))
 
     def save(self, *, step: int, success: float) -> Path:
@@ -103,5 +121,6 @@ class RunCheckpoints:
                 f"{self.rotation.directory} holds no checkpoint to resume from: the run ended before its first one. "
                 "Start it anew in another run_dir."
             )
-        self.checkpoint.load(path)
+        # To the CPU first, from where they are copied: the GPU that they were on may not be there, or be full.
+        self.checkpoint.load(path, map_location="cpu")
         return path

@@ -10,6 +10,8 @@ __all__ = ["choose_device", "choose_head_device"]
 def choose_device(name: str, gpu_id: int = 0) -> torch.device:
     """The device a name means; auto is the GPU `gpu_id` if there is one, else the CPU.
 
+    A GPU becomes the current one, on which streams are made and graphs are recorded.
+
     Raises:
         ValueError: there is no such device.
 
@@ -27,6 +29,9 @@ def choose_device(name: str, gpu_id: int = 0) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= count:
         have = f"cuda:0..cuda:{count - 1}" if count else "no GPU: use --device cpu"
         raise ValueError(f"device {name!r} is not on this machine, which has {have}.")
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
     return device
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation
 
 from torchrl_vla.config import TrainConfig
 from torchrl_vla.modules import OpenVLA
+from torchrl_vla.modules.files import read_json
 from torchrl_vla.modules.openvla import load_adapter, save_adapter
 from torchrl_vla.modules.openvla.companions import copy_companions, write_preprocessor
 from torchrl_vla.modules.openvla.lora import has_lora
@@ -102,7 +102,7 @@ def load_run(folder: Path, checkpoint: Path, *, dtype: torch.dtype | None = None
     torch.manual_seed(config.ppo.seed)  # random:tiny is made from it
     policy = load_policy(actor, task_suite=config.env.task_suite, dtype=dtype or "stored")
     try:
-        Checkpoint(policy=TrainableState(policy.model)).load(checkpoint, components=["policy"])
+        Checkpoint(policy=TrainableState(policy.model)).load(checkpoint, components=["policy"], map_location="cpu")
     except CheckpointError as error:
         raise ValueError(f"{checkpoint} does not hold the policy of the run in {folder}: {error}.") from error
     return policy
@@ -111,21 +111,20 @@ def load_run(folder: Path, checkpoint: Path, *, dtype: torch.dtype | None = None
 def _run_of(source: str) -> tuple[Path, Path] | None:
     """The folder of a run of `torchrl-vla train` and the checkpoint meant; None if `source` is neither."""
     path = Path(source).expanduser()
-    if path.parent.name == CHECKPOINTS and path.is_dir():
-        run, checkpoint = path.parent.parent, path
-    elif (path / CHECKPOINTS).is_dir():
-        run = path
-        latest = CheckpointRotation(path / CHECKPOINTS, keep_last=1).latest()
-        if latest is None:
-            return None
-        checkpoint = latest
-    else:
-        return None
+    named = path.parent.name == CHECKPOINTS and path.is_dir()
+    run = path.parent.parent if named else path
     settings = run / "config.json"
     # Fine-tuning writes such folders too: its policy is finished, adapters merged.
-    if not settings.is_file() or "ppo" not in json.loads(settings.read_text()):
+    if not settings.is_file() or "ppo" not in read_json(settings):
         return None
-    return run, checkpoint
+    if named:
+        return run, path
+    latest = CheckpointRotation(run / CHECKPOINTS, keep_last=1).latest() if (run / CHECKPOINTS).is_dir() else None
+    if latest is None:
+        raise ValueError(
+            f"the run in {run} has no checkpoint: it ended before its first one, and there is nothing to export."
+        )
+    return run, latest
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
