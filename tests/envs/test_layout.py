@@ -8,6 +8,8 @@ import torch
 from torchrl_vla.collectors import EpisodePlan, GroupCollector
 from torchrl_vla.envs import layout
 from torchrl_vla.envs.layout import choose_workers, make_env
+from torchrl_vla.envs.libero import LiberoEnv
+from torchrl_vla.envs.watchdog import WatchedParallelEnv
 
 
 @pytest.mark.parametrize(
@@ -71,3 +73,14 @@ def test_parts_share_the_workers_evenly(monkeypatch: pytest.MonkeyPatch) -> None
         for workers, num_envs in ((2, 8), (6, 6), (7, 14), (8, 32))
     }
     assert parts == {2: [(1, 4)] * 2, 6: [(2, 1)] * 3, 7: [(7, 2)], 8: [(2, 4)] * 4}
+
+
+@pytest.mark.parametrize("backend", ["egl", "osmesa"])
+def test_what_may_hang_runs_in_a_process_that_is_watched(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    monkeypatch.setattr(layout, "configure_rendering", lambda: backend)
+    (env,) = layout.make_envs("libero_spatial", num_envs=3, workers=1, worker_timeout=7.0)
+    if backend == "osmesa":
+        assert isinstance(env, LiberoEnv) and env.batch_size == torch.Size([3])
+    else:
+        assert isinstance(env, WatchedParallelEnv) and env.batch_size == torch.Size([1, 3])
+        assert env.num_workers == 1 and env.worker_timeout == 7.0

@@ -203,6 +203,7 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
     from torchrl_vla.config import OpenVLAActorConfig
     from torchrl_vla.envs import get_suite
     from torchrl_vla.envs.layout import make_envs
+    from torchrl_vla.envs.rendering import configure_rendering
     from torchrl_vla.evaluation.protocol import evaluate
     from torchrl_vla.training.devices import choose_device
     from torchrl_vla.training.policy import load_policy, policy_mode
@@ -211,6 +212,7 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
     suite, plan = get_suite(config.task_suite), _plan(config)
     tasks = sorted({episode.task_id for episode in plan})
     device = choose_device(config.device)
+    configure_rendering()  # what is missing is told before a policy is loaded
     torch.manual_seed(config.seed)
     mode, reason = config.action_mode, "as --action-mode says"
     if mode == "auto":

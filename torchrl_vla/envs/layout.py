@@ -12,6 +12,7 @@ from torchrl.envs import EnvBase, TransformedEnv
 from torchrl_vla.envs.instruction import InstructionFromTaskId
 from torchrl_vla.envs.libero import LiberoEnv
 from torchrl_vla.envs.memory import available_memory, check_memory, count_models, memory_needed, models_that_fit
+from torchrl_vla.envs.rendering import configure_rendering
 from torchrl_vla.envs.watchdog import WatchedParallelEnv
 
 __all__ = ["choose_workers", "make_env", "make_envs"]
@@ -60,7 +61,7 @@ def make_env(
         num_envs: environments in all.
         workers: processes; None: chosen by cores and memory. Must divide `num_envs`.
         worker_timeout: seconds after which a process that does not answer is replaced, see
-            :class:`~torchrl_vla.envs.watchdog.WatchedParallelEnv`.
+            :class:`~torchrl_vla.envs.watchdog.WatchedParallelEnv`. What runs in this process is not watched.
         options: further arguments of :class:`LiberoEnv`.
 
     Returns:
@@ -82,6 +83,9 @@ def make_envs(
 ) -> list[EnvBase]:
     """What :func:`make_env` makes, in up to four parts that take turns with the policy, and without strings.
 
+    A GPU driver's EGL is known to hang, and what hangs in this process cannot be replaced: with EGL there is always a
+    process that is watched, with OSMesa only where several are worth it.
+
     While a :class:`~torchrl_vla.collectors.GroupCollector` decides for one part, the others simulate. The policy is to
     read ``task_id`` (``instructions`` of :func:`~torchrl_vla.modules.make_actor`): strings cost more to pass around
     than a small network to run.
@@ -94,9 +98,10 @@ def make_envs(
 
     Raises:
         ValueError: as for :func:`make_env`.
+        RenderingUnavailable: there is no OpenGL to render with.
     """
     workers, options = _checked(task_suite, num_envs, workers, options)
-    if workers == 1:
+    if workers == 1 and configure_rendering() != "egl":
         return [LiberoEnv(task_suite, num_envs=num_envs, include_instruction=False, **options)]
     parts = max(parts for parts in range(1, _MOST_PARTS + 1) if workers % parts == 0)
     per_worker = num_envs // workers
