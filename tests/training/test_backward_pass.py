@@ -117,6 +117,31 @@ def test_the_coefficients_of_the_loss_are_read_live() -> None:
     assert float(after["loss_entropy"]) == pytest.approx(3 * float(before["loss_entropy"]), rel=1e-5)
 
 
+def test_the_counts_are_those_of_each_mini_batch() -> None:
+    a_pass, actor = make_pass(recorded=True)
+    data = make_decisions(actor)
+    counts = a_pass.loss.count_valid(data)
+    half = a_pass(data, rows=6, counts=counts.apply(lambda count: 2 * count))
+    whole = a_pass(data, rows=6, counts=counts)
+    assert float(whole["loss"]) == pytest.approx(2 * float(half["loss"]), rel=1e-5)
+
+
+def test_copies_of_the_adapters_follow_before_a_replay() -> None:
+    """A replay does not run the forward's own look at them."""
+    _, actor = make_pass(recorded=True)
+    model, data = actor.backbone.model, make_decisions(make_policy())
+    actor.backbone.prepare(data)
+    with torch.no_grad():
+        actor(data.clone())  # makes the copies
+        for name, parameter in model.named_parameters():
+            if ".lora_A" in name:
+                parameter.mul_(2)
+    copies = [adapters for stack in model._stacks for adapters in stack.adapters()]
+    assert copies and not any(torch.equal(c.down[: len(c.downs[0])], c.downs[0]) for c in copies)
+    actor.backbone.prepare(data)
+    assert all(torch.equal(c.down[: len(c.downs[0])], c.downs[0]) for c in copies)
+
+
 def test_few_shapes_stay_recorded() -> None:
     a_pass, actor = make_pass(recorded=True)
     recorder, data = a_pass._recorder, make_decisions(actor)

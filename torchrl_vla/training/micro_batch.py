@@ -155,8 +155,10 @@ class MicroBatch:
             if small is not None and large is not None:
                 slope = (large.bytes - small.bytes) / 2
                 lines[share] = (slope, small.bytes - 2 * slope)
-        fits = []
+        fits: list[tuple[int, float]] = []
         for size in self._sizes:
+            if size == 1 and fits:
+                continue  # never faster than several, and compiled by itself
             for share in self._shares:
                 needed = _interpolate(lines, share, size)
                 if needed is not None and needed <= budget:
