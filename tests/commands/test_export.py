@@ -202,6 +202,10 @@ def test_what_cannot_be_exported_is_explained(base: Path, tmp_path: Path) -> Non
     config.save(tmp_path / "whole" / "config.json")
     with pytest.raises(SystemExit, match="does not hold the policy of the run.*trainable parameters are not this"):
         main(["export", str(tmp_path / "whole"), str(out)])
+    config.actor.pretrained_checkpoint = "random:tiny"
+    config.save(tmp_path / "whole" / "config.json")
+    with pytest.raises(SystemExit, match="random weights, which differ between devices.*its policy as a whole is in"):
+        main(["export", str(tmp_path / "whole"), str(out)])
     shutil.rmtree(tmp_path / "whole" / "checkpoints")
     with pytest.raises(SystemExit, match="the run in .* has no checkpoint: it ended before its first one"):
         main(["export", str(tmp_path / "whole"), str(out)])

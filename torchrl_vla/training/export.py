@@ -17,7 +17,7 @@ from torchrl_vla.modules.openvla.companions import copy_companions, write_prepro
 from torchrl_vla.modules.openvla.lora import has_lora
 from torchrl_vla.training.checkpoint import TrainableState
 from torchrl_vla.training.folder import written_whole
-from torchrl_vla.training.policy import CHECKPOINTS, Policy, find_policy, load_policy, save_policy
+from torchrl_vla.training.policy import CHECKPOINTS, RANDOM, Policy, find_policy, load_policy, save_policy
 
 __all__ = ["export", "load_run"]
 
@@ -97,6 +97,13 @@ def load_run(folder: Path, checkpoint: Path, *, dtype: torch.dtype | None = None
         ValueError: the run's policy cannot be had, or the checkpoint is not of it.
     """
     config = TrainConfig.load(folder / "config.json")
+    if config.actor.pretrained_checkpoint.startswith(RANDOM) and (
+        config.actor.use_lora or config.actor.freeze_vla_backbone
+    ):
+        raise ValueError(
+            f"the run in {folder} started from random weights, which differ between devices, and its checkpoints keep "
+            f"only what learned: its policy as a whole is in {folder / 'policy'}."
+        )
     # Adapters are added to whole weights, wherever the run kept its own.
     actor = replace(config.actor, load_in_4bit=False, use_multi_gpu=False, force=True)
     torch.manual_seed(config.ppo.seed)  # random:tiny is made from it

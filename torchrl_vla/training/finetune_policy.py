@@ -15,11 +15,9 @@ from torchrl_vla.modules.heads import L1ActionHead
 from torchrl_vla.modules.openvla import add_lora, freeze_backbone
 from torchrl_vla.modules.openvla.inspection import require_trained_tokens
 from torchrl_vla.training.finetune_config import FinetuneConfig
-from torchrl_vla.training.policy import Policy, build_policy, find_policy, read_image_settings, save_policy
+from torchrl_vla.training.policy import RANDOM, Policy, build_policy, find_policy, read_image_settings, save_policy
 
 __all__ = ["load_student", "save_student"]
-
-_RANDOM = "random:"
 
 
 def load_student(config: FinetuneConfig, dataset: DemonstrationDataset, device: torch.device) -> Policy:
@@ -35,8 +33,8 @@ def load_student(config: FinetuneConfig, dataset: DemonstrationDataset, device: 
             dimension than the data.
     """
     settings: dict[str, Any] = {}
-    if config.checkpoint.startswith(_RANDOM):
-        fresh = build_policy(config.checkpoint.removeprefix(_RANDOM), device=device)
+    if config.checkpoint.startswith(RANDOM):
+        fresh = build_policy(config.checkpoint.removeprefix(RANDOM), device=device)
         model, tokenizer = fresh.model, fresh.processor.tokenizer
         settings = {"backend": fresh.processor.images.backend}
     else:

@@ -37,9 +37,10 @@ from torchrl_vla.modules.openvla.lora import add_lora, freeze_backbone, without_
 from torchrl_vla.modules.openvla.tokenizer import empty_token_id
 from torchrl_vla.training.folder import written_whole
 
-__all__ = ["BUNDLED", "Policy", "build_policy", "load_policy", "save_policy"]
+__all__ = ["BUNDLED", "RANDOM", "Policy", "build_policy", "load_policy", "save_policy"]
 
-_RANDOM = "random:"
+#: What names of untrained policies begin with.
+RANDOM = "random:"
 #: The policy that comes with the package, made as docs/tiny_policy.md says.
 BUNDLED = "bundled:tiny"
 _BUNDLED_FOLDER = Path(__file__).parents[1] / "assets" / "tiny_policy"
@@ -161,7 +162,7 @@ def policy_mode(name: str) -> TrainedMode:
     Raises:
         ValueError: it cannot be had.
     """
-    if name.startswith(_RANDOM):
+    if name.startswith(RANDOM):
         return TrainedMode("tokens", "it is untrained")
     return trained_mode(find_policy(name))
 
@@ -204,8 +205,8 @@ def load_policy(
     device = torch.device(device)
     tasks = get_suite(task_suite).tasks if read_task_ids else ()
     instructions = {index: task.instruction for index, task in enumerate(tasks)} or None
-    if actor.pretrained_checkpoint.startswith(_RANDOM):
-        name = actor.pretrained_checkpoint.removeprefix(_RANDOM)
+    if actor.pretrained_checkpoint.startswith(RANDOM):
+        name = actor.pretrained_checkpoint.removeprefix(RANDOM)
         policy = build_policy(
             name,
             statistics_key=task_suite,
