@@ -81,8 +81,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # of a damaged file the libraries raise whatever they stumble over
         raise ValueError(
             f"No tokenizer can be loaded from {folder}. A checkpoint folder needs tokenizer.json and "
-            "tokenizer_config.json beside the weights, undamaged; copy them from the release it comes from "
-            f"({type(error).__name__}: {error})."
+            "tokenizer_config.json beside the weights, undamaged; copy them from the release it comes from."
         ) from error
     encode_prompt(tokenizer, "open the drawer")
     return tokenizer
