@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from torchrl_vla.envs import control
-from torchrl_vla.envs.control import ArmState, Robot, goal_changes
+from torchrl_vla.envs.control import ArmState, Robot
+from torchrl_vla.envs.goals import goal_changes
 from torchrl_vla.envs.rendering import configure_rendering
 
 

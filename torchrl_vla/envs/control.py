@@ -3,7 +3,7 @@
 Stock LIBERO runs this loop in Python and evaluates MuJoCo's forward dynamics three times per substep. Here it is one
 numba function that calls libmujoco directly and releases the GIL. ``exact`` does everything whose result reaches the
 next substep, in stock's order of floating-point operations, so positions and velocities equal stock's to the bit;
-``fast`` leaves the redundant work out.
+``fast`` leaves the redundant work out, and what sleeps.
 
 The controller is Khatib's operational-space control as robosuite 1.4 writes it (``OperationalSpaceController`` with
 fixed impedance, position and orientation decoupled): O. Khatib, "A unified approach for motion and force control of
@@ -13,18 +13,17 @@ robot manipulators", IEEE Journal on Robotics and Automation 3(1), 1987.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import llvmlite.binding
 import mujoco
-import numba
 import numpy as np
 from numba import types
 
-__all__ = ["SUBSTEPS", "ArmState", "DataViews", "Goals", "Robot", "control_step", "goal_changes"]
+from torchrl_vla.envs.compiled import compiled
+
+__all__ = ["SUBSTEPS", "ArmState", "DataViews", "Robot", "control_step", "hide_sleeping", "wake"]
 
 #: Physics substeps of 2 ms in one control step of 50 ms.
 SUBSTEPS = 25
@@ -37,8 +36,6 @@ _SAMPLED_SUBSTEP = SUBSTEPS - 2
 _POSTURE_KP = 10.0
 #: Change of the gripper's target per substep, of a range of [-1, 1].
 _GRIPPER_SPEED = 0.01
-#: Largest change of an action of 1 in one control step: metres, radians.
-_TRANSLATION_SCALE, _ROTATION_SCALE = 0.05, 0.5
 
 
 class Robot(NamedTuple):
@@ -76,6 +73,7 @@ class DataViews(NamedTuple):
         qm: sparse mass matrix.
         bias: ``qfrc_bias``, gravity and Coriolis forces.
         site_xpos, site_xmat: ``[nsite, 3]`` and ``[nsite, 9]`` poses of sites.
+        geom_xpos, geom_xmat: ``[ngeom, 3]`` and ``[ngeom, 9]`` poses of geoms.
     """
 
     qpos: np.ndarray
@@ -85,6 +83,8 @@ class DataViews(NamedTuple):
     bias: np.ndarray
     site_xpos: np.ndarray
     site_xmat: np.ndarray
+    geom_xpos: np.ndarray
+    geom_xmat: np.ndarray
 
 
 class ArmState(NamedTuple):
@@ -117,35 +117,6 @@ class ArmState(NamedTuple):
     mass: np.ndarray
 
 
-class Goals(NamedTuple):
-    """Actions turned into changes of the controller's goal.
-
-    Args:
-        translation: ``[n, 3]`` metres.
-        rotation: ``[n, 3, 3]`` rotation matrices, applied in the world frame.
-        rotates: ``[n]`` bool, whether the goal orientation changes at all: it stays where it was when not.
-        gripper: ``[n]`` sign of the gripper action.
-    """
-
-    translation: np.ndarray
-    rotation: np.ndarray
-    rotates: np.ndarray
-    gripper: np.ndarray
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles without the GIL and keeps the result on disk, where there is a folder to keep it in."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError as error:
-        warnings.warn(
-            f"The compiled control loop cannot be kept on disk ({error}): every process spends some ten seconds on "
-            "compiling it. Set NUMBA_CACHE_DIR to a folder that can be written.",
-            stacklevel=1,  # one place for all functions, so that it is shown once
-        )
-        return numba.njit(nogil=True)(function)
-
-
 def _load_mujoco() -> None:
     """Makes libmujoco's functions known to the compiler's linker by name, so that compiled code can be cached."""
     folder = Path(mujoco.__file__).parent
@@ -168,48 +139,7 @@ _mj_site_jacobian = types.ExternalFunction(
 _mj_full_mass = types.ExternalFunction("mj_fullM", types.void(types.intp, types.uintp, types.uintp))
 
 
-@_compiled
-def _rotation(quat):  # type: ignore[no-untyped-def]
-    """Rotation matrix of a quaternion (x, y, z, w), in single precision as stock computes it."""
-    q = quat.astype(np.float32)[np.array([3, 0, 1, 2])]
-    q *= math.sqrt(2.0 / np.dot(q, q))
-    w, x, y, z = q[0], q[1], q[2], q[3]
-    matrix = np.empty((3, 3))
-    matrix[0, 0], matrix[0, 1], matrix[0, 2] = 1.0 - y * y - z * z, x * y - z * w, x * z + y * w
-    matrix[1, 0], matrix[1, 1], matrix[1, 2] = x * y + z * w, 1.0 - x * x - z * z, y * z - x * w
-    matrix[2, 0], matrix[2, 1], matrix[2, 2] = x * z - y * w, y * z + x * w, 1.0 - x * x - y * y
-    return matrix
-
-
-def goal_changes(actions: np.ndarray) -> Goals:
-    """Turns actions into changes of the controller's goal; components outside [-1, 1] are clipped as stock does.
-
-    The sines are NumPy's and not the compiled loop's, which may round the last bit otherwise.
-
-    Args:
-        actions: ``float64 [n, 7]``: translation, rotation as a scaled axis, gripper.
-
-    Returns:
-        Goals: of the ``n`` control steps.
-
-    Examples:
-        >>> goals = goal_changes(np.array([[2.0, 0.0, 0.0, 0.0, 0.0, 0.0, -0.3]]))
-        >>> goals.translation[0].tolist(), bool(goals.rotates[0]), float(goals.gripper[0])
-        ([0.05, 0.0, 0.0], False, -1.0)
-    """
-    clipped = np.clip(actions[:, :6], -1.0, 1.0)
-    translation = clipped[:, :3] * _TRANSLATION_SCALE
-    axes = clipped[:, 3:] * _ROTATION_SCALE
-    rotates = axes.any(axis=1)
-    rotation = np.tile(np.eye(3), (len(actions), 1, 1))
-    for i in np.flatnonzero(rotates):
-        angle = np.linalg.norm(axes[i])
-        if angle != 0.0:
-            rotation[i] = _rotation(np.append(axes[i] / angle * np.sin(angle / 2.0), np.cos(angle / 2.0)))
-    return Goals(translation, rotation, rotates, np.sign(actions[:, 6]))
-
-
-@_compiled
+@compiled
 def _read_kinematics(model, data, views, robot, state, scratch):  # type: ignore[no-untyped-def]
     """Reads pose, velocity, Jacobian and mass matrix of the arm from the simulation into the controller's state."""
     jac_pos, jac_ori, mass = scratch[:3], scratch[3:6], scratch[6:]
@@ -234,7 +164,7 @@ def _read_kinematics(model, data, views, robot, state, scratch):  # type: ignore
             state.mass[j, i] = mass[robot.arm_qvel[i], dof]
 
 
-@_compiled
+@compiled
 def _set_goal(state, translation, rotation, rotates):  # type: ignore[no-untyped-def]
     """Moves the goal relative to the present pose; a zero rotation keeps the earlier goal orientation."""
     if rotates:
@@ -243,7 +173,7 @@ def _set_goal(state, translation, rotation, rotates):  # type: ignore[no-untyped
         state.goal_pos[i] = state.ee_pos[i] + translation[i]
 
 
-@_compiled
+@compiled
 def _wrench(robot, state):  # type: ignore[no-untyped-def]
     """Force and torque ``[6]`` that a unit mass at the grip site would need to follow the goal."""
     wrench = np.empty(6)
@@ -258,14 +188,14 @@ def _wrench(robot, state):  # type: ignore[no-untyped-def]
     return wrench
 
 
-@_compiled
+@compiled
 def _posture_acceleration(robot, state):  # type: ignore[no-untyped-def]
     """Joint acceleration ``[7]`` that pulls the arm to its posture, critically damped."""
     kv = np.sqrt(_POSTURE_KP) * 2
     return _POSTURE_KP * (robot.posture - state.joint_pos) - kv * state.joint_vel
 
 
-@_compiled
+@compiled
 def _torques_exact(robot, state):  # type: ignore[no-untyped-def]
     """Joint torques ``[7]`` without gravity: end effector plus posture in its null space, by pseudo-inverses.
 
@@ -284,7 +214,7 @@ def _torques_exact(robot, state):  # type: ignore[no-untyped-def]
     return np.dot(state.jacobian, wrench), posture
 
 
-@_compiled
+@compiled
 def _control(robot, state, views, gripper, exact):  # type: ignore[no-untyped-def]
     """Writes the actuators' controls of one substep."""
     task, posture = _torques_exact(robot, state) if exact else _torques_fast(robot, state)
@@ -298,7 +228,7 @@ def _control(robot, state, views, gripper, exact):  # type: ignore[no-untyped-de
         views.ctrl[robot.gripper_ctrl[finger]] = robot.gripper_bias[finger] + robot.gripper_weight[finger] * target
 
 
-@_compiled
+@compiled
 def _cholesky_solve(matrix, right):  # type: ignore[no-untyped-def]
     """Solves ``matrix x = right`` in place for a symmetric positive definite matrix and one or more right sides."""
     n, columns = right.shape
@@ -323,7 +253,7 @@ def _cholesky_solve(matrix, right):  # type: ignore[no-untyped-def]
             right[j, column] /= matrix[j, j]
 
 
-@_compiled
+@compiled
 def _torques_fast(robot, state):  # type: ignore[no-untyped-def]
     """The same torques in exact arithmetic, by Cholesky factors in place of pseudo-inverses.
 
@@ -355,8 +285,65 @@ def _torques_fast(robot, state):  # type: ignore[no-untyped-def]
     return task, posture
 
 
-@_compiled
-def control_step(model, data, views, sampled, robot, state, goals, index, sample, exact):  # type: ignore[no-untyped-def]
+@compiled
+def hide_sleeping(trees, sleep):  # type: ignore[no-untyped-def]
+    """Lets those bodies of the model collide, and no others, that are awake in a slot."""
+    for body in range(trees.body_tree.shape[0]):
+        tree = trees.body_tree[body]
+        collides = tree < 0 or not sleep.asleep[tree]
+        trees.body_contype[body] = trees.contype[body] if collides else 0
+        trees.body_conaffinity[body] = trees.conaffinity[body] if collides else 0
+
+
+@compiled
+def _hold(trees, sleep, views):  # type: ignore[no-untyped-def]
+    """Undoes what a substep did to those that sleep: without contacts they fall."""
+    for tree in range(sleep.asleep.shape[0]):
+        if sleep.asleep[tree]:
+            for i in range(trees.qpos[tree, 0], trees.qpos[tree, 1]):
+                views.qpos[i] = sleep.pose[i]
+            for i in range(trees.dofs[tree, 0], trees.dofs[tree, 1]):
+                views.qvel[i] = 0.0
+
+
+@compiled
+def wake(trees, sleep, views):  # type: ignore[no-untyped-def]
+    """Wakes what something that is awake has come near to, and in turn what that is near to.
+
+    Args:
+        trees: ``Trees`` of the model.
+        sleep: ``Sleep`` of the slot.
+        views: ``DataViews`` of the slot; poses of geoms are read.
+    """
+    woken = False
+    again = True
+    while again:
+        again = False
+        for i in range(trees.geom.shape[0]):
+            if sleep.asleep[trees.geom_tree[i]]:
+                continue
+            centre = views.geom_xpos[trees.geom[i]]
+            reach = trees.radius[i] * trees.radius[i]
+            for tree in range(sleep.asleep.shape[0]):
+                if not sleep.asleep[tree]:
+                    continue
+                gap = 0.0
+                for axis in range(3):
+                    beyond = max(
+                        sleep.bounds[tree, axis] - centre[axis], centre[axis] - sleep.bounds[tree, 3 + axis], 0.0
+                    )
+                    gap += beyond * beyond
+                if gap < reach:
+                    sleep.asleep[tree] = 0
+                    woken = again = True
+    if woken:
+        hide_sleeping(trees, sleep)
+
+
+@compiled
+def control_step(  # type: ignore[no-untyped-def]
+    model, data, views, sampled, robot, state, goals, index, sample, trees, sleep, exact
+):
     """Runs one control step: 25 substeps, each with the controller's torques.
 
     Args:
@@ -368,6 +355,8 @@ def control_step(model, data, views, sampled, robot, state, goals, index, sample
         goals: ``Goals`` of a chunk of actions.
         index: which of them to run.
         sample: ``float64 [sum of their sizes]``, where stock's observations of this step are copied.
+        trees: ``Trees`` of the model, in which what sleeps has been made to collide with nothing.
+        sleep: ``Sleep`` of the slot; nothing wakes or sleeps if exact.
         exact: whether to do everything stock does.
     """
     scratch = np.zeros((6 + views.qvel.shape[0], views.qvel.shape[0]))
@@ -389,6 +378,9 @@ def control_step(model, data, views, sampled, robot, state, goals, index, sample
             _set_goal(state, goals.translation[index], goals.rotation[index], goals.rotates[index])
         _control(robot, state, views, goals.gripper[index], exact)
         _mj_step2(model, data)
+        if not exact:
+            _hold(trees, sleep, views)
+            wake(trees, sleep, views)
         if substep == _SAMPLED_SUBSTEP:
             start = 0
             for array in sampled:

@@ -48,6 +48,8 @@ class CompiledModel:
     """
 
     def __init__(self, model: mujoco.MjModel) -> None:
+        # Nothing reads the gripper's sensors, and what they measure changes nothing.
+        model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_SENSOR
         self.model = model
         #: The scene whose fixture poses the model has.
         self.placed_for: Scene | None = None

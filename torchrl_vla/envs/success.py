@@ -45,6 +45,16 @@ class GoalChecker:
             for predicate, size, contacts in zip(self._goal, self._sizes, self._contacts, strict=True)
         )
 
+    def in_contact(self, data: mujoco.MjData) -> list[int]:
+        """Returns the geoms whose contacts the conditions that hold depend on.
+
+        Args:
+            data: positions and contacts of the last substep.
+        """
+        conditions = zip(self._goal, self._sizes, self._contacts, strict=True)
+        held = [condition[0] for condition in conditions if self._holds(data, *condition)]
+        return [geom for predicate in held for geom in (*predicate.geoms, *predicate.target_geoms)]
+
     def _holds(
         self, data: mujoco.MjData, predicate: Predicate, size: np.ndarray, contacts: tuple[np.ndarray, np.ndarray]
     ) -> bool:
