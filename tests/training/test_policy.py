@@ -111,6 +111,23 @@ def test_an_l1_checkpoint_is_refused_for_training_alone(release: Path, caplog: p
     assert names == ["l1", "tokens", "tokens"]
 
 
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        ({"use_lora": False}, torch.float32),
+        ({"use_lora": True}, torch.bfloat16),
+        ({"freeze_vla_backbone": True}, torch.bfloat16),
+    ],
+)
+def test_what_learns_is_float32(options: dict[str, bool], weights: torch.dtype) -> None:
+    """As on a GPU, where weights are bfloat16 otherwise: it would round an optimizer's steps away."""
+    policy = load_policy(
+        OpenVLAActorConfig("random:7b", **options), task_suite="libero_spatial", device="meta", trainable=True
+    )
+    assert policy.model.dtype == weights
+    assert all(p.dtype == torch.float32 for p in policy.model.parameters() if p.requires_grad)
+
+
 def test_what_does_not_fit_is_said_before_weights_are_read(
     release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

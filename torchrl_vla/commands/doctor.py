@@ -93,7 +93,9 @@ def main(arguments: Sequence[str]) -> None:
     except ValueError as error:
         print(f"torchrl-vla doctor: {error}", file=sys.stderr)
         sys.exit(UNREADABLE)
-    auto = "float32" if device.type == "cpu" else summary.config.torch_dtype
+    # As the policy is loaded: weights that learn themselves are float32.
+    learns = options.purpose == "train" and not (options.use_lora or options.freeze_vla_backbone)
+    auto = "float32" if learns or device.type == "cpu" else summary.config.torch_dtype
     dtype = getattr(torch, auto if options.dtype == "auto" else options.dtype)
     acts_by = summary.mode.name if options.purpose == "evaluate" else "tokens"
     shared: dict[str, Any] = dict(

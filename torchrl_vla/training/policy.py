@@ -98,6 +98,7 @@ def build_policy(
     statistics_key: str = "libero_spatial",
     temperature: float = 1.6,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
     use_l1_head: bool = False,
     instructions: Mapping[int, str] | None = None,
 ) -> Policy:
@@ -108,6 +109,7 @@ def build_policy(
         statistics_key: name that its action statistics (none: actions are taken as they are) are saved under.
         temperature: sampling temperature.
         device: where to make it.
+        dtype: of its weights; None for that of its preset on an accelerator and float32 on the CPU.
         use_l1_head: with an L1 head too.
         instructions: as for :func:`~torchrl_vla.modules.make_actor`.
 
@@ -122,7 +124,8 @@ def build_policy(
     # Made where it will be and in its own dtype, as a checkpoint is loaded: 7B in float32 would not fit a 24 GB card.
     with torch.device("meta"):
         model = OpenVLA(config, use_l1_head=use_l1_head)
-    dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.torch_dtype)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.torch_dtype)
     model.to(dtype).to_empty(device=device).initialize()
     actions = ActionTokenizer(n_bins=config.n_action_bins, vocab_size=config.tokenizer_vocab_size)
     return _assemble(
@@ -187,7 +190,8 @@ def load_policy(
         temperature: sampling temperature.
         device: where to load it.
         head_device: where to put the L1 head; None for `device`.
-        dtype: as for :meth:`OpenVLA.from_pretrained`; random ones are made in float32.
+        dtype: as for :meth:`OpenVLA.from_pretrained`, but None for float32 where the weights themselves learn:
+            steps of usual learning rates are smaller than what bfloat16 can add to a weight.
         trainable: add adapters or freeze parts as configured; False loads it to be used as it is.
         autoregressive: decode one token after the other and one control step at a time, as base OpenVLA does. Such a
             policy acts; it cannot be trained so.
@@ -203,6 +207,8 @@ def load_policy(
             "use_tokenized_actions=True."
         )
     device = torch.device(device)
+    if dtype is None and trainable and not (actor.use_lora or actor.freeze_vla_backbone):
+        dtype = torch.float32
     tasks = get_suite(task_suite).tasks if read_task_ids else ()
     instructions = {index: task.instruction for index, task in enumerate(tasks)} or None
     if actor.pretrained_checkpoint.startswith(RANDOM):
@@ -212,6 +218,7 @@ def load_policy(
             statistics_key=task_suite,
             temperature=temperature,
             device=device,
+            dtype=None if dtype == "stored" else dtype,
             use_l1_head=actor.load_l1_action_head,
             instructions=instructions,
         )

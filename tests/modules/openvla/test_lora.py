@@ -221,8 +221,10 @@ def test_adapters_are_added_once_and_needed_to_be_saved(tmp_path: Path) -> None:
 
 
 def test_freezing_the_backbone_leaves_heads_and_adapters() -> None:
-    model = random_model(use_l1_head=True)
+    model = random_model(use_l1_head=True).bfloat16()
     freeze_backbone(model)
+    assert model.dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {
         "proprio_projector", "action_head",
     }  # fmt: skip

@@ -123,10 +123,16 @@ def has_lora(model: nn.Module) -> bool:
 
 
 def freeze_backbone(model: OpenVLA) -> None:
-    """Take gradients from the towers, the projector and the language model; adapters and heads keep theirs."""
+    """Take gradients from the towers, the projector and the language model; adapters and heads keep theirs.
+
+    Heads compute in the dtype of their own weights, which is float32 from here on: an optimizer's steps are smaller
+    than what bfloat16 can add to a weight.
+    """
     for name, parameter in model.named_parameters():
         if name.split(".")[0] in _BACKBONE and ".lora_" not in name:
             parameter.requires_grad_(False)
+        else:
+            parameter.data = parameter.data.float()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, PreTrainedConfig
 
 from torchrl_vla.modules.openvla.config import OpenVLAConfig
-from torchrl_vla.modules.openvla.lora import add_lora
+from torchrl_vla.modules.openvla.lora import add_lora, freeze_backbone
 from torchrl_vla.modules.openvla.model import OpenVLA
 from torchrl_vla.modules.openvla.quantization import quantized_linears
 
@@ -147,10 +147,7 @@ def estimate_memory(
         layer.weight.numel() * (layer.weight.element_size() - _NF4_BYTES) for layer in quantized_linears(model).values()
     )
     if training and freeze_vla_backbone:
-        model.requires_grad_(False)
-        for head in (model.proprio_projector, model.action_head):
-            if head is not None:
-                head.requires_grad_(True)
+        freeze_backbone(model)
     elif training and use_lora:
         add_lora(model, rank=lora_rank)
     model.requires_grad_(False) if not training else model.train()
