@@ -9,7 +9,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -20,9 +22,9 @@ from torchrl_vla.bench.single_core import CHUNK
 from torchrl_vla.bench.timing import in_turns
 from torchrl_vla.envs import get_suite
 from torchrl_vla.envs.installation import import_libero
-from torchrl_vla.envs.layout import make_env
+from torchrl_vla.envs.layout import make_env, make_envs
 
-__all__ = ["measure_against_torchrl", "measure_envs", "measure_workers"]
+__all__ = ["measure_against_torchrl", "measure_envs", "measure_parts", "measure_workers"]
 
 #: No episode is cut while its speed is measured.
 _NO_HORIZON = 10**9
@@ -91,6 +93,54 @@ def measure_envs(
         tick()
 
 
+def measure_parts(
+    report: Report,
+    suite: str,
+    task_ids: Sequence[int],
+    num_envs: int,
+    workers: int,
+    fidelity: str,
+    rounds: int,
+    *,
+    wanted: float | None,
+    tick: Callable,
+) -> None:
+    """Environments in parts, each stepped by a thread as soon as it is ready, as rollouts step them.
+
+    What `measure_workers` measures waits for the slowest of all at every decision, and for the main process between
+    decisions. Here a part waits for its own slowest only.
+
+    Args:
+        report: gets the figure: all control steps over the time from the first decision to the last.
+        suite: name of the suite.
+        task_ids: tasks, taken in turn.
+        num_envs: environments in all.
+        workers: processes in all.
+        fidelity: ``"exact"`` or ``"fast"``.
+        rounds: decisions of every environment, or fewer where each takes long.
+        wanted: least control steps per second.
+        tick: called at the end.
+    """
+    rounds = max(3, rounds * workers // num_envs)
+    envs = make_envs(suite, num_envs=num_envs, workers=workers, **_options(task_ids, fidelity))
+    with contextlib.ExitStack() as stack:
+        for env in envs:
+            stack.enter_context(contextlib.closing(env))
+        with ThreadPoolExecutor(len(envs)) as pool:
+            decisions = list(pool.map(_decisions, envs))
+
+            def run(count: int) -> int:
+                return sum(pool.map(lambda decide: sum(decide() for _ in range(count)), decisions))
+
+            run(1)
+            began = time.perf_counter()
+            steps = run(rounds)
+            seconds = time.perf_counter() - began
+    name = f"{fidelity}, {num_envs} environment(s) in {workers} worker(s) in {len(envs)} part(s)"
+    report.add(Figure(name, "steps/s", steps / seconds, more_is_better=True, wanted=wanted))
+    tick()
+
+
 def measure_against_torchrl(
     report: Report, suite: str, task_id: int, workers: int, rounds: int, *, targets: bool, tick: Callable
 ) -> None:
@@ -141,10 +191,11 @@ def _rate_of_ours(
 
 
 def _our_env(suite: str, task_ids: Sequence[int], num_envs: int, workers: int, fidelity: str) -> EnvBase:
-    tasks = list(task_ids)
-    return make_env(
-        suite, num_envs=num_envs, workers=workers, task_ids=tasks, fidelity=fidelity, max_episode_steps=_NO_HORIZON
-    )
+    return make_env(suite, num_envs=num_envs, workers=workers, **_options(task_ids, fidelity))
+
+
+def _options(task_ids: Sequence[int], fidelity: str) -> dict[str, Any]:
+    return {"task_ids": list(task_ids), "fidelity": fidelity, "max_episode_steps": _NO_HORIZON}
 
 
 def _torchrl_env(suite: str, task_id: int, workers: int, folder: Path) -> EnvBase:
@@ -159,20 +210,28 @@ def _torchrl_env(suite: str, task_id: int, workers: int, folder: Path) -> EnvBas
 
 def _rates(env: EnvBase) -> Callable[[], float]:
     """Starts episodes; what is returned runs their next decision and gives the control steps per second."""
+    decide = _decisions(env)
+
+    def decision() -> float:
+        began = time.perf_counter()
+        return decide() / (time.perf_counter() - began)
+
+    return decision
+
+
+def _decisions(env: EnvBase) -> Callable[[], int]:
+    """Starts episodes; what is returned runs their next decision, of random actions, and gives the control steps."""
     state = env.reset()
     generator = torch.Generator().manual_seed(0)
     shape = (*env.batch_size, CHUNK, 7)
 
-    def decision() -> float:
+    def decide() -> int:
         nonlocal state
         state.set("action", torch.rand(shape, generator=generator) * 2 - 1)
-        began = time.perf_counter()
         state = env.step(state)["next"].exclude("reward")
-        seconds = time.perf_counter() - began
-        steps = state.get("num_control_steps", torch.tensor(env.batch_size.numel() * CHUNK))
-        return int(steps.sum()) / seconds
+        return int(state.get("num_control_steps", torch.tensor(env.batch_size.numel() * CHUNK)).sum())
 
-    return decision
+    return decide
 
 
 def _torchrl_worker(suite: str, task_id: int, settings: str) -> EnvBase:

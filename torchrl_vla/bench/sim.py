@@ -10,6 +10,8 @@ __all__ = ["SimulatorBench"]
 
 #: Least control steps per second of a host with a GPU, 16 processes and chunks of 8, by fidelity.
 _WANTED_ON_GPU = {"exact": {16: 1600.0}, "fast": {16: 2500.0}}
+#: Environments per process that are measured as rollouts step them.
+_PER_WORKER = (1, 4)
 
 
 @dataclass
@@ -96,7 +98,7 @@ class SimulatorBench:
         total = (
             len(self.task_ids) * turns
             + 2
-            + 2 * (len(self.workers) + len(self.envs))
+            + 2 * (len(self.workers) + len(self.envs) + len(_PER_WORKER))
             + self.torchrl * (self.torchrl_rounds + 1)
         )
         with tqdm(total=total, desc="bench sim", unit="turn", leave=False) as bar:
@@ -137,6 +139,20 @@ class SimulatorBench:
                     self.rounds,
                     tick=bar.update,
                 )
+            report.section("LiberoEnv in parts, as rollouts step them", "ours", "")
+            for fidelity in fidelities:
+                for per_worker in _PER_WORKER:
+                    scaling.measure_parts(
+                        report,
+                        suite.name,
+                        self.task_ids,
+                        per_worker * self.workers[-1],
+                        self.workers[-1],
+                        fidelity,
+                        self.rounds,
+                        wanted=None if on_cpu else _WANTED_ON_GPU[fidelity].get(self.workers[-1]),
+                        tick=bar.update,
+                    )
             if self.torchrl:
                 report.section("against torchrl.envs.LiberoEnv", "ours", "TorchRL's")
                 scaling.measure_against_torchrl(
