@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 _WARM_UPS = 2  # compilation and autotuning happen before the recording
+_STEP = 4  # of batch sizes above it: each recording takes a second of a 7B model, and rollouts come in every size
 
 T = TypeVar("T")
 
@@ -70,10 +72,11 @@ class _Recording(NamedTuple):
 
 
 class ForwardGraphs:
-    """Records a forward per shape of its inputs and replays it.
+    """Records a forward per shape of its inputs and replays it; a few sizes of batches serve all, filled up.
 
     Args:
-        forward: a function of tensors (or None) to tensors that neither reads values back nor changes its shapes.
+        forward: a function of tensors (or None) to tensors, sample by sample, that neither reads values back nor
+            changes its shapes.
         max_batch_size: larger batches are not recorded.
     """
 
@@ -105,6 +108,8 @@ class ForwardGraphs:
             inputs: its arguments.
             state: whatever else its result depends on; each state gets recordings of its own.
         """
+        samples = next(len(x) for x in inputs if x is not None)
+        inputs = [self._filled_up(x) for x in inputs]
         key = (state, *(None if x is None else (tuple(x.shape), x.dtype) for x in inputs))
         if key not in self._recordings:
             self._recordings[key] = self._record(inputs)
@@ -113,7 +118,14 @@ class ForwardGraphs:
             if target is not None and source is not None:
                 target.copy_(source)
         recording.replay()
-        return tuple(output.clone() for output in recording.outputs)
+        return tuple(output[:samples].clone() for output in recording.outputs)
+
+    def _filled_up(self, x: Tensor | None) -> Tensor | None:
+        """With copies of the last sample, to a size that others share; single numbers as they are."""
+        if x is None or x.ndim == 0 or len(x) <= _STEP:
+            return x
+        size = min(math.ceil(len(x) / _STEP) * _STEP, self.max_batch_size)
+        return torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])])
 
     def _record(self, inputs: Sequence[Any]) -> _Recording:
         static = tuple(None if x is None else x.clone() for x in inputs)
