@@ -74,6 +74,12 @@ def train(config: TrainConfig, preset: str) -> Path:
         head_device=head_device,
         read_task_ids=True,
     )
+    if config.actor.use_multi_gpu and policy.model.action_head is None and config.ppo.advantage_estimator != "gae":
+        logger.warning(
+            "use_multi_gpu leaves %s idle: this run has neither an L1 head (load_l1_action_head) nor a value head "
+            "(advantage_estimator=gae) to put there.",
+            head_device,
+        )
     image_size = policy.model.config.image_size
     if tuple(config.env.image_size) != (image_size, image_size):
         raise ValueError(
