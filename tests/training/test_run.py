@@ -151,6 +151,21 @@ def test_bundled_policy_knows_the_suite():
     assert (low[:3] < -0.3).all() and (high[:3] > 0.3).all()
 
 
+def test_a_gpu_is_made_ready_for_learning(monkeypatch: pytest.MonkeyPatch):
+    made_current: list[torch.device] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", made_current.append)
+    before = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        assert choose_device("auto", gpu_id=1) == torch.device("cuda:1")
+        assert made_current == [torch.device("cuda:1")]
+        assert torch.get_float32_matmul_precision() == "high"
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cuda.enable_cudnn_sdp(before[1])
+
+
 def test_cpu_is_a_device():
     assert choose_device("cpu") == torch.device("cpu")
     assert train.__doc__

@@ -21,6 +21,7 @@ from torchrl_vla.config import PPOConfig
 from torchrl_vla.modules.openvla.lora import add_lora
 from torchrl_vla.objectives import AsymmetricClipPPOLoss
 from torchrl_vla.training.backward_pass import can_be_recorded
+from torchrl_vla.training.devices import choose_device
 from torchrl_vla.training.logging import RunLogger
 from torchrl_vla.training.policy import GRAPH_BATCH_SIZE, Policy, build_policy
 from torchrl_vla.training.trainer import PPOTrainer
@@ -43,7 +44,7 @@ class Bench:
 
     def __init__(self, options: GpuBench, report: Report, started: float) -> None:
         self.options, self.report, self.started = options, report, started
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = choose_device("auto")
         self.naive: dict[str, float] = {}
         self.floor_seconds: float | None = None
         self.expected: dict[str, Tensor] = {}

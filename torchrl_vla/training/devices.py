@@ -10,7 +10,9 @@ __all__ = ["choose_device", "choose_head_device"]
 def choose_device(name: str, gpu_id: int = 0) -> torch.device:
     """The device a name means; auto is the GPU `gpu_id` if there is one, else the CPU.
 
-    A GPU becomes the current one, on which streams are made and graphs are recorded.
+    A GPU becomes the current one, on which streams are made and graphs are recorded, float32 products round to TF32,
+    and attention goes without cuDNN: with a mask, as prompts of several lengths need, and 64 tokens more than a
+    multiple of 128, its backward pass returns NaN (https://github.com/pytorch/pytorch/issues/196678).
 
     Raises:
         ValueError: there is no such device.
@@ -32,6 +34,8 @@ def choose_device(name: str, gpu_id: int = 0) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 

@@ -63,9 +63,6 @@ def train(config: TrainConfig, preset: str) -> Path:
         check_wandb()
     backend = configure_rendering()
     torch.manual_seed(config.ppo.seed)
-    if device.type == "cuda":
-        # For weights that learn themselves, which are float32: their products need not be that precise.
-        torch.set_float32_matmul_precision("high")
     policy = load_policy(
         config.actor,
         task_suite=suite.name,
