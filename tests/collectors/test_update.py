@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
+import pytest
 import torch
 from torch import nn
 
@@ -39,6 +41,24 @@ def test_batches_are_whole_groups_of_enough_steps():
         _, episodes = batch["group_id"][done].unique(return_counts=True)
         assert episodes.tolist() == [4] * len(episodes)
         assert collector.mean_length == steps / int(done.sum())
+
+
+def test_a_batch_is_not_kept_while_the_next_is_collected(monkeypatch: pytest.MonkeyPatch):
+    collector = make(min_steps=20)  # one group each
+    collect, given = collector.collector.collect, []
+
+    def observed(plan):
+        assert not any(action() is not None for action in given)
+        part = collect(plan)
+        given.append(weakref.ref(part["action"]))
+        return part
+
+    monkeypatch.setattr(collector.collector, "collect", observed)
+    batches = iter(collector)
+    for number in range(1, 4):
+        batch = next(batches)
+        assert len(given) == number and given[-1]() is not None
+        del batch
 
 
 def test_goes_on_with_the_group_after_the_last():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +90,23 @@ def make_trainer(tmp_path: Path, *, batch: TensorDictBase | None = None, loss_cl
 
 def weights(actor: nn.Module) -> torch.Tensor:
     return nn.utils.parameters_to_vector(actor.parameters()).detach()
+
+
+def test_a_batch_is_freed_before_the_next_is_collected(tmp_path: Path) -> None:
+    trainer, actor = make_trainer(tmp_path, total_timesteps=3 * 12 * K)
+    freed = []
+
+    def batches() -> Iterator[TensorDictBase]:
+        while True:
+            batch = make_batch(actor)
+            state = weakref.ref(batch["observation", "state"])
+            yield batch
+            del batch
+            freed.append(state() is None)
+
+    trainer.collector = batches()
+    trainer.train()
+    assert trainer.updates == 3 and freed == [True, True]
 
 
 @pytest.mark.parametrize("traj_split_num", [1, 4])

@@ -80,6 +80,9 @@ class UpdateCollector:
                 parts.append(self.collector.collect(plan))
                 self.groups_done += count
                 steps += int(parts[-1].get(("next", "num_control_steps")).sum())
-            batch: TensorDict = torch.cat(parts)  # type: ignore[arg-type, assignment]
+            batch: TensorDict = torch.cat(parts) if len(parts) > 1 else parts[0]  # type: ignore[arg-type, assignment]
             self.mean_length = steps / int(batch.get(("next", "done")).sum())
+            del parts
             yield batch
+            # Images of hundreds of episodes: none are kept while the next are collected.
+            del batch

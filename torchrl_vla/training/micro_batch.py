@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import math
 import time
@@ -201,6 +203,15 @@ def _interpolate(lines: dict[float, tuple[float, float]], share: float, size: in
     weight = 0.0 if high == low else (share - low) / (high - low)
     at_low, at_high = (slope * size + besides for slope, besides in (lines[low], lines[high]))
     return (1 - weight) * at_low + weight * at_high
+
+
+def trim_heap() -> None:
+    """Give back what the C library keeps of freed images between those that live; elsewhere than with glibc, nothing.
+
+    An update from 16 episodes on a CPU left 0.7 GB so, and ten from 60 episodes 1.6 GB more than the first.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def free_memory() -> None:

@@ -19,7 +19,7 @@ from torchrl_vla.modules.openvla.graphs import GraphRecorder
 from torchrl_vla.objectives import AsymmetricClipPPOLoss, GRPOAdvantage
 from torchrl_vla.training.backward_pass import BackwardPass, RecordedPass
 from torchrl_vla.training.logging import RunLogger, format_table
-from torchrl_vla.training.micro_batch import MicroBatch, free_memory
+from torchrl_vla.training.micro_batch import MicroBatch, free_memory, trim_heap
 
 __all__ = ["PPOTrainer", "TrainingDiverged"]
 
@@ -125,6 +125,8 @@ class PPOTrainer:
                 self.env_steps += int(metrics["rollout/env_steps"])
                 self.updates += 1
                 metrics |= self.update(batch)
+                del batch  # its images, while the next batch is collected
+                trim_heap()
                 done = self.env_steps >= total
                 if self._validate is not None and (done or _passed(config.val_interval, before, self.env_steps)):
                     metrics |= self._timed_validation()
