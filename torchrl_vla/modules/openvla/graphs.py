@@ -109,23 +109,19 @@ class ForwardGraphs:
             state: whatever else its result depends on; each state gets recordings of its own.
         """
         samples = next(len(x) for x in inputs if x is not None)
-        inputs = [self._filled_up(x) for x in inputs]
-        key = (state, *(None if x is None else (tuple(x.shape), x.dtype) for x in inputs))
+        size = samples if samples <= _STEP else min(math.ceil(samples / _STEP) * _STEP, self.max_batch_size)
+        shapes = (None if x is None else (x.shape[1:], x.ndim, x.dtype) for x in inputs)
+        key = (state, size, *shapes)
         if key not in self._recordings:
-            self._recordings[key] = self._record(inputs)
+            # Filled up with copies of the last sample; at a replay, with what an earlier batch left there.
+            rows = torch.arange(size).clamp_max(samples - 1)
+            self._recordings[key] = self._record([x if x is None or x.ndim == 0 else x[rows] for x in inputs])
         recording = self._recordings[key]
         for target, source in zip(recording.inputs, inputs, strict=True):
             if target is not None and source is not None:
-                target.copy_(source)
+                (target[:samples] if source.ndim else target).copy_(source)
         recording.replay()
         return tuple(output[:samples].clone() for output in recording.outputs)
-
-    def _filled_up(self, x: Tensor | None) -> Tensor | None:
-        """With copies of the last sample, to a size that others share; single numbers as they are."""
-        if x is None or x.ndim == 0 or len(x) <= _STEP:
-            return x
-        size = min(math.ceil(len(x) / _STEP) * _STEP, self.max_batch_size)
-        return torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])])
 
     def _record(self, inputs: Sequence[Any]) -> _Recording:
         static = tuple(None if x is None else x.clone() for x in inputs)
