@@ -224,7 +224,7 @@ def test_freezing_the_backbone_leaves_heads_and_adapters() -> None:
     model = random_model(use_l1_head=True).bfloat16()
     freeze_backbone(model)
     assert model.dtype == torch.bfloat16
-    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {
         "proprio_projector", "action_head",
     }  # fmt: skip
