@@ -45,7 +45,7 @@ class OpenVLAAutoregressiveActor(OpenVLABackbone):
         if model.config.use_proprio:
             raise ValueError(
                 "this model reads the robot's state, as OpenVLA-OFT does, and base OpenVLA's decoding has no place for "
-                "it: decode its tokens in parallel (make_actor)."
+                "it: decode its tokens in parallel (make_actor; evaluate --action-mode tokens)."
             )
         if processor.action_tokenizer.vocab_size != model.config.tokenizer_vocab_size:
             raise ValueError(
