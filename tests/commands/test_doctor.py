@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable
@@ -109,6 +110,22 @@ def test_wrong_versions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     check = doctor._check_versions()
     assert check.status == "problem" and "mujoco is 3.4.0, wanted is ==3.3.2" in check.message
+
+
+def test_versions_are_not_checked_where_the_package_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As from a source tree on PYTHONPATH."""
+    distribution = importlib.metadata.distribution
+
+    def without_this_package(name: str) -> importlib.metadata.Distribution:
+        if name == "torchrl-vla":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return distribution(name)
+
+    monkeypatch.setattr("importlib.metadata.distribution", without_this_package)
+    assert diagnose(BUNDLED, "--device", "cpu") == 0
+    assert "note     versions: not checked: torchrl-vla is not installed as a package" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")

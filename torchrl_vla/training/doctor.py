@@ -20,6 +20,7 @@ from torchrl_vla.modules.openvla.inspection import TOKEN_CHECKPOINTS, Checkpoint
 from torchrl_vla.modules.openvla.memory import MemoryEstimate
 from torchrl_vla.modules.openvla.quantization import check_4bit
 from torchrl_vla.modules.openvla.tokenizer import empty_token_id
+from torchrl_vla.training.folder import NOT_A_PACKAGE, package_version
 
 __all__ = ["Check", "Diagnosis", "check_checkpoint", "check_machine", "fits_memory"]
 
@@ -256,14 +257,19 @@ def _check_renderer() -> Check:
 
 def _check_versions() -> Check:
     """This package's own requirements, MuJoCo's exact version among them, against what is installed."""
+    if package_version("torchrl-vla") == NOT_A_PACKAGE:
+        text = (
+            f"not checked: torchrl-vla is {NOT_A_PACKAGE}, so that nothing says which it needs: run `pip install -e .` "
+            "in its source tree"
+        )
+        return Check("versions", "note", text)
     found, wrong = {}, []
     for line in importlib.metadata.requires("torchrl-vla") or []:
         requirement = Requirement(line)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
+        version = package_version(requirement.name)
+        if version == NOT_A_PACKAGE:
             wrong.append(f"{requirement.name} is not installed")
             continue
         found[requirement.name] = version

@@ -15,19 +15,29 @@ from pathlib import Path
 
 from torchrl_vla.config import TrainConfig
 
-__all__ = ["log_to", "open_run_folder", "versions", "written_whole"]
+__all__ = ["NOT_A_PACKAGE", "log_to", "open_run_folder", "package_version", "versions", "written_whole"]
+
+#: In the place of a version.
+NOT_A_PACKAGE = "not installed as a package"
 
 _PACKAGES = ("torchrl-vla", "torch", "torchrl", "tensordict", "transformers", "peft", "mujoco", "robosuite", "numpy")
 
 
+def package_version(name: str) -> str:
+    """Version of an installed package; `NOT_A_PACKAGE` for one that is missing or lies on PYTHONPATH alone.
+
+    Args:
+        name: as pip knows it.
+    """
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return NOT_A_PACKAGE
+
+
 def versions() -> dict[str, str]:
     """Versions of what a result depends on, by package, and the machine they ran on."""
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed as a package"
+    found = {name: package_version(name) for name in _PACKAGES}
     return found | {"python": platform.python_version(), "machine": f"{platform.machine()} {platform.system()}"}
 
 
