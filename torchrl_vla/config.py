@@ -120,7 +120,8 @@ class PPOConfig:
     val_interval: int = 1000
     """Validate every this many control steps (and before the first update); 0: never."""
     val_episodes: int = 10
-    """Episodes per validation, spread evenly over the tasks, the same initial states each time."""
+    """Episodes per validation, spread evenly over the tasks, the same initial states each time; greedy ones
+    (eval_temperature 0) run no state twice, so that there are at most as many as states."""
     val_videos: bool = True
     """Film one success and one failure of each validation, into the run's videos/ and to its loggers."""
 

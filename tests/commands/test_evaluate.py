@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from torchrl_vla.cli import main
+from torchrl_vla.commands import evaluate
+from torchrl_vla.commands.evaluate import EvaluateConfig
 from torchrl_vla.training.policy import build_policy, save_policy
 
 
@@ -41,14 +43,50 @@ def test_base_openvla_decides_every_control_step(
     folder = copy_release(tmp_path / "base")
     for head in folder.glob("*.pt"):
         head.unlink()
-    options = ["--episodes-per-task", "1", "--num-envs", "1", "--max-episode-steps", "5", "--fidelity", "fast"]
+    options = ["--episodes-per-task", "2", "--num-envs", "1", "--max-episode-steps", "5", "--fidelity", "fast"]
+    options += ["--init-state-ids", "4"]
     options += ["--task-ids", "2", "--no-videos", "--device", "cpu", "--temperature", "0.5"]
     main(["evaluate", "--checkpoint", str(folder), *options, "--out", str(tmp_path / "out")])
-    assert "one after the other, one control step at a time: nothing of OpenVLA-OFT is in it" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "one after the other, one control step at a time: nothing of OpenVLA-OFT is in it" in output
+    assert "1 initial states were run up to 2 times each, with actions sampled anew" in output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["settings"]["action_mode"] == "autoregressive" and report["settings"]["greedy"] is False
-    (episode,) = report["episodes"]
-    assert (episode["control_steps"], episode["decisions"]) == (5, 5)
+    assert report["settings"]["episodes_per_task"] == 2
+    assert [(e["init_state_id"], e["control_steps"], e["decisions"]) for e in report["episodes"]] == [(4, 5, 5)] * 2
+
+
+def planned(**options: object) -> list[tuple[int, int]]:
+    config = EvaluateConfig("bundled:tiny", **options)  # type: ignore[arg-type]
+    return [(e.task_id, e.init_state_id) for e in evaluate._plan(config, evaluate._acting(config, config.checkpoint))]
+
+
+def test_no_initial_state_is_run_twice_greedily() -> None:
+    assert planned(task_ids=[3]) == [(3, state) for state in range(50)]
+    assert planned(task_ids=[3, 0], init_state_ids=[41, 40]) == [(3, 41), (0, 41), (3, 40), (0, 40)]
+    assert planned(task_ids=[3], init_states="sampled", init_state_ids=[7], episodes_per_task=1) == [(3, 7)]
+    for options in ({}, {"init_states": "sampled"}, {"temperature": 1.0, "action_mode": "l1"}):
+        with pytest.raises(ValueError, match="episodes_per_task=3 is more than the 2 initial states of task 5.*to 2, "):
+            planned(task_ids=[5], init_state_ids=[41, 40], episodes_per_task=3, **options)
+    with pytest.raises(ValueError, match=r"51 is more than the 50 .*sampled\), or a --temperature above 0\."):
+        planned(task_ids=[5], episodes_per_task=51)
+
+
+def test_with_a_temperature_states_start_over() -> None:
+    sampled = planned(task_ids=[5], init_state_ids=[41, 40], episodes_per_task=3, temperature=1.0)
+    assert sampled == [(5, 41), (5, 40), (5, 41)]
+    assert len(planned(task_ids=[5], init_state_ids=[41, 40], temperature=1.0)) == 2
+
+
+def test_the_policy_to_compare_with_is_checked_before_anything_runs(tmp_path: Path) -> None:
+    """The one acts by tokens, at a temperature; the other by the L1 head, which repeats itself."""
+    torch.manual_seed(0)
+    save_policy(build_policy("tiny", use_l1_head=True), tmp_path / "policy")
+    options = ["--task-ids", "0", "--init-state-ids", "1", "--episodes-per-task", "2", "--temperature", "1"]
+    with pytest.raises(SystemExit, match="episodes_per_task=2 is more than the 1 initial states of task 0"):
+        main(["evaluate", "--checkpoint", "bundled:tiny", *options, "--compare-with", str(tmp_path / "policy"),
+              "--out", str(tmp_path / "out")])  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_options(capsys: pytest.CaptureFixture) -> None:

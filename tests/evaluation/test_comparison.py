@@ -51,7 +51,19 @@ def test_episodes_are_paired_by_task_state_and_repetition():
         1: PairedOutcomes(both=0, gained=1, lost=0, neither=0),
     }
     assert comparison.total == PairedOutcomes(both=0, gained=3, lost=1, neither=0)
-    assert comparison.unpaired == 1 and "1 episodes that only one" in str(comparison)
+    assert comparison.unpaired == 1 and "1 episodes are left out: only one of the two" in str(comparison)
+
+
+def test_greedy_repeats_are_not_pairs_of_their_own():
+    """Both states were lost; five times each they would be ten losses, p = 0.002."""
+    baseline = make_report([(0, 5, True), (0, 6, True)] * 5, greedy=True)
+    new = make_report([(0, 5, False), (0, 6, False)] * 5, greedy=True)
+    comparison = compare(baseline, new)
+    assert comparison.total == PairedOutcomes(both=0, gained=0, lost=2, neither=0)
+    assert comparison.total.p_value == 0.5 and comparison.unpaired == 16
+    sampled = make_report([(0, 5, True), (0, 6, True)] * 5, greedy=False)
+    assert compare(sampled, make_report([(0, 5, False)] * 5, greedy=False)).total.lost == 5
+    assert (compare(sampled, new).total.lost, compare(sampled, new).unpaired) == (2, 16)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from torchrl_vla.envs import get_suite
+from torchrl_vla.evaluation.html import write_html
 from torchrl_vla.evaluation.protocol import _executed, initial_states, spread_episodes
 from torchrl_vla.evaluation.report import EpisodeResult, EvaluationReport, SuccessRate
 
@@ -54,8 +55,27 @@ def test_files_hold_every_episode(tmp_path: Path):
 
 
 def test_episodes_are_spread_over_tasks_and_states():
-    plan = spread_episodes([4, 2], {4: [7, 8], 2: [9]}, 5)
+    states = {4: [7, 8], 2: [9]}
+    plan = spread_episodes([4, 2], states, 5, repeat=True)
     assert [(e.task_id, e.init_state_id) for e in plan] == [(4, 7), (2, 9), (4, 8), (2, 9), (4, 7)]
+    plan = spread_episodes([4, 2], states, 5, repeat=False)
+    assert [(e.task_id, e.init_state_id) for e in plan] == [(4, 7), (2, 9), (4, 8)]
+    assert len(spread_episodes([4, 2], states, 2, repeat=False)) == 2
+
+
+@pytest.mark.parametrize(
+    ("greedy", "said"),
+    [(False, "the intervals are for these states, not for others"), (True, "the intervals are too narrow")],
+)
+def test_states_that_were_run_again_are_said(greedy: bool, said: str, tmp_path: Path):
+    report = make_report()
+    report.settings["greedy"] = greedy
+    assert report.caveat is None
+    report.episodes = [*report.episodes, *report.episodes[1:], report.episodes[0], report.episodes[0]]
+    assert str(report).splitlines()[-1].startswith("  3 initial states were run up to 3 times each, ")
+    assert said in str(report)
+    write_html(tmp_path / "report.html", report)
+    assert said in (tmp_path / "report.html").read_text()
 
 
 def test_initial_states_must_exist():

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from torchrl_vla.cli import main
-from torchrl_vla.config import OpenVLAActorConfig, PPOConfig
+from torchrl_vla.config import EnvironmentConfig, OpenVLAActorConfig, PPOConfig, TrainConfig
 from torchrl_vla.envs import get_suite
 from torchrl_vla.training import run
 from torchrl_vla.training.devices import choose_device
+from torchrl_vla.training.logging import RunLogger
 from torchrl_vla.training.policy import BUNDLED, build_policy, load_policy, save_policy
-from torchrl_vla.training.run import _advantage, train
+from torchrl_vla.training.run import _advantage, _validation, train
 
 SMALL = [
     "--preset", "tiny", "--pretrained-checkpoint", "random:tiny", "--num-envs", "1", "--group-size", "2",
@@ -108,6 +109,26 @@ def test_bad_input_is_explained_before_a_folder_is_made(options: list[str], mess
     with pytest.raises(SystemExit, match=message):
         main(["train", *SMALL, "--run-dir", str(run), *options])
     assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(val_episodes=5), "Validations run 4 episodes, not val_episodes=5"),
+        (dict(val_episodes=4), None),
+        (dict(val_episodes=5, eval_temperature=0.5), None),
+        (dict(val_episodes=5, val_interval=0), None),
+    ],
+)
+def test_greedy_validations_run_no_state_twice(
+    options: dict[str, float], said: str | None, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    config = TrainConfig(PPOConfig(**options), env=EnvironmentConfig(task_ids=[0, 3], val_init_state_ids=[7, 8]))
+    logger = RunLogger(tmp_path)
+    _validation(config, load_policy(OpenVLAActorConfig(BUNDLED), task_suite="libero_spatial").actor, [], logger)
+    logger.close()
+    output = capsys.readouterr().out
+    assert said in output if said else "Validations" not in output
 
 
 def test_an_existing_folder_is_not_written_over(tmp_path: Path):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EvaluateConfig", "main"]
 
+#: The protocol's number per task.
+_EPISODES = 50
 _MODES = {
     "tokens": "action tokens, decoded in parallel",
     "autoregressive": "action tokens, decoded one after the other, one control step at a time",
@@ -38,8 +40,9 @@ class EvaluateConfig:
     """LIBERO suite, or one of LIBERO-PRO's."""
     task_ids: list[int] | None = None
     """Tasks to run; None: all of the suite."""
-    episodes_per_task: int = 50
-    """Episodes per task, from its initial states in order; the protocol asks for 50."""
+    episodes_per_task: int | None = None
+    """Episodes per task, from its initial states in order; None: 50, as the protocol asks, or one from each state where
+    there are fewer. Greedy episodes run no state twice; with a temperature, states start over."""
     init_state_ids: list[int] | None = None
     """Initial states to use; None: all of the task's."""
     init_states: Literal["official", "sampled"] = "official"
@@ -80,8 +83,9 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         for name in ("episodes_per_task", "num_envs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         if not self.worker_timeout > 0:
             raise ValueError(f"worker_timeout must be positive, got {self.worker_timeout}: it is in seconds.")
         if self.temperature < 0:
@@ -135,10 +139,12 @@ def main(arguments: Sequence[str]) -> None:
         if report_file(Path(config.compare_with)) is not None:
             baseline = EvaluationReport.load(Path(config.compare_with))
             check_same_problem(baseline, config.task_suite.lower(), _settings(config, config.checkpoint))
-            if not {(e.task_id, e.init_state_id) for e in baseline.episodes} & {e[1:] for e in _plan(config)}:
+            plan = _plan(config, _acting(config, config.checkpoint))
+            if not {(e.task_id, e.init_state_id) for e in baseline.episodes} & {e[1:] for e in plan}:
                 raise ValueError(f"{config.compare_with} has no episode from any of these tasks and initial states.")
         else:
-            _check_checkpoint(config.compare_with)
+            # It is run later: what is wrong is told before anything long is started.
+            _plan(config, _acting(config, config.compare_with))
     report = _judge(config, config.checkpoint, out)
     report.save(out)
     comparison = None
@@ -154,14 +160,26 @@ def main(arguments: Sequence[str]) -> None:
     print(f"Page: {out / 'report.html'}   Figures: {out / 'report.json'}   Episodes: {out / 'episodes.csv'}")
 
 
-def _check_checkpoint(name: str) -> None:
-    """Find a policy that is to be run later, before anything long is started."""
+class _Acting(NamedTuple):
+    """How a policy acts and why, and whether it does the same whenever it sees the same."""
+
+    mode: str
+    reason: str
+    greedy: bool
+
+
+def _acting(config: EvaluateConfig, checkpoint: str) -> _Acting:
     from torchrl_vla.training.policy import policy_mode
 
-    policy_mode(name)
+    trained = policy_mode(checkpoint)
+    mode, reason = config.action_mode, "as --action-mode says"
+    if mode == "auto":
+        mode, reason = "tokens" if trained.name == "hybrid" else trained.name, trained.reason
+    # The L1 head gives an action, not a distribution: there is nothing that a temperature would change.
+    return _Acting(mode, reason, config.temperature == 0 or mode == "l1")
 
 
-def _plan(config: EvaluateConfig) -> EpisodePlan:
+def _plan(config: EvaluateConfig, acting: _Acting) -> EpisodePlan:
     """The episodes to run."""
     from torchrl_vla.config import EnvironmentConfig
     from torchrl_vla.envs import get_suite
@@ -171,7 +189,17 @@ def _plan(config: EvaluateConfig) -> EpisodePlan:
     tasks = config.task_ids if config.task_ids is not None else list(range(len(suite.tasks)))
     EnvironmentConfig(task_suite=config.task_suite, task_ids=tasks, init_state_ids=config.init_state_ids)
     states = initial_states(suite, tasks, config.init_state_ids)
-    return spread_episodes(tasks, states, config.episodes_per_task * len(tasks))
+    scarce = min(tasks, key=lambda task: len(states[task]))
+    fewest = len(states[scarce])
+    wanted = min(_EPISODES, fewest) if config.episodes_per_task is None else config.episodes_per_task
+    if acting.greedy and wanted > fewest:
+        sampling = "" if acting.mode == "l1" else ", or a --temperature above 0"
+        raise ValueError(
+            f"episodes_per_task={wanted} is more than the {fewest} initial states of task {scarce}, and greedy "
+            f"episodes from one are nearly the same: allowed are up to {fewest}, more states (--init-state-ids, or others with "
+            f"--init-states sampled){sampling}."
+        )
+    return spread_episodes(tasks, states, wanted * len(tasks), repeat=not acting.greedy)
 
 
 def _settings(config: EvaluateConfig, checkpoint: str) -> dict[str, Any]:
@@ -184,7 +212,6 @@ def _settings(config: EvaluateConfig, checkpoint: str) -> dict[str, Any]:
         "checkpoint": checkpoint,
         "init_states": config.initial_states,
         "sampled_init_states": simulation["sampled_init_states"],
-        "episodes_per_task": config.episodes_per_task,
         "temperature": config.temperature,
         "horizon": config.max_episode_steps or get_suite(config.task_suite).horizon,
         "fidelity": config.fidelity,
@@ -206,23 +233,20 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
     from torchrl_vla.envs.rendering import configure_rendering
     from torchrl_vla.evaluation.protocol import evaluate
     from torchrl_vla.training.devices import choose_device
-    from torchrl_vla.training.policy import load_policy, policy_mode
+    from torchrl_vla.training.policy import load_policy
     from torchrl_vla.training.progress import EpisodeBar
 
-    suite, plan = get_suite(config.task_suite), _plan(config)
+    suite, acting = get_suite(config.task_suite), _acting(config, checkpoint)
+    plan = _plan(config, acting)
     tasks = sorted({episode.task_id for episode in plan})
     device = choose_device(config.device)
     configure_rendering()  # what is missing is told before a policy is loaded
     torch.manual_seed(config.seed)
-    mode, reason = config.action_mode, "as --action-mode says"
-    if mode == "auto":
-        trained = policy_mode(checkpoint)
-        mode, reason = "tokens" if trained.name == "hybrid" else trained.name, trained.reason
     policy = load_policy(
         OpenVLAActorConfig(
             pretrained_checkpoint=checkpoint,
-            load_l1_action_head=mode == "l1",
-            use_tokenized_actions=mode != "l1",
+            load_l1_action_head=acting.mode == "l1",
+            use_tokenized_actions=acting.mode != "l1",
             unnorm_key=config.unnorm_key or suite.base,
             num_images_in_input=config.num_images_in_input,
         ),
@@ -230,7 +254,7 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
         temperature=config.temperature or 1.0,
         device=device,
         trainable=False,
-        autoregressive=mode == "autoregressive",
+        autoregressive=acting.mode == "autoregressive",
         read_task_ids=True,
     )
     policy.share_prompt_length(suite.task(task).instruction for task in tasks)
@@ -245,12 +269,20 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
         worker_timeout=config.worker_timeout,
         **config.simulation,
     )
-    print(f"{len(plan)} episodes of {suite.name}, policy {checkpoint} on {device}, report goes to {out}")
-    print(f"It acts by {_MODES[mode]}: {reason}.")
+    per_task = len(plan) // len(tasks)
+    print(
+        f"{len(plan)} episodes of {suite.name}, {per_task} per task; policy {checkpoint} on {device}, report in {out}"
+    )
+    print(f"It acts by {_MODES[acting.mode]}: {acting.reason}.")
     if config.init_states == "sampled":
         print("Initial states are drawn where that was not done yet: some seconds per task.")
     settings = _settings(config, checkpoint)
-    settings |= {"action_mode": mode, "device": str(device)}
+    settings |= {
+        "action_mode": acting.mode,
+        "device": str(device),
+        "planned_episodes": len(plan),
+        "episodes_per_task": per_task,
+    }
 
     def keep(part: EvaluationReport) -> None:
         part.save(out)
@@ -263,9 +295,9 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
             plan,
             task_suite=suite.name,
             instructions={task: suite.task(task).instruction for task in tasks},
-            greedy=config.temperature == 0,
+            greedy=acting.greedy,
             progress=EpisodeBar("evaluation"),
-            settings=settings | {"planned_episodes": len(plan)},
+            settings=settings,
             save=keep,
         )
     finally:

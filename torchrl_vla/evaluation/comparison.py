@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from scipy.stats import binomtest, norm
 
-from torchrl_vla.evaluation.report import EpisodeResult, EvaluationReport, SuccessRate
+from torchrl_vla.evaluation.report import EvaluationReport, SuccessRate
 
 __all__ = ["Comparison", "PairedOutcomes", "check_same_problem", "compare"]
 
@@ -103,7 +103,8 @@ class Comparison:
         new_name: likewise of the new policy.
         tasks: outcomes by task id.
         total: outcomes of all tasks.
-        unpaired: episodes that only one of the two evaluations ran, left out.
+        unpaired: episodes left out: only one of the two evaluations ran them, or they are greedy ones from a state that
+            had been run before, nearly the same as the first.
     """
 
     baseline_name: str
@@ -122,8 +123,16 @@ class Comparison:
             for task, outcome in self.tasks.items()
         ]
         if self.unpaired:
-            lines.append(f"  {self.unpaired} episodes that only one of the two evaluations ran are left out.")
+            lines.append(f"  {self.left_out}")
         return "\n".join(lines)
+
+    @property
+    def left_out(self) -> str:
+        """A sentence on the unpaired episodes."""
+        return (
+            f"{self.unpaired} episodes are left out: only one of the two evaluations ran them, or greedily once more "
+            "from the same initial state."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison for JSON."""
@@ -141,7 +150,9 @@ class Comparison:
 def compare(baseline: EvaluationReport, new: EvaluationReport) -> Comparison:
     """Compare two evaluations episode by episode.
 
-    Episodes are paired by task and initial state, and in order where an initial state was run more than once.
+    Episodes are paired by task and initial state, and in order where an initial state was run more than once with
+    actions sampled anew. Greedy repeats are nearly the same episode, and the test takes pairs for independent: of them
+    the first counts.
 
     Args:
         baseline: the evaluation to compare with.
@@ -151,7 +162,7 @@ def compare(baseline: EvaluationReport, new: EvaluationReport) -> Comparison:
         ValueError: they were not run on the same problems, or share no initial state.
     """
     check_same_problem(baseline, new.task_suite, new.settings)
-    before, after = _by_start(baseline.episodes), _by_start(new.episodes)
+    before, after = _by_start(baseline), _by_start(new)
     counts: dict[int, Counter[tuple[bool, bool]]] = {}
     for start in sorted(before.keys() & after.keys()):
         counts.setdefault(start[0], Counter())[before[start], after[start]] += 1
@@ -162,7 +173,7 @@ def compare(baseline: EvaluationReport, new: EvaluationReport) -> Comparison:
         str(new.settings.get("checkpoint", "new")),
         {task: _outcomes(count) for task, count in counts.items()},
         _outcomes(sum(counts.values(), Counter())),
-        len(before.keys() ^ after.keys()),
+        len(baseline.episodes) + len(new.episodes) - 2 * len(before.keys() & after.keys()),
     )
 
 
@@ -190,13 +201,14 @@ def check_same_problem(baseline: EvaluationReport, task_suite: str, settings: Ma
             )
 
 
-def _by_start(episodes: Sequence[EpisodeResult]) -> dict[tuple[int, int, int], bool]:
-    """Success by task, initial state and how often that one had been run before."""
+def _by_start(report: EvaluationReport) -> dict[tuple[int, int, int], bool]:
+    """Success by task, initial state and how often that one had been run before; once alone if greedily."""
     seen = Counter[tuple[int, int]]()
     outcomes = {}
-    for episode in episodes:
+    for episode in report.episodes:
         start = (episode.task_id, episode.init_state_id)
-        outcomes[*start, seen[start]] = episode.success
+        if not (seen[start] and report.settings.get("greedy")):
+            outcomes[*start, seen[start]] = episode.success
         seen[start] += 1
     return outcomes
 

@@ -152,11 +152,7 @@ def _comparison(comparison: Comparison) -> str:
         f"Of the {total.gained + total.lost} episodes that ended differently, {total.gained} were gained and "
         f"{total.lost} lost; McNemar's exact test, two-sided, gives p&nbsp;=&nbsp;{total.p_value:.2g}."
     )
-    left_out = (
-        f"<p>{comparison.unpaired} episodes that only one of the two evaluations ran are left out.</p>"
-        if comparison.unpaired
-        else ""
-    )
+    left_out = f"<p>{comparison.left_out}</p>" if comparison.unpaired else ""
     rows = "".join(
         f'<tr><th scope="row">{task}</th>'
         + "".join(
@@ -223,6 +219,7 @@ def _protocol(report: EvaluationReport) -> str:
         else "Simulation and software-rendered pictures are cheaper than stock LIBERO's: rates are not comparable with "
         "published ones.",
         "Intervals are Wilson's, 95%.",
+        *([] if report.caveat is None else [report.caveat]),
     ]
     return _section("Protocol", f"<p>{escape(' '.join(sentences))}</p>")
 

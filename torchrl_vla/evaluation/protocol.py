@@ -51,25 +51,32 @@ def initial_states(suite: TaskSuite, task_ids: Iterable[int], wanted: list[int] 
     return states
 
 
-def spread_episodes(task_ids: Iterable[int], init_state_ids: dict[int, list[int]], episodes: int) -> EpisodePlan:
+def spread_episodes(
+    task_ids: Iterable[int], init_state_ids: dict[int, list[int]], episodes: int, *, repeat: bool
+) -> EpisodePlan:
     """Episodes spread evenly over tasks and, within a task, over its initial states in order.
 
     Args:
         task_ids: tasks, in the order in which they get an episode each.
         init_state_ids: initial states to use, by task.
-        episodes: how many in all; where a task has fewer states than that asks for, it starts over.
+        episodes: how many in all.
+        repeat: where a task has fewer states than that asks for, it starts over; False leaves those episodes out, since
+            greedy ones from the same state are nearly the same: they say nothing new, and would count as if they did.
 
     Examples:
-        >>> plan = spread_episodes([0, 1], {0: [5, 6], 1: [7]}, 5)
+        >>> plan = spread_episodes([0, 1], {0: [5, 6], 1: [7]}, 5, repeat=True)
         >>> [(e.task_id, e.init_state_id) for e in plan]
         [(0, 5), (1, 7), (0, 6), (1, 7), (0, 5)]
+        >>> len(spread_episodes([0, 1], {0: [5, 6], 1: [7]}, 5, repeat=False))
+        3
     """
     tasks = list(task_ids)
     starts = []
     for index in range(episodes):
-        task = tasks[index % len(tasks)]
-        states = init_state_ids[task]
-        starts.append((task, states[index // len(tasks) % len(states)]))
+        turn, place = divmod(index, len(tasks))
+        states = init_state_ids[tasks[place]]
+        if repeat or turn < len(states):
+            starts.append((tasks[place], states[turn % len(states)]))
     return EpisodePlan(starts)
 
 
@@ -90,7 +97,7 @@ def evaluate(
     Args:
         env: as :class:`~torchrl_vla.collectors.GroupCollector` takes it.
         policy: the policy to judge.
-        plan: the episodes.
+        plan: the episodes; each initial state once if they are greedy.
         task_suite: name of the suite, for the report.
         instructions: instruction by task id, for the report.
         greedy: take the most likely action tokens; False samples at the policy's temperature.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,6 +129,17 @@ class EvaluationReport:
             by_task.setdefault(episode.task_id, []).append(episode)
         return {task: TaskResult.of(rows) for task, rows in sorted(by_task.items())}
 
+    @property
+    def caveat(self) -> str | None:
+        """What the intervals do not say; None where every initial state was run once, so that nothing is missing."""
+        runs = Counter((episode.task_id, episode.init_state_id) for episode in self.episodes)
+        if len(runs) == len(self.episodes):
+            return None
+        counted = f"{len(runs)} initial states were run up to {max(runs.values())} times each"
+        if self.settings.get("greedy"):
+            return f"{counted}, greedily: such episodes are nearly the same, so the intervals are too narrow."
+        return f"{counted}, with actions sampled anew: the intervals are for these states, not for others."
+
     def figures(self) -> dict[str, float]:
         """The figures of the whole evaluation, by name."""
         total = TaskResult.of(self.episodes)
@@ -145,6 +157,8 @@ class EvaluationReport:
             f"  task {task:>2}  {self.instructions[task]:<{width}}  {result.success}"
             for task, result in self.tasks.items()
         ]
+        if self.caveat is not None:
+            lines.append(f"  {self.caveat}")
         return "\n".join(lines)
 
     def save(self, folder: Path, **more: Mapping[str, Any]) -> None:

@@ -266,8 +266,13 @@ def _validation(
     suite = get_suite(config.env.task_suite)
     states = initial_states(suite, config.env.tasks, config.env.val_init_state_ids)
     instructions = {task: suite.task(task).instruction for task in config.env.tasks}
-    plan = spread_episodes(config.env.tasks, states, max(config.ppo.val_episodes, 1))
-    temperature = config.ppo.eval_temperature
+    temperature, wanted = config.ppo.eval_temperature, max(config.ppo.val_episodes, 1)
+    plan = spread_episodes(config.env.tasks, states, wanted, repeat=temperature > 0)
+    if len(plan) < wanted and config.ppo.val_interval:
+        run_logger.print(
+            f"Validations run {len(plan)} episodes, not val_episodes={wanted}: greedy ones from one initial state are "
+            "nearly the same, so each is run once. More --val-init-state-ids or an --eval-temperature above 0 add some."
+        )
 
     def validate(env_steps: int) -> Mapping[str, float]:
         sampling = actor.temperature
