@@ -12,11 +12,13 @@ import torch
 from torchrl_vla.cli import main
 from torchrl_vla.config import EnvironmentConfig, OpenVLAActorConfig, PPOConfig, TrainConfig
 from torchrl_vla.envs import get_suite
+from torchrl_vla.envs.toy import ToyTrackingEnv
+from torchrl_vla.modules import ValueHead
 from torchrl_vla.training import run
 from torchrl_vla.training.devices import choose_device
 from torchrl_vla.training.logging import RunLogger
 from torchrl_vla.training.policy import BUNDLED, build_policy, load_policy, save_policy
-from torchrl_vla.training.run import _advantage, _validation, train
+from torchrl_vla.training.run import _advantage, _assemble, _validation, train
 
 SMALL = [
     "--preset", "tiny", "--pretrained-checkpoint", "random:tiny", "--num-envs", "1", "--group-size", "2",
@@ -109,6 +111,18 @@ def test_bad_input_is_explained_before_a_folder_is_made(options: list[str], mess
     with pytest.raises(SystemExit, match=message):
         main(["train", *SMALL, "--run-dir", str(run), *options])
     assert not run.exists()
+
+
+def test_the_value_head_learns_on_the_heads_device(tmp_path: Path):
+    cpu, other = torch.device("cpu"), torch.device("meta")
+    policy = load_policy(OpenVLAActorConfig(BUNDLED), task_suite="libero_spatial")
+    value_head = ValueHead(policy.model.config.hidden_size)
+    config = TrainConfig(PPOConfig(advantage_estimator="gae", val_interval=0))
+    trainer = _assemble(config, tmp_path, cpu, other, policy, value_head, [ToyTrackingEnv(2)], 220)
+    trainer.logger.close()
+    learned = [{p.device for p in group["params"]} for group in trainer.optimizer.param_groups]
+    assert learned == [{cpu}, {other}] and {p.device for p in value_head.parameters()} == {other}
+    assert {p.device for p in policy.model.parameters()} == {cpu}
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,9 @@ def train(config: TrainConfig, preset: str) -> Path:
     """
     config.actor.require_tokens_for_ppo()
     device = choose_device(config.ppo.device, config.actor.gpu_id)
-    head_device = _head_device(config, device)
+    head_device = choose_head_device(
+        device, use_multi_gpu=config.actor.use_multi_gpu, secondary_gpu_id=config.actor.secondary_gpu_id
+    )
     suite = get_suite(config.env.task_suite)
     initial_states(suite, config.env.tasks, config.env.init_state_ids)
     initial_states(suite, config.env.tasks, config.env.val_init_state_ids)
@@ -87,7 +89,7 @@ def train(config: TrainConfig, preset: str) -> Path:
     folder = open_run_folder(config, preset)
     tqdm.write(f"preset {preset}, policy {config.actor.pretrained_checkpoint} on {device}, results go to {folder}")
     attention = policy.model.language_model.config._attn_implementation
-    with log_to(folder / "train.log"), build_trainer(config, policy, folder, device) as trainer:
+    with log_to(folder / "train.log"), build_trainer(config, policy, folder, device, head_device) as trainer:
         logger.info("preset %s, device %s, OpenGL through %s, attention through %s", preset, device, backend, attention)
         trainer.train()
         trainer.logger.print(
@@ -97,14 +99,10 @@ def train(config: TrainConfig, preset: str) -> Path:
     return folder
 
 
-def _head_device(config: TrainConfig, device: torch.device) -> torch.device:
-    return choose_head_device(
-        device, use_multi_gpu=config.actor.use_multi_gpu, secondary_gpu_id=config.actor.secondary_gpu_id
-    )
-
-
 @contextmanager
-def build_trainer(config: TrainConfig, policy: Policy, folder: Path, device: torch.device) -> Iterator[PPOTrainer]:
+def build_trainer(
+    config: TrainConfig, policy: Policy, folder: Path, device: torch.device, head_device: torch.device
+) -> Iterator[PPOTrainer]:
     """Put a run's parts together, and close what needs closing when it ends.
 
     Args:
@@ -112,6 +110,7 @@ def build_trainer(config: TrainConfig, policy: Policy, folder: Path, device: tor
         policy: what is to learn.
         folder: the run's folder.
         device: where the policy lives.
+        head_device: where a value head learns.
     """
     ppo = config.ppo
     value_head = ValueHead(policy.model.config.hidden_size).to(device) if ppo.advantage_estimator == "gae" else None
@@ -131,7 +130,7 @@ def build_trainer(config: TrainConfig, policy: Policy, folder: Path, device: tor
         **config.env.simulation,
     )
     try:
-        yield _assemble(config, folder, device, policy, value_head, envs, horizon)
+        yield _assemble(config, folder, device, head_device, policy, value_head, envs, horizon)
     finally:
         for env in envs:
             env.close()
@@ -141,6 +140,7 @@ def _assemble(
     config: TrainConfig,
     folder: Path,
     device: torch.device,
+    head_device: torch.device,
     policy: Policy,
     value_head: ValueHead | None,
     envs: Sequence[EnvBase],
@@ -165,8 +165,8 @@ def _assemble(
     ).to(device)
     if value_head is not None:
         # The loss holds it too, and took it along to the policy's device.
-        value_head.to(_head_device(config, device))
-    one_gpu = value_head is None or _head_device(config, device) == device
+        value_head.to(head_device)
+    one_gpu = value_head is None or head_device == device
     groups = [{"params": [p for p in policy.model.parameters() if p.requires_grad], "lr": ppo.actor_lr}]
     if value_head is not None:
         groups.append({"params": list(value_head.parameters()), "lr": ppo.critic_lr})
