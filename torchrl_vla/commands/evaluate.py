@@ -196,8 +196,8 @@ def _plan(config: EvaluateConfig, acting: _Acting) -> EpisodePlan:
         sampling = "" if acting.mode == "l1" else ", or a --temperature above 0"
         raise ValueError(
             f"episodes_per_task={wanted} is more than the {fewest} initial states of task {scarce}, and greedy "
-            f"episodes from one are nearly the same: allowed are up to {fewest}, more states (--init-state-ids, or others with "
-            f"--init-states sampled){sampling}."
+            f"episodes from one are nearly the same: allowed are up to {fewest}, more states (--init-state-ids, or "
+            f"others with --init-states sampled){sampling}."
         )
     return spread_episodes(tasks, states, wanted * len(tasks), repeat=not acting.greedy)
 
