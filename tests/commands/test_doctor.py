@@ -103,6 +103,17 @@ def test_a_7b_model_without_memory_is_a_problem(monkeypatch: pytest.MonkeyPatch)
     assert doctor._check_memory(torch.device("cpu"), {"rollout": needs["rollout"]}).status == "ok"
 
 
+def test_weights_that_learn_are_counted_in_float32(copy_release: Callable[[Path], Path], tmp_path: Path) -> None:
+    """On a device that is no CPU, where weights that stay as they are have the checkpoint's bfloat16."""
+    folder, out = copy_release(tmp_path / "l1"), tmp_path / "found.json"
+    options = ["--finetuned-on-discrete-actions", "--device", "meta", "--no-use-lora", "--json", str(out)]
+    counted = {}
+    for name, option in {"frozen": ["--freeze-vla-backbone"], "learn": [], "act": ["--purpose", "evaluate"]}.items():
+        diagnose(str(folder), *options, *option)
+        counted[name] = json.loads(out.read_text())["memory"]["rollout"]["weights"]
+    assert counted["learn"] == 2 * counted["frozen"] == 2 * counted["act"] > 0
+
+
 def test_wrong_versions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     version = doctor.importlib.metadata.version
     monkeypatch.setattr(

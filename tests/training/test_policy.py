@@ -15,9 +15,16 @@ from torchrl.envs import set_exploration_type
 from torchrl.envs.utils import ExplorationType
 
 from torchrl_vla.config import OpenVLAActorConfig
-from torchrl_vla.modules import OpenVLAActor, OpenVLAAutoregressiveActor, OpenVLAL1Actor, ValueHead, make_l1_actor
+from torchrl_vla.modules import (
+    OpenVLAActor,
+    OpenVLAAutoregressiveActor,
+    OpenVLAConfig,
+    OpenVLAL1Actor,
+    ValueHead,
+    make_l1_actor,
+)
 from torchrl_vla.training.devices import choose_head_device
-from torchrl_vla.training.policy import Policy, load_policy, policy_mode
+from torchrl_vla.training.policy import Policy, load_policy, policy_mode, weights_dtype
 
 DATA = Path(__file__).parents[1] / "data"
 INSTRUCTION = "pick up the black bowl"
@@ -109,6 +116,22 @@ def test_an_l1_checkpoint_is_refused_for_training_alone(release: Path, caplog: p
         assert load(release, trainable=True, lora_rank=2, **allowed).model.config.trained_for == "tokens"
     names = [policy_mode(name).name for name in (str(release), "random:tiny", "bundled:tiny")]
     assert names == ["l1", "tokens", "tokens"]
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "weights"),
+    [
+        ("cuda", dict(), torch.bfloat16),
+        ("cuda", dict(trainable=True, use_lora=True), torch.bfloat16),
+        ("cuda", dict(trainable=True, freeze_vla_backbone=True), torch.bfloat16),
+        ("cuda", dict(trainable=True), torch.float32),
+        ("cpu", dict(trainable=True, use_lora=True), torch.float32),
+    ],
+)
+def test_weights_that_learn_are_float32_and_others_as_stored(
+    device: str, options: dict[str, bool], weights: torch.dtype
+) -> None:
+    assert weights_dtype(OpenVLAConfig.seven_b(), torch.device(device), **options) == weights
 
 
 @pytest.mark.parametrize(

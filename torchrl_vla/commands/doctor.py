@@ -38,7 +38,8 @@ class DoctorArguments:
     num_images_in_input: int = 1
     """Cameras: 1 agentview, 2 with the wrist camera."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the weights; auto: the checkpoint's on a GPU, float32 on the CPU, as loading does."""
+    """Dtype of the weights; auto: the checkpoint's on a GPU, float32 on the CPU and where the weights themselves learn,
+    as loading does."""
     load_in_4bit: bool = False
     """Quantise the frozen weights to 4 bits."""
     use_lora: bool = True
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str]) -> None:
     from torchrl_vla.modules.openvla.memory import estimate_memory
     from torchrl_vla.training.devices import choose_device
     from torchrl_vla.training.doctor import Diagnosis, check_checkpoint, check_machine, fits_memory
-    from torchrl_vla.training.policy import find_policy
+    from torchrl_vla.training.policy import find_policy, weights_dtype
 
     try:
         device = choose_device(options.device)
@@ -93,10 +94,12 @@ def main(arguments: Sequence[str]) -> None:
     except ValueError as error:
         print(f"torchrl-vla doctor: {error}", file=sys.stderr)
         sys.exit(UNREADABLE)
-    # As the policy is loaded: weights that learn themselves are float32.
-    learns = options.purpose == "train" and not (options.use_lora or options.freeze_vla_backbone)
-    auto = "float32" if learns or device.type == "cpu" else summary.config.torch_dtype
-    dtype = getattr(torch, auto if options.dtype == "auto" else options.dtype)
+    trainable = options.purpose == "train"
+    learning: dict[str, Any] = dict(use_lora=options.use_lora, freeze_vla_backbone=options.freeze_vla_backbone)
+    if options.dtype == "auto":
+        dtype = weights_dtype(summary.config, device, trainable=trainable, **learning)
+    else:
+        dtype = getattr(torch, options.dtype)
     acts_by = summary.mode.name if options.purpose == "evaluate" else "tokens"
     shared: dict[str, Any] = dict(
         dtype=dtype,
@@ -112,15 +115,14 @@ def main(arguments: Sequence[str]) -> None:
         **shared,
     )
     needs = {"rollout": rollout}
-    if options.purpose == "train":
+    if trainable:
         training = functools.partial(
             estimate_memory,
             summary.config,
             batch_size=options.batch_size,
             training=True,
-            use_lora=options.use_lora,
             lora_rank=options.lora_rank,
-            freeze_vla_backbone=options.freeze_vla_backbone,
+            **learning,
             **shared,
         )
         needs["training"] = training(recompute=0.0 if options.recompute == "auto" else options.recompute)

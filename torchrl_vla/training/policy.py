@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ from torchrl_vla.modules.openvla.lora import add_lora, freeze_backbone, without_
 from torchrl_vla.modules.openvla.tokenizer import empty_token_id
 from torchrl_vla.training.folder import written_whole
 
-__all__ = ["BUNDLED", "RANDOM", "Policy", "build_policy", "load_policy", "save_policy"]
+__all__ = ["BUNDLED", "RANDOM", "Policy", "build_policy", "load_policy", "save_policy", "weights_dtype"]
 
 #: What names of untrained policies begin with.
 RANDOM = "random:"
@@ -92,6 +93,34 @@ class Policy:
         return without_adapters(self.model)
 
 
+def weights_dtype(
+    config: OpenVLAConfig,
+    device: torch.device,
+    *,
+    trainable: bool = False,
+    use_lora: bool = False,
+    freeze_vla_backbone: bool = False,
+) -> torch.dtype:
+    """The dtype of a policy's weights where none is asked for: as they are stored, and float32 on a CPU.
+
+    Weights that learn themselves are float32 everywhere: steps of usual learning rates are smaller than what bfloat16
+    can add to a weight.
+
+    Args:
+        config: of the checkpoint.
+        device: where the weights are to be.
+        trainable: whether something learns.
+        use_lora: adapters do.
+        freeze_vla_backbone: heads do.
+
+    Examples:
+        >>> weights_dtype(OpenVLAConfig.seven_b(), torch.device("cuda"), trainable=True, use_lora=True)
+        torch.bfloat16
+    """
+    learn = trainable and not (use_lora or freeze_vla_backbone)
+    return torch.float32 if learn or device.type == "cpu" else getattr(torch, config.torch_dtype)
+
+
 def build_policy(
     name: str,
     *,
@@ -109,7 +138,7 @@ def build_policy(
         statistics_key: name that its action statistics (none: actions are taken as they are) are saved under.
         temperature: sampling temperature.
         device: where to make it.
-        dtype: of its weights; None for that of its preset on an accelerator and float32 on the CPU.
+        dtype: of its weights; None for :func:`weights_dtype`'s.
         use_l1_head: with an L1 head too.
         instructions: as for :func:`~torchrl_vla.modules.make_actor`.
 
@@ -124,9 +153,7 @@ def build_policy(
     # Made where it will be and in its own dtype, as a checkpoint is loaded: 7B in float32 would not fit a 24 GB card.
     with torch.device("meta"):
         model = OpenVLA(config, use_l1_head=use_l1_head)
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.torch_dtype)
-    model.to(dtype).to_empty(device=device).initialize()
+    model.to(dtype or weights_dtype(config, device)).to_empty(device=device).initialize()
     actions = ActionTokenizer(n_bins=config.n_action_bins, vocab_size=config.tokenizer_vocab_size)
     return _assemble(
         model,
@@ -190,8 +217,7 @@ def load_policy(
         temperature: sampling temperature.
         device: where to load it.
         head_device: where to put the L1 head; None for `device`.
-        dtype: as for :meth:`OpenVLA.from_pretrained`, but None for float32 where the weights themselves learn:
-            steps of usual learning rates are smaller than what bfloat16 can add to a weight.
+        dtype: as for :meth:`OpenVLA.from_pretrained`, but None for :func:`weights_dtype`'s.
         trainable: add adapters or freeze parts as configured; False loads it to be used as it is.
         autoregressive: decode one token after the other and one control step at a time, as base OpenVLA does. Such a
             policy acts; it cannot be trained so.
@@ -207,8 +233,13 @@ def load_policy(
             "use_tokenized_actions=True."
         )
     device = torch.device(device)
-    if dtype is None and trainable and not (actor.use_lora or actor.freeze_vla_backbone):
-        dtype = torch.float32
+    choose_dtype = partial(
+        weights_dtype,
+        device=device,
+        trainable=trainable,
+        use_lora=actor.use_lora,
+        freeze_vla_backbone=actor.freeze_vla_backbone,
+    )
     tasks = get_suite(task_suite).tasks if read_task_ids else ()
     instructions = {index: task.instruction for index, task in enumerate(tasks)} or None
     if actor.pretrained_checkpoint.startswith(RANDOM):
@@ -218,7 +249,7 @@ def load_policy(
             statistics_key=task_suite,
             temperature=temperature,
             device=device,
-            dtype=None if dtype == "stored" else dtype,
+            dtype=None if dtype == "stored" else dtype or choose_dtype(OpenVLAConfig.preset(name)),
             use_l1_head=actor.load_l1_action_head,
             instructions=instructions,
         )
@@ -240,7 +271,7 @@ def load_policy(
         settings = read_image_settings(folder)
         model = OpenVLA.from_pretrained(
             folder,
-            dtype=dtype,
+            dtype=dtype or choose_dtype(config),
             device=device,
             load_in_4bit=actor.load_in_4bit,
             load_l1_action_head=actor.load_l1_action_head or False,
