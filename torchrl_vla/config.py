@@ -58,7 +58,8 @@ class PPOConfig:
     """Share of the layers, 0 to 1, that are computed again in the backward pass to save memory; auto: as few as the
     GPU's memory allows."""
     memory_gb: float | None = None
-    """GPU memory that batch_size=auto and recompute=auto may fill, in GiB; None: all that is free."""
+    """GPU memory that batch_size=auto and recompute=auto may fill, in GiB, as PyTorch reserves it; None: all that is
+    free."""
     n_epochs: int = 10
     """Passes over the collected decisions per update."""
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from torchrl_vla.bench import gpu_sections
 from torchrl_vla.bench.report import Figure, Report
 from torchrl_vla.bench.sim import SimulatorBench
 from torchrl_vla.bench.timing import in_fresh_process, in_turns, one_core, resident_memory
@@ -93,3 +96,19 @@ def test_an_unknown_task_is_refused_before_anything_is_measured(capsys: pytest.C
     with pytest.raises(ValueError, match="99"):
         bench.main(["sim", "--task-ids", "99"])
     assert capsys.readouterr().out == ""
+
+
+def test_memory_is_measured_within_the_limit_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: dict[str, tuple[Any, dict[str, Any]]] = {}
+
+    def take(_: Any, __: int, name: str, wanted: Any, settings: dict[str, Any]) -> None:
+        rows[name] = wanted, settings
+
+    monkeypatch.setattr(gpu_sections, "_measure_update", take)
+    bench: Any = SimpleNamespace(accelerate=lambda: None, options=SimpleNamespace(decisions=64))
+    gpu_sections.measure_update(bench)
+    assert {name: (wanted.memory, settings.get("memory_gb")) for name, (wanted, settings) in rows.items()} == {
+        "80gb preset": (None, None),
+        "24gb preset": (22.0, 22.0),
+        "24gb preset, batch_size 1, memory_gb 18": (18.0, 18.0),
+    }

@@ -12,13 +12,24 @@ GIB = 2**30
 
 
 def chosen(
-    monkeypatch: pytest.MonkeyPatch, *, free: float, speed: dict[int, float], decisions: int = 96, **options: object
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    free: float,
+    speed: dict[int, float],
+    decisions: int = 96,
+    margin: int = 0,
+    more: dict[int, float] | None = None,
+    **options: object,
 ) -> MicroBatch:
-    """A choice on a GPU where a decision needs 1 GiB, or a tenth if recomputed at a third more time."""
+    """A choice on a GPU where a decision needs 1 GiB, or a tenth if recomputed at a third more time.
+
+    Some sizes need more than that, in GiB, which the others do not show.
+    """
     choice = MicroBatch(**{"size": "auto", "recompute": "auto", "set_recompute": lambda share: None, **options})
 
     def measure(_: object, __: object, size: int, share: float) -> MicroBatchCost:
-        return MicroBatchCost(size * speed[size] * (1 + share / 3), int(size * (1 - 0.9 * share) * GIB))
+        memory = size * (1 - 0.9 * share) + (more or {}).get(size, 0.0)
+        return MicroBatchCost(size * speed[size] * (1 + share / 3), int(memory * GIB))
 
     monkeypatch.setattr(choice, "_measure", measure)
     for name, value in (
@@ -26,7 +37,8 @@ def chosen(
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(micro_batch, "_MARGIN", 0.0)
-    choice.choose(lambda size: None, torch.device("cuda"), decisions=decisions)
+    monkeypatch.setattr(micro_batch, "_LEAST_MARGIN", margin)
+    print(choice.choose(lambda size: None, torch.device("cuda"), decisions=decisions))
     return choice
 
 
@@ -53,9 +65,26 @@ def test_what_is_given_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert MicroBatch(8, 0.5).chosen
 
 
-def test_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    choice = chosen(monkeypatch, free=0.01, speed=dict.fromkeys((32, 24, 16, 12, 8, 4, 2, 1), 1.0))
+def test_nothing_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    choice = chosen(monkeypatch, free=0.5, memory_gb=0.01, speed=dict.fromkeys((32, 24, 16, 12, 8, 4, 2, 1), 1.0))
     assert (choice.size, choice.recompute) == (1, 1.0)
+    assert (
+        "100% of the layers recomputed: there is nothing less, and it may take more than 0.0" in capsys.readouterr().out
+    )
+
+
+def test_a_size_must_fit_by_its_own_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One decision alone takes half a GiB more than two, four and the line through them say."""
+    speed = dict.fromkeys((4, 2, 1), 1.0)
+    assert chosen(monkeypatch, free=1, speed=speed, size=1).costs.keys() == {(1, 0.0)}
+    choice = chosen(monkeypatch, free=1, speed=speed, size=1, more={1: 0.5})
+    assert choice.costs.keys() == {(1, 0.75)} and choice.recompute == 0.75  # 0.325 + 0.5; half is 0.55 + 0.5
+
+
+def test_some_memory_is_left_for_fragmentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = dict.fromkeys((32, 24, 16, 12, 8, 4, 2, 1), 1.0)
+    assert chosen(monkeypatch, free=9, speed=speed, recompute=0.0).size == 8
+    assert chosen(monkeypatch, free=9, speed=speed, recompute=0.0, margin=2 * GIB).size == 4
 
 
 def test_a_cpu_is_not_measured() -> None:

@@ -154,8 +154,13 @@ def measure_update(bench: Bench) -> None:
     presets: tuple[tuple[str, int, _Wanted, dict[str, Any]], ...] = (
         ("80gb preset", count, _Wanted(20.0, passes=2), {}),
         ("24gb preset", count, _Wanted(35.0, 22.0, passes=3), {"memory_gb": 22.0}),
-        # One at a time: a few decisions say as much.
-        ("24gb preset, batch_size 1", min(count, 8), _Wanted(None, 18.0, 2), {"memory_gb": 22.0, "batch_size": 1}),
+        # The least memory that a 24 GB card is promised to need. One at a time: a few decisions say as much.
+        (
+            "24gb preset, batch_size 1, memory_gb 18",
+            min(count, 8),
+            _Wanted(None, 18.0, 2),
+            {"memory_gb": 18.0, "batch_size": 1},
+        ),
     )
     for name, decisions, wanted, settings in presets:
         _measure_update(bench, decisions, name, wanted, settings)
