@@ -26,6 +26,7 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.objectives.value import GAE
 
 from torchrl_vla.collectors import EpisodePlan, GroupCollector, Progress
+from torchrl_vla.collectors.lanes import Lane, Waiting
 from torchrl_vla.collectors.slots import EnvSlots
 from torchrl_vla.collectors.trajectories import TrajectoryRecorder
 from torchrl_vla.envs.toy import ToyTrackingEnv
@@ -216,6 +217,30 @@ def test_the_last_episodes_are_spread_over_environments_and_workers():
     assert sorted(len(given) for given in policy.batches[:2]) == [1, 2]
     env = SerialEnv(2, partial(StubbornEnv, 4))
     assert EnvSlots(env).in_turns.tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+def test_no_environment_loses_its_turn_to_a_start():
+    """In the first environment episodes of one decision follow each other; the second one is busy with longer ones."""
+    policy = Policy()
+    plan = EpisodePlan.grid([0], [1, 0, 3, 5, *range(2, 26, 2)])
+    GroupCollector([StubbornEnv(2), StubbornEnv(2)], policy).collect(plan)
+    served = [given["init_state_id"].flatten().tolist() for given in policy.batches[:8]]
+    # 6 and 8 are reserved for the second environment then.
+    assert served == [[1, 0], [3, 5], [1, 2], [3, 5], [1, 4], [3, 5], [1, 10], [3, 5]]
+
+
+def test_waiting_episodes_go_to_free_slots_before_any_is_reserved():
+    lanes = [Lane(EnvSlots(StubbornEnv(4))) for _ in range(2)]
+    waiting = Waiting(10, lanes)
+    lanes[0].current[:3] = torch.tensor([97, 98, 99])
+    assert waiting.take(lanes[0]) == [0] and lanes[0].reserved == [1, 2, 3]
+    lanes[0].current[3] = 0
+    assert waiting.take(lanes[1]) == [4, 5, 6, 7] and lanes[1].reserved == []
+    lanes[1].current[:] = torch.arange(4, 8)
+    waiting.put_back([1, 2, 3])
+    lanes[0].reserved = []
+    assert waiting.take(lanes[0]) == [] and lanes[0].reserved == [1, 2, 3]  # half of 1 2 3 8 9
+    assert waiting.take(lanes[1]) == [] and lanes[1].reserved == [8, 9]
 
 
 def test_no_environment_is_refused():

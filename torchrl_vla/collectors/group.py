@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from concurrent.futures import Executor
+from typing import NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from torchrl_vla.collectors.lanes import Decision, Lane, Outcome, Waiting, make_executor
 from torchrl_vla.collectors.plan import Episode
 from torchrl_vla.collectors.slots import EnvSlots
 from torchrl_vla.collectors.trajectories import TrajectoryRecorder
@@ -124,59 +123,55 @@ class GroupCollector:
         """
         if not len(plan):
             raise ValueError("The plan has no episodes; it needs at least one.")
-        collection = _Collection(plan, [_Lane(slots) for slots in self._slots])
-        with set_exploration_type(self.exploration_type), _executor(len(self._slots)) as executor:
+        collection = _Collection(plan, [Lane(slots) for slots in self._slots])
+        with set_exploration_type(self.exploration_type), make_executor(len(self._slots)) as executor:
             # In turns and in a fixed order, so that the same seed gives the same batch whoever is faster.
             while collection.finished < len(plan):
                 for lane in collection.lanes:
-                    following = lane.wait()
-                    if lane.decision is not None:
-                        self._record(collection, lane, following)
+                    outcome = lane.wait()
+                    if outcome is not None:
+                        self._record(collection, lane, outcome)
                     self._send(collection, lane, executor)
         return self._label(collection)
 
-    def _send(self, collection: _Collection, lane: _Lane, executor: Executor) -> None:
-        """Starts waiting episodes in an environment's free slots or, if there are none, lets the others decide."""
-        plan, waiting = collection.plan, collection.waiting
-        # The last episodes are spread over environments and, within them, over workers.
-        free = lane.free()
-        share = math.ceil(len(waiting) * len(free) / max(1, sum(len(other.free()) for other in collection.lanes)))
-        free = free[:share].sort().values
-        if len(free):
-            lane.current[free] = torch.tensor([waiting.popleft() for _ in free])
-            starts = [plan[episode] for episode in lane.current[free].tolist()]
-            lane.job = executor.submit(lane.slots.start, free, starts)
-            return
-        running = (lane.current >= 0).nonzero().squeeze(-1)
+    def _send(self, collection: _Collection, lane: Lane, executor: Executor) -> None:
+        """Decides for the slots of an environment that run, and gives it its next turn."""
+        running = lane.running()
+        starts = collection.waiting.take(lane)
+        decision = None
         if len(running):
             seen = lane.slots.observe(running)
-            lane.decision = _Decision(running, seen, self._act(seen))
-            lane.job = executor.submit(lane.slots.step, running, lane.decision.written)
+            decision = Decision(running, seen, self._act(seen))
+        if decision is not None or starts or len(lane.again):
+            keep_cut = decision is not None and self.value_key in decision.written
+            lane.send(executor, collection.plan, decision, starts, keep_cut)
 
-    def _record(self, collection: _Collection, lane: _Lane, following: dict[NestedKey, Tensor]) -> None:
-        """Takes note of what followed from an environment's last decisions."""
+    def _record(self, collection: _Collection, lane: Lane, outcome: Outcome) -> None:
+        """Takes note of what followed from an environment's last decisions, and of the episodes begun since."""
         assert lane.decision is not None
         (slots, seen, written), lane.decision = lane.decision, None
+        following, lost = outcome.following, outcome.lost
         current, recorder = lane.current, collection.recorder
-        lost = lane.slots.lost()[slots]
         if lost.any():
             # Their worker was replaced. However far they had come, they run again from their start.
             recorder.discard(current[slots[lost]])
-            collection.waiting.extendleft(current[slots[lost]].tolist())
-            current[slots[lost]] = -1
+            lane.again = slots[lost]
             slots, seen = slots[~lost], seen[~lost]
             written = {key: value[~lost] for key, value in written.items()}
             following = {key: value[~lost] for key, value in following.items()}
         recorder.append(current[slots], self._decisions(seen, written, following))
         over = following["done"].reshape(-1).cpu()
-        if self.value_key in written:
+        if outcome.cut is not None:
             cut = slots[over & ~following["terminated"].reshape(-1).cpu()]
-            if len(cut):
-                collection.last_values[current[cut]] = self._act(lane.slots.observe(cut))[self.value_key].cpu()
+            collection.last_values[current[cut]] = self._act(outcome.cut)[self.value_key].cpu()
         if "success" in following:
             collection.successes += int(following["success"].reshape(-1).cpu()[over].sum())
         collection.finished += int(over.sum())
         current[slots[over]] = -1
+        begun, unused = lane.reserved[: len(outcome.renewed)], lane.reserved[len(outcome.renewed) :]
+        current[outcome.renewed] = torch.tensor(begun, dtype=torch.int64)
+        collection.waiting.put_back(unused)
+        lane.reserved = []
         if self.progress is not None:
             decisions = int(recorder.lengths.sum())
             self.progress(Progress(decisions, collection.finished, collection.successes, len(collection.plan)))
@@ -223,53 +218,13 @@ class GroupCollector:
 class _Collection:
     """How far the episodes of a plan have come, and what was recorded of them."""
 
-    def __init__(self, plan: Sequence[Episode], lanes: Sequence[_Lane]) -> None:
+    def __init__(self, plan: Sequence[Episode], lanes: Sequence[Lane]) -> None:
         self.plan = plan
         self.lanes = lanes
-        self.waiting = deque(range(len(plan)))
+        self.waiting = Waiting(len(plan), lanes)
         self.recorder = TrajectoryRecorder(len(plan))
         self.last_values = torch.zeros(len(plan), 1)
         self.finished = self.successes = 0
-
-
-class _Decision(NamedTuple):
-    """What the policy saw in some slots, and what it wrote."""
-
-    slots: Tensor
-    seen: TensorDict
-    written: dict[NestedKey, Tensor]
-
-
-class _Lane:
-    """An environment's share of a collection: which episodes it runs, and what it is busy with."""
-
-    def __init__(self, slots: EnvSlots) -> None:
-        self.slots = slots
-        self.current = torch.full((len(slots),), -1)  # the episode each slot runs, -1 for none
-        self.job: Future[Any] | None = None
-        self.decision: _Decision | None = None
-
-    def free(self) -> Tensor:
-        """The slots without an episode, int64 ``[n]``, workers in turns."""
-        return self.slots.in_turns[self.current[self.slots.in_turns] < 0]
-
-    def wait(self) -> Any:
-        """Waits for what the environment is busy with, and returns what came of it."""
-        job, self.job = self.job, None
-        return None if job is None else job.result()
-
-
-class _Inline(Executor):
-    """Runs a job at once, in this thread, to which OpenGL contexts of an environment may belong."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        job: Future[Any] = Future()
-        job.set_result(fn(*args, **kwargs))
-        return job
-
-
-def _executor(lanes: int) -> Executor:
-    return _Inline() if lanes == 1 else ThreadPoolExecutor(lanes, "environment")
 
 
 def _next(key: NestedKey) -> NestedKey:
