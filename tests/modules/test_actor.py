@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+from small_openvla import decided_model, small_openvla_config
 from tensordict import LazyStackedTensorDict, NonTensorData, NonTensorStack, TensorDict, TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.data import Bounded, Categorical, Composite, NonTensor, Unbounded
@@ -13,9 +14,7 @@ from torchrl.objectives.value import GAE
 
 from torchrl_vla.modules import (
     ActionTokenizer,
-    OpenVLA,
     OpenVLAActor,
-    OpenVLAConfig,
     OpenVLAProcessor,
     TokenCategorical,
     ValueHead,
@@ -23,31 +22,14 @@ from torchrl_vla.modules import (
     make_actor,
     make_value_operator,
 )
-from torchrl_vla.modules.openvla.config import VisionTowerConfig
 
 TOKENS, LOG_PROBS = ("vla_action", "tokens"), ("vla_action", "log_probs")
 TASKS = ["open the top drawer", "put the black bowl on the plate and open the top drawer"]
 
 
 def _actor(log_prob_level: str = "token", instructions: dict | None = None, **overrides: object) -> OpenVLAActor:
-    torch.manual_seed(0)
-    config = OpenVLAConfig.tiny(
-        **{
-            "image_size": 28,
-            "dinov2": VisionTowerConfig(embed_dim=32, depth=2, num_heads=2, num_prefix_tokens=5),
-            "siglip": VisionTowerConfig(embed_dim=32, depth=2, num_heads=2),
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "chunk_size": 2,
-            **overrides,
-        }
-    )
-    model = OpenVLA(config)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.15)  # initialised logits are flat
+    config = small_openvla_config(**overrides)
+    model = decided_model(config)
     processor = OpenVLAProcessor(
         build_tokenizer(TASKS, vocab_size=config.tokenizer_vocab_size), ActionTokenizer(), image_size=28, backend="fast"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_openvla import decided_model, small_openvla_config
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
@@ -15,13 +16,11 @@ from torchrl_vla.modules import (
     ActionTokenizer,
     OpenVLA,
     OpenVLAAutoregressiveActor,
-    OpenVLAConfig,
     OpenVLAProcessor,
     build_tokenizer,
     load_tokenizer,
     make_autoregressive_actor,
 )
-from torchrl_vla.modules.openvla.config import VisionTowerConfig
 
 DATA = Path(__file__).parents[1] / "data" / "openvla"
 TOKENS = ("vla_action", "tokens")
@@ -49,23 +48,8 @@ def base(copy_release: Callable[[Path], Path], tmp_path_factory: pytest.TempPath
 
 
 def small_actor(temperature: float = 0.0, **overrides: object) -> OpenVLAAutoregressiveActor:
-    torch.manual_seed(0)
-    values: dict = dict(
-        image_size=28,
-        dinov2=VisionTowerConfig(embed_dim=32, depth=2, num_heads=2, num_prefix_tokens=5),
-        siglip=VisionTowerConfig(embed_dim=32, depth=2, num_heads=2),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        use_proprio=False,
-    )
-    config = OpenVLAConfig.tiny(**{**values, **overrides})
-    model = OpenVLA(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.15)  # initialised logits are flat
+    config = small_openvla_config(**{"use_proprio": False, **overrides})
+    model = decided_model(config)
     tokenizer = build_tokenizer(INSTRUCTIONS.values(), vocab_size=config.tokenizer_vocab_size)
     actions = ActionTokenizer(vocab_size=config.tokenizer_vocab_size)
     processor = OpenVLAProcessor(tokenizer, actions, image_size=28, backend="fast")

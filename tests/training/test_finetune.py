@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
+from small_openvla import small_openvla_config
 from tensordict import TensorDict
 from torch import nn
 
@@ -18,7 +19,6 @@ from torchrl_vla.config import OpenVLAActorConfig
 from torchrl_vla.datasets import DemonstrationDataset, DemonstrationIndex, Episode, encode_jpeg, write_episode
 from torchrl_vla.modules import ActionTokenizer, OpenVLA, OpenVLAConfig, build_tokenizer
 from torchrl_vla.modules.openvla.augmentation import ImageAugmentation
-from torchrl_vla.modules.openvla.config import VisionTowerConfig
 from torchrl_vla.modules.openvla.image_pipeline import center_crop_resize, lanczos3_resize, normalize
 from torchrl_vla.training.ema import ParameterAverage
 from torchrl_vla.training.finetune import finetune
@@ -68,18 +68,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def save_start(folder: Path, *, l1_head: bool = False, **overrides) -> Path:
     """A small untrained policy's folder."""
-    config = OpenVLAConfig.tiny(
-        image_size=28,
-        dinov2=VisionTowerConfig(embed_dim=16, depth=2, num_heads=2, num_prefix_tokens=5),
-        siglip=VisionTowerConfig(embed_dim=16, depth=2, num_heads=2),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=352,
-        chunk_size=2,
-        **overrides,
-    )
+    config = small_openvla_config(embed_dim=16, vocab_size=352, **overrides)
     torch.manual_seed(0)
     OpenVLA(config, use_l1_head=l1_head).save_pretrained(folder)
     build_tokenizer(INSTRUCTIONS.values(), vocab_size=config.tokenizer_vocab_size).save_pretrained(folder)

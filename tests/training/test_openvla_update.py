@@ -7,20 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from small_openvla import decided_model, small_openvla_config
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from torchrl_vla.config import PPOConfig
 from torchrl_vla.modules import (
     ActionTokenizer,
-    OpenVLA,
     OpenVLAActor,
-    OpenVLAConfig,
     OpenVLAProcessor,
     build_tokenizer,
     make_actor,
 )
-from torchrl_vla.modules.openvla.config import VisionTowerConfig
 from torchrl_vla.modules.openvla.lora import add_lora
 from torchrl_vla.objectives import AsymmetricClipPPOLoss
 from torchrl_vla.training.logging import RunLogger
@@ -32,22 +30,9 @@ COUNT = 6
 
 def make_policy() -> OpenVLAActor:
     """Two prompts of different length, so that rows are padded; adapters that matter."""
-    torch.manual_seed(0)
-    config = OpenVLAConfig.tiny(
-        image_size=28,
-        dinov2=VisionTowerConfig(embed_dim=32, depth=2, num_heads=2, num_prefix_tokens=5),
-        siglip=VisionTowerConfig(embed_dim=32, depth=2, num_heads=2),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        chunk_size=2,
-    )
-    model = OpenVLA(config)
+    config = small_openvla_config()
+    model = decided_model(config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.15)
         add_lora(model, rank=4)
         for name, parameter in model.named_parameters():
             if ".lora_B" in name:

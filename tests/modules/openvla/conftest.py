@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_openvla import small_openvla_config
 from torch import Tensor
 
 from torchrl_vla.modules.openvla import OpenVLA, OpenVLAConfig, VisionTowerConfig
@@ -14,19 +15,16 @@ DATA = Path(__file__).parents[2] / "data" / "openvla"
 
 
 def small_config(**overrides: object) -> OpenVLAConfig:
-    """A few thousand weights: 4 patches per image, widths that differ everywhere so that a mix-up shows."""
+    """A few thousand weights, of widths that differ everywhere so that a mix-up shows."""
     values: dict = dict(
-        image_size=28,
         dinov2=VisionTowerConfig(embed_dim=24, depth=3, num_heads=3, num_prefix_tokens=5),
         siglip=VisionTowerConfig(embed_dim=20, depth=4, num_heads=2),
         hidden_size=16,
         intermediate_size=44,
         num_hidden_layers=3,
-        num_attention_heads=2,
         vocab_size=352,
-        chunk_size=2,
     )
-    return OpenVLAConfig.tiny(**{**values, **overrides})
+    return small_openvla_config(**{**values, **overrides})
 
 
 def random_model(config: OpenVLAConfig | None = None, **options: object) -> OpenVLA:

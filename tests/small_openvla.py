@@ -1,0 +1,38 @@
+"""An OpenVLA small enough for any test, in all of whose parts something can go wrong."""
+
+from __future__ import annotations
+
+import torch
+
+from torchrl_vla.modules.openvla import OpenVLA, OpenVLAConfig, VisionTowerConfig
+
+
+def small_openvla_config(*, embed_dim: int = 32, **overrides: object) -> OpenVLAConfig:
+    """Four patches per image, towers and language model of two layers.
+
+    Args:
+        embed_dim: width of both towers.
+        overrides: other fields.
+    """
+    values: dict = dict(
+        image_size=28,
+        dinov2=VisionTowerConfig(embed_dim=embed_dim, depth=2, num_heads=2, num_prefix_tokens=5),
+        siglip=VisionTowerConfig(embed_dim=embed_dim, depth=2, num_heads=2),
+        hidden_size=2 * embed_dim,
+        intermediate_size=4 * embed_dim,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        chunk_size=2,
+    )
+    return OpenVLAConfig.tiny(**{**values, **overrides})
+
+
+def decided_model(config: OpenVLAConfig) -> OpenVLA:
+    """A model that prefers some tokens: initialised logits are flat."""
+    torch.manual_seed(0)
+    model = OpenVLA(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+    return model
