@@ -52,7 +52,7 @@ def test_base_openvla_decides_every_control_step(
     assert "1 initial states were run up to 2 times each, with actions sampled anew" in output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["settings"]["action_mode"] == "autoregressive" and report["settings"]["greedy"] is False
-    assert report["settings"]["episodes_per_task"] == 2
+    assert report["settings"]["episodes_per_task"] == 2 and report["caveat"] in output
     assert [(e["init_state_id"], e["control_steps"], e["decisions"]) for e in report["episodes"]] == [(4, 5, 5)] * 2
 
 

@@ -184,6 +184,7 @@ class EvaluationReport:
             "task_suite": self.task_suite,
             "success": str(self.total),
             "interval": self.total.interval,
+            "caveat": self.caveat,
             **self.figures(),
             "seconds": self.seconds,
             "tasks": tasks,
