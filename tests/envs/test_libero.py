@@ -190,6 +190,23 @@ def test_partial_reset_leaves_the_other_slot_alone(pair: LiberoEnv) -> None:
     assert later[1]["language_instruction"] == get_suite("libero_spatial").tasks[4].instruction
 
 
+def test_partial_reset_merges_as_torchrl_does(pair: LiberoEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> tuple[TensorDict, TensorDict]:
+        after = _step(pair, pair.reset(task_id=[0, 1], init_state_id=[2, 2]), DOWN).exclude("reward")
+        after["memory"] = torch.tensor([[1.0], [2.0]])
+        after["_reset"] = torch.tensor([[False], [True]])
+        return after, pair.reset(after)
+
+    request, merged = run()
+    assert merged is request
+    assert merged["num_control_steps"].tolist() == [[8], [0]]
+    monkeypatch.delattr(LiberoEnv, "_reset_proc_data")
+    _, expected = run()
+    assert set(merged.keys(True, True)) == set(expected.keys(True, True))
+    for key, value in expected.items(True, True):
+        assert torch.equal(merged[key], value), key
+
+
 @pytest.mark.parametrize(
     "reset",
     [

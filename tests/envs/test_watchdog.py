@@ -118,6 +118,30 @@ def test_a_stock_rollout_sees_a_truncated_episode(watched: Callable[..., Watched
     assert last["next", "time"].flatten().tolist() == [1, 4] and env.lost_workers == frozenset()
 
 
+def test_a_partial_reset_merges_as_torchrl_does(
+    watched: Callable[..., WatchedParallelEnv], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> tuple[TensorDictBase, TensorDictBase]:
+        env = watched()
+        state = act(env.reset())
+        for _ in range(2):
+            _, state = env.step_and_maybe_reset(act(state))
+        # One of a worker's two, and none of the other's.
+        state["_reset"] = torch.tensor([[[False], [True]], [[False], [False]]])
+        state["init_state_id"][0, 1] = 4
+        state["memory"] = torch.arange(4.0).reshape(2, 2, 1) + 1
+        state["total"][1, 0] = 17.0
+        return state, env.reset(state)
+
+    request, merged = run()
+    assert merged is request and merged["time"].flatten().tolist() == [0, 0, 0, 0]
+    monkeypatch.delattr(WatchedParallelEnv, "_reset_proc_data")
+    _, expected = run()
+    assert set(merged.keys(True, True)) == set(expected.keys(True, True))
+    for key, value in expected.items(True, True):
+        assert torch.equal(merged[key], value), key
+
+
 def test_specs_seeds_and_reopening(watched: Callable[..., WatchedParallelEnv]) -> None:
     env = watched()
     check_env_specs(env)

@@ -253,6 +253,16 @@ class LiberoEnv(EnvBase):
         self._instructions = self._gather_instructions()
         return self._output(torch.zeros(self.num_slots, 1, dtype=torch.int64))
 
+    def _reset_proc_data(self, tensordict: TensorDictBase | None, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        if tensordict is None:
+            return super()._reset_proc_data(tensordict, tensordict_reset)
+        # TorchRL chooses by a mask, pixel by pixel, between what was reset and what goes on. Of the latter, too, the
+        # pictures are in `tensordict_reset` already.
+        pictures = [("observation", key) for key in self._image_keys.values()]
+        shown = tensordict_reset.select(*pictures)
+        rest = tensordict.exclude(*pictures, inplace=True)
+        return super()._reset_proc_data(rest, tensordict_reset.exclude(*pictures)).update(shown)
+
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         slots = [slot for slot in self._selected_slots(tensordict, "_step") if self._running(slot)]
         actions = self._read_actions(tensordict, slots)

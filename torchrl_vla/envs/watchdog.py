@@ -96,6 +96,16 @@ class WatchedParallelEnv(ParallelEnv):
         self._lost = {index for index in self._lost if mask is not None and not mask[index].all()}
         return state
 
+    def _reset_proc_data(self, tensordict: TensorDictBase | None, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        if tensordict is None:
+            return super()._reset_proc_data(tensordict, tensordict_reset)
+        # Workers were given what the tensordict holds, and have chosen between it and what they reset. TorchRL chooses
+        # once more, by a mask over all pixels of all slots.
+        chosen = [key for key in tensordict_reset.keys(True, True) if key not in self.reset_keys]
+        tensors = tensordict_reset.select(*chosen)
+        rest = tensordict.exclude(*chosen, inplace=True)
+        return super()._reset_proc_data(rest, tensordict_reset.exclude(*chosen)).update(tensors)
+
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         self._replace_the_dead()
         self.lost_workers = frozenset()
