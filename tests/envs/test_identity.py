@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import mujoco
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from reference import CAMERAS, Stock, assert_same, random_actions, smooth_actions
 
 from torchrl_vla.envs import simulator as simulator_module
+from torchrl_vla.envs import starts
 from torchrl_vla.envs.simulator import LiberoSimulator
 from torchrl_vla.envs.tasks import LiberoTask, TaskSuite, get_suite
 
@@ -17,6 +19,12 @@ SLIM = [("libero_spatial", 0, [0]), ("libero_spatial", 4, [0, 1]), ("libero_goal
 FULL = [(suite, task) for suite in ("libero_spatial", "libero_goal") for task in range(10)]
 FULL += [("libero_object", 0), ("libero_object", 7), ("libero_10", 2), ("libero_10", 9)]
 FULL += [("libero_90", 5), ("libero_90", 33), ("libero_90", 50), ("libero_90", 85)]
+
+
+@pytest.fixture(autouse=True)
+def no_kept_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared is simulated and drawn here and now."""
+    monkeypatch.setattr(starts, "cache_folder", lambda: tmp_path)
 
 
 def compare(suite: str, task_id: int, init_state_ids: list[int], steps: int, picture_every: int, seed: int = 0) -> None:

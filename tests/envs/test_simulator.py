@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from reference import CAMERAS, random_actions
 
+from torchrl_vla.envs import starts
 from torchrl_vla.envs.simulator import LiberoSimulator
 
 STEP = np.zeros((1, 7))
@@ -23,12 +25,16 @@ def simulator() -> Iterator[LiberoSimulator]:
     simulator.close()
 
 
-def test_a_restored_episode_equals_the_simulated_one(simulator: LiberoSimulator) -> None:
+def test_a_restored_episode_equals_the_simulated_one(
+    simulator: LiberoSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second reset restores what the first one settled; one without a memory of it settles again."""
     actions = random_actions(6, 0)
     ends = []
     fresh = LiberoSimulator("libero_spatial", image_size=64)
     for one in (simulator, simulator, fresh):
+        if one is fresh:
+            monkeypatch.setattr(starts, "cache_folder", lambda: tmp_path)
         one.reset(0, 2, 1)
         start = one.low_dim(0)
         one.step(0, actions)
@@ -153,6 +159,7 @@ def test_a_second_process_needs_neither_robosuite_nor_a_compiler(simulator: Libe
         "from torchrl_vla.envs.control import control_step\n"
         "simulator = LiberoSimulator('libero_spatial', image_size=32)\n"
         "simulator.reset(0, 0, 0)\n"
+        "simulator.step(0, np.zeros((1, 7)))\n"
         "simulator.render(0, 'agentview')\n"
         "assert 'robosuite' not in sys.modules and 'torch' not in sys.modules\n"
         "assert control_step.stats.cache_hits and not control_step.stats.cache_misses\n"

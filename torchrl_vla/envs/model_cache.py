@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mujoco
+import numpy as np
 
 from torchrl_vla.envs.installation import import_libero
 from torchrl_vla.envs.scene import Scene
@@ -31,11 +32,16 @@ __all__ = [
     "keep_file",
     "load_scene",
     "locked",
+    "read_arrays",
+    "scene_key",
+    "write_arrays",
 ]
 
 #: Changes whenever what is kept changes its meaning.
 _FORMAT = 2
 _CHUNK = 1 << 24
+#: What reading an archive raises that is cut off or changed.
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile)
 
 
 class CompiledModel:
@@ -59,12 +65,23 @@ _models: weakref.WeakValueDictionary[str, CompiledModel] = weakref.WeakValueDict
 
 
 def cache_folder() -> Path:
-    """The folder of kept models: ``TORCHRL_VLA_CACHE`` if set, else the platform's place for caches."""
+    """The folder of kept models and starts: ``TORCHRL_VLA_CACHE`` if set, else the platform's place for caches."""
     if chosen := os.environ.get("TORCHRL_VLA_CACHE"):
         return Path(chosen).expanduser()
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "torchrl-vla"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchrl-vla"
+
+
+def scene_key(bddl_file: Path, seed: int) -> str:
+    """Names a task's scene, and with it the compiled model.
+
+    Args:
+        bddl_file: the task's definition.
+        seed: seed of the fixtures' poses.
+    """
+    text = f"{environment_key()} {seed} ".encode() + bddl_file.read_bytes()
+    return hashlib.sha256(text).hexdigest()[:32]
 
 
 def load_scene(bddl_file: Path, seed: int) -> tuple[Scene, CompiledModel]:
@@ -81,8 +98,7 @@ def load_scene(bddl_file: Path, seed: int) -> tuple[Scene, CompiledModel]:
     Returns:
         tuple: the scene and the model, the same object for all tasks that share it.
     """
-    text = f"{environment_key()} {seed} ".encode() + bddl_file.read_bytes()
-    path = cache_folder() / "scenes" / f"{hashlib.sha256(text).hexdigest()[:32]}.npz"
+    path = cache_folder() / "scenes" / f"{scene_key(bddl_file, seed)}.npz"
     loaded = _load(path)
     if loaded is None:
         with locked(path):
@@ -96,7 +112,7 @@ def _load(path: Path) -> tuple[Scene, CompiledModel] | None:
         scene = Scene.load(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         discard_file(path, error)
         return None
     compiled = _models.get(scene.model_key)
@@ -183,6 +199,38 @@ def keep_file(folder: Path, write: Callable[[Path], None], name: Callable[[Path]
             path.unlink(missing_ok=True)
     except OSError as error:
         _warn_once(cache_folder(), error)
+
+
+def read_arrays(path: Path, *names: str) -> list[np.ndarray] | None:
+    """Reads arrays that :func:`write_arrays` wrote, each with its checksum.
+
+    Args:
+        path: the archive.
+        names: of the arrays.
+
+    Returns:
+        The arrays; None if there is no such file, or if it is damaged, of which a warning tells.
+    """
+    try:
+        # Opened here, since NumPy leaves a file open that proves to be no archive.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return [archive[name] for name in names]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except _DAMAGED as error:
+        discard_file(path, error)
+        return None
+
+
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Writes an ``.npz`` archive under exactly this path.
+
+    Args:
+        path: where to.
+        arrays: by name.
+    """
+    with path.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 _warned: set[Path] = set()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ import numpy as np
 from torchrl_vla.envs.model_cache import (
     cache_folder,
     compile_model,
-    discard_file,
     environment_key,
     keep_file,
     locked,
+    read_arrays,
+    write_arrays,
 )
 from torchrl_vla.envs.scene_builder import built_environment
 
@@ -62,31 +62,17 @@ def sampled_init_states(bddl_file: Path, count: int, *, seed: int, fixture_seed:
         raise ValueError(f"count must be at least 1 and seed not negative, got count={count} and seed={seed}.")
     text = f"{environment_key()} sampled {count} {seed} {fixture_seed} ".encode() + bddl_file.read_bytes()
     path = cache_folder() / "init_states" / f"{hashlib.sha256(text).hexdigest()[:32]}.npz"
-    states = _load(path)
-    if states is None:
+    kept = read_arrays(path, "states")
+    if kept is None:
         with locked(path):
-            states = _load(path)
-            if states is None:
-                states = _draw(bddl_file, count, seed, fixture_seed)
-                keep_file(path.parent, lambda target: _save(target, states), lambda _: path.name)
+            kept = read_arrays(path, "states")
+            if kept is None:
+                drawn = _draw(bddl_file, count, seed, fixture_seed)
+                keep_file(path.parent, lambda target: write_arrays(target, states=drawn), lambda _: path.name)
+                kept = [drawn]
+    (states,) = kept
     states.setflags(write=False)
     return states
-
-
-def _load(path: Path) -> np.ndarray | None:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return archive["states"]
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        discard_file(path, error)
-        return None
-
-
-def _save(path: Path, states: np.ndarray) -> None:
-    with path.open("wb") as file:
-        np.savez(file, allow_pickle=False, states=states)
 
 
 def _draw(bddl_file: Path, count: int, seed: int, fixture_seed: int) -> np.ndarray:

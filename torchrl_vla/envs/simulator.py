@@ -3,128 +3,26 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Any
 
 import mujoco
 import numpy as np
 
-from torchrl_vla.envs.control import ArmState, DataViews, Robot, control_step, hide_sleeping, wake
+from torchrl_vla.envs.control import control_step, hide_sleeping
 from torchrl_vla.envs.goals import goal_changes
-from torchrl_vla.envs.model_cache import CompiledModel, load_scene
+from torchrl_vla.envs.model_cache import CompiledModel, load_scene, scene_key
 from torchrl_vla.envs.sampled_states import sampled_init_states
-from torchrl_vla.envs.scene import Scene
-from torchrl_vla.envs.scene_renderer import POSES, SceneRenderer
-from torchrl_vla.envs.sleeping import find_still, make_sleep, make_trees, put_to_sleep, unhide
+from torchrl_vla.envs.scene_renderer import SceneRenderer
+from torchrl_vla.envs.sleeping import unhide
+from torchrl_vla.envs.slot import SAMPLED, Slot, Task
+from torchrl_vla.envs.starts import keep_start, name_picture, name_state, read_start
 from torchrl_vla.envs.stock import SETTLE_ACTION
-from torchrl_vla.envs.success import GoalChecker
 from torchrl_vla.envs.tasks import LiberoTask, get_suite
 
 __all__ = ["LiberoSimulator"]
 
 #: Settled initial states kept per simulator, some 60 kB each.
 _MAX_SETTLED = 512
-#: What observations are made of, sampled at stock's time: first what pictures need.
-_SAMPLED = (*POSES, "xpos", "xquat", "qpos", "qvel")
-_STATE = ("qpos", "qvel", "ctrl", "qacc_warmstart")
-
-
-@dataclass(frozen=True)
-class _Episode:
-    """Everything that the future of an episode depends on, copied out of a slot."""
-
-    time: float
-    arrays: tuple[np.ndarray, ...]
-
-
-class _Task:
-    """A task's scene with what is derived from it, and the states that its episodes start from."""
-
-    def __init__(self, scene: Scene, compiled: CompiledModel, init_states: np.ndarray) -> None:
-        self.scene = scene
-        self.compiled = compiled
-        self.init_states = init_states
-        self.robot = Robot(**{name: scene.arrays[name] for name in Robot._fields})
-        self.trees = make_trees(compiled.model, self.robot.arm_qvel[0])
-        self.succeeded = GoalChecker(scene, compiled.model.ngeom)
-
-    def place_fixtures(self) -> None:
-        """Puts the fixtures where this task has them, if another task of the same model ran last."""
-        if self.compiled.placed_for is not self.scene:
-            self.compiled.model.body_pos[:] = self.scene.arrays["body_pos"]
-            self.compiled.model.body_quat[:] = self.scene.arrays["body_quat"]
-            self.compiled.placed_for = self.scene
-
-
-class _Slot:
-    """One episode's data and controller."""
-
-    def __init__(self, task: _Task) -> None:
-        model = task.compiled.model
-        self.task = task
-        self.data = data = mujoco.MjData(model)
-        self.arm = ArmState(**{name: task.scene.arrays[name].copy() for name in ArmState._fields})
-        self.views = DataViews(
-            *(data.qpos, data.qvel, data.ctrl, data.qM, data.qfrc_bias),
-            *(data.site_xpos, data.site_xmat, data.geom_xpos, data.geom_xmat),
-        )
-        self.sleep = make_sleep(model)
-        self.sampled = tuple(getattr(data, name).reshape(-1) for name in _SAMPLED)
-        self.sample = np.zeros(sum(array.size for array in self.sampled))
-        self.site_rgba = model.site_rgba.copy()
-        self.sampled_site_rgba = self.site_rgba.copy()
-
-    def _arrays(self) -> tuple[np.ndarray, ...]:
-        state = tuple(getattr(self.data, name) for name in _STATE)
-        return (*state, *self.arm, *self.sleep, self.sample, self.site_rgba, self.sampled_site_rgba)
-
-    def save(self) -> _Episode:
-        """Copies the episode."""
-        return _Episode(self.data.time, tuple(array.copy() for array in self._arrays()))
-
-    def restore(self, episode: _Episode) -> None:
-        """Goes on with an episode that was saved in this or another slot of the same model."""
-        self.data.time = episode.time
-        for array, kept in zip(self._arrays(), episode.arrays, strict=True):
-            array[...] = kept
-
-    def start(self, task: _Task, init_state: np.ndarray) -> None:
-        """Does what stock's reset and ``set_init_state`` do."""
-        self.task = task
-        model, data, arrays = task.compiled.model, self.data, task.scene.arrays
-        task.place_fixtures()
-        mujoco.mj_resetData(model, data)
-        data.time = init_state[0]
-        data.qpos[:] = init_state[1 : 1 + model.nq]
-        data.qvel[:] = init_state[1 + model.nq : 1 + model.nq + model.nv]
-        data.ctrl[:] = arrays["ctrl"]
-        data.qacc_warmstart[:] = arrays["qacc_warmstart"]
-        for name, array in self.arm._asdict().items():
-            array[...] = arrays[name]
-        self.sleep.asleep[:] = self.sleep.still[:] = 0
-        mujoco.mj_forward(model, data)
-        self.site_rgba[:] = arrays["site_rgba"]
-        self.update_burners()
-        self.sampled_site_rgba[:] = self.site_rgba
-        np.concatenate(self.sampled, out=self.sample)
-
-    def rest(self) -> None:
-        """Puts to sleep what has come to rest, but nothing whose contacts the goal needs."""
-        task = self.task
-        if find_still(task.trees, self.sleep, self.views):
-            needed = task.compiled.model.geom_bodyid[task.succeeded.in_contact(self.data)]
-            needed = task.trees.body_tree[needed]
-            self.sleep.still[needed[needed >= 0]] = 0
-            put_to_sleep(task.trees, self.sleep, self.views)
-            wake(task.trees, self.sleep, self.views)
-            hide_sleeping(task.trees, self.sleep)
-
-    def update_burners(self) -> None:
-        """Shows or hides the burners of stoves, by toggling their opacity as stock does."""
-        for burner in self.task.scene.burners:
-            on = any(self.data.qpos[address] >= burner.threshold for address in burner.qpos)
-            if on != (self.site_rgba[burner.site, 3] > 0):
-                self.site_rgba[burner.site, 3] = 1 - self.site_rgba[burner.site, 3]
 
 
 class LiberoSimulator:
@@ -201,18 +99,19 @@ class LiberoSimulator:
         self._exact_pictures = picture_fidelity == "exact"
         self._seed = seed
         self._sampled = sampled_init_states
-        self._slots: list[_Slot | None] = [None] * num_slots
-        self._tasks: dict[int, _Task] = {}
+        self._slots: list[Slot | None] = [None] * num_slots
+        self._tasks: dict[int, Task] = {}
         self._renderers: dict[CompiledModel, SceneRenderer] = {}
         self._max_models = max_models
         #: The models in use and those kept, the longest unused first.
         self._models: OrderedDict[CompiledModel, None] = OrderedDict()
-        self._settled: OrderedDict[tuple[int, int], _Episode] = OrderedDict()
+        self._settled: OrderedDict[str, np.ndarray] = OrderedDict()
 
     def reset(self, slot: int, task_id: int, init_state_id: int) -> None:
         """Starts an episode from a settled initial state; draws nothing.
 
-        The first reset to an initial state simulates the settling, later ones of any slot restore its end.
+        The first reset to an initial state simulates the settling, later ones of any slot, process or run restore its
+        end (see :mod:`torchrl_vla.envs.starts`).
 
         Args:
             slot: the slot, ``0 <= slot < num_slots``.
@@ -231,20 +130,28 @@ class LiberoSimulator:
             )
         held = self._slots[slot]
         if held is None or held.task.compiled is not task.compiled:
-            held = self._slots[slot] = _Slot(task)
+            held = self._slots[slot] = Slot(task)
         held.task = task
         self._forget_models(task.compiled)
-        key = (task_id, init_state_id)
-        if key in self._settled:
-            self._settled.move_to_end(key)
-            held.restore(self._settled[key])
+        init_state = task.init_states[init_state_id]
+        name = name_state(task.key, init_state, self._settle_steps, exact=self._exact)
+        settled = self._settled.get(name)
+        if settled is None:
+            settled = read_start(name)
+        if settled is None:
+            held.start(task, init_state)
+            for _ in range(self._settle_steps):
+                self.step(slot, np.array([SETTLE_ACTION]))
+            settled = held.save()
+            keep_start(name, settled)
+        else:
+            held.restore(settled)
             task.place_fixtures()
-            mujoco.mj_fwdPosition(task.compiled.model, held.data)
-            return
-        held.start(task, task.init_states[init_state_id])
-        for _ in range(self._settle_steps):
-            self.step(slot, np.array([SETTLE_ACTION]))
-        self._settled[key] = held.save()
+        # Poses follow from the state alone, whoever settled it.
+        mujoco.mj_fwdPosition(task.compiled.model, held.data)
+        held.start_name = name
+        self._settled[name] = settled
+        self._settled.move_to_end(name)
         if len(self._settled) > _MAX_SETTLED:
             self._settled.popitem(last=False)
 
@@ -267,6 +174,7 @@ class LiberoSimulator:
         if not np.isfinite(actions).all():
             raise ValueError(f"actions of slot {slot} must be finite, got {actions[~np.isfinite(actions).all(1)][0]}.")
         held = self._held(slot)
+        held.start_name = None
         task = held.task
         task.place_fixtures()
         goals = goal_changes(actions)
@@ -334,7 +242,15 @@ class LiberoSimulator:
         index = _camera(compiled.model, camera)
         if compiled not in self._renderers:
             self._renderers[compiled] = SceneRenderer(compiled, self._image_size, exact=self._exact_pictures)
-        return self._renderers[compiled].render(held.sample, held.sampled_site_rgba, index)
+        renderer = self._renderers[compiled]
+        if held.start_name is None or renderer.software is None:
+            return renderer.render(held.sample, held.sampled_site_rgba, index)
+        name = name_picture(held.start_name, camera, self._image_size, renderer.software, exact=self._exact_pictures)
+        picture = read_start(name)
+        if picture is None:
+            picture = renderer.render(held.sample, held.sampled_site_rgba, index)
+            keep_start(name, picture)
+        return picture
 
     def close(self) -> None:
         """Frees all data and OpenGL contexts."""
@@ -346,10 +262,11 @@ class LiberoSimulator:
         self._tasks.clear()
         self._slots = [None] * len(self._slots)
 
-    def _task(self, task_id: int) -> _Task:
+    def _task(self, task_id: int) -> Task:
         if task_id not in self._tasks:
             definition = self._suite.task(task_id)
-            task = _Task(*load_scene(definition.bddl_file, self._seed), self._init_states(definition))
+            key = scene_key(definition.bddl_file, self._seed)
+            task = Task(key, *load_scene(definition.bddl_file, self._seed), self._init_states(definition))
             for camera in self._cameras:
                 _camera(task.compiled.model, camera)
             self._tasks[task_id] = task
@@ -374,7 +291,7 @@ class LiberoSimulator:
             return task.init_states
         return sampled_init_states(task.bddl_file, len(task.init_states), seed=self._sampled, fixture_seed=self._seed)
 
-    def _held(self, slot: int) -> _Slot:
+    def _held(self, slot: int) -> Slot:
         held = self._slots[self._checked(slot)]
         if held is None:
             raise ValueError(f"Slot {slot} runs no episode yet: call reset(slot, task_id, init_state_id) first.")
@@ -385,10 +302,10 @@ class LiberoSimulator:
             raise ValueError(f"slot={slot} does not exist: it must be in 0..{len(self._slots) - 1}.")
         return slot
 
-    def _sample(self, held: _Slot) -> dict[str, np.ndarray]:
+    def _sample(self, held: Slot) -> dict[str, np.ndarray]:
         views: dict[str, Any] = {}
         start = 0
-        for name, array in zip(_SAMPLED, held.sampled, strict=True):
+        for name, array in zip(SAMPLED, held.sampled, strict=True):
             views[name] = held.sample[start : start + array.size].reshape(getattr(held.data, name).shape)
             start += array.size
         return views
