@@ -1,4 +1,4 @@
-"""Settled states and first pictures that are kept on disk: the same bits, found by all, rebuilt when damaged."""
+"""Settled states that are kept on disk: the same bits, found by all, rebuilt when damaged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from reference import random_actions
 
 from torchrl_vla.envs import model_cache, starts
 from torchrl_vla.envs.model_cache import cache_folder
-from torchrl_vla.envs.scene_renderer import SceneRenderer
 from torchrl_vla.envs.simulator import LiberoSimulator
 
 ACTIONS = random_actions(3, 5)
@@ -32,20 +31,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Counts control steps and drawn pictures."""
-    done = {"steps": 0, "pictures": 0}
-    step, render = LiberoSimulator.step, SceneRenderer.render
+    """Counts control steps."""
+    done = {"steps": 0}
+    step = LiberoSimulator.step
 
     def counted_step(self: LiberoSimulator, slot: int, actions: np.ndarray) -> tuple[int, bool]:
         done["steps"] += len(actions)
         return step(self, slot, actions)
 
-    def counted_render(self: SceneRenderer, *arguments: object) -> np.ndarray:
-        done["pictures"] += 1
-        return render(self, *arguments)
-
     monkeypatch.setattr(LiberoSimulator, "step", counted_step)
-    monkeypatch.setattr(SceneRenderer, "render", counted_render)
     return done
 
 
@@ -83,16 +77,14 @@ def files(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("fidelity", ["exact", "fast"])
-def test_a_kept_start_neither_settles_nor_draws_and_goes_on_to_the_same_bits(
+def test_a_kept_start_does_not_settle_and_goes_on_to_the_same_bits(
     folder: Path, work: dict[str, int], simulators: dict[str, LiberoSimulator], fidelity: str
 ) -> None:
     first = play(simulators[fidelity])
-    assert work == {"steps": 13, "pictures": 3} and len(files(folder)) == 2
+    assert work == {"steps": 13} and len(files(folder)) == 1
     second = play(simulators[fidelity])
-    assert work == {"steps": 16, "pictures": 5}
+    assert work == {"steps": 16}
     assert_equal(first, second)
-    # Nor is the first picture shown for ever.
-    assert (first[0]["picture"] != first[1]["picture"]).any()
 
 
 def test_another_process_starts_from_it(folder: Path, simulators: dict[str, LiberoSimulator]) -> None:
@@ -129,9 +121,9 @@ def test_damaged_starts_are_made_again(
         path.write_bytes({"changed": content, "cut off": content[: len(content) // 2], "emptied": b""}[damage])
     with pytest.warns(UserWarning, match="is damaged and will be built again"):
         assert_equal(play(simulators["fast"]), expected)
-    assert work == {"steps": 26, "pictures": 6}
+    assert work == {"steps": 26}
     assert_equal(play(simulators["fast"]), expected)
-    assert work == {"steps": 29, "pictures": 8}
+    assert work == {"steps": 29}
 
 
 def test_where_nothing_can_be_kept_it_is_made_each_time(
@@ -143,7 +135,7 @@ def test_where_nothing_can_be_kept_it_is_made_each_time(
         first = play(simulators["fast"])
     assert len([warning for warning in caught if "cannot be kept" in str(warning.message)]) == 1
     assert_equal(play(simulators["fast"]), first)
-    assert work == {"steps": 26, "pictures": 6}
+    assert work == {"steps": 26}
 
 
 @pytest.mark.parametrize(
@@ -169,22 +161,11 @@ def test_a_start_of_other_settings_is_another_one(
 def test_names_depend_on_everything_that_they_are_given() -> None:
     state = np.arange(3.0)
     names = [
-        starts.name_state("scene", state, 10, exact=True),
-        starts.name_state("other", state, 10, exact=True),
-        starts.name_state("scene", np.nextafter(state, 9), 10, exact=True),
-        starts.name_state("scene", state, 9, exact=True),
-        starts.name_state("scene", state, 10, exact=False),
-        *(
-            starts.name_picture(*arguments, exact=exact)
-            for *arguments, exact in (
-                ("state", "agentview", 64, "llvmpipe 1", True),
-                ("other", "agentview", 64, "llvmpipe 1", True),
-                ("state", "frontview", 64, "llvmpipe 1", True),
-                ("state", "agentview", 65, "llvmpipe 1", True),
-                ("state", "agentview", 64, "llvmpipe 2", True),
-                ("state", "agentview", 64, "llvmpipe 1", False),
-            )
-        ),
+        starts.name_start("scene", state, 10, exact=True),
+        starts.name_start("other", state, 10, exact=True),
+        starts.name_start("scene", np.nextafter(state, 9), 10, exact=True),
+        starts.name_start("scene", state, 9, exact=True),
+        starts.name_start("scene", state, 10, exact=False),
     ]
     assert len(set(names)) == len(names)
 

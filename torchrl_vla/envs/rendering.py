@@ -20,7 +20,6 @@ __all__ = [
     "draws_in_software",
     "has_gpu",
     "make_gl_context",
-    "opengl_version",
     "renderer_name",
 ]
 
@@ -148,13 +147,6 @@ def draws_in_software() -> bool:
     from OpenGL import GL
 
     return _in_software(GL.glGetString(GL.GL_RENDERER).decode())
-
-
-def opengl_version() -> str:
-    """Renderer and version of the OpenGL context that is current in this thread."""
-    from OpenGL import GL
-
-    return " ".join(GL.glGetString(name).decode() for name in (GL.GL_RENDERER, GL.GL_VERSION))
 
 
 def has_gpu() -> bool:

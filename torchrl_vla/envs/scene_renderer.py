@@ -11,7 +11,7 @@ import numpy as np
 from torchrl_vla.envs.coarse_meshes import with_coarse_meshes
 from torchrl_vla.envs.culling import FrustumCulling
 from torchrl_vla.envs.model_cache import CompiledModel
-from torchrl_vla.envs.rendering import draws_in_software, make_gl_context, opengl_version
+from torchrl_vla.envs.rendering import draws_in_software, make_gl_context
 
 __all__ = ["POSES", "SceneRenderer"]
 
@@ -41,9 +41,7 @@ class SceneRenderer:
         model.vis.global_.offwidth = model.vis.global_.offheight = image_size
         self._gl = make_gl_context(image_size, image_size)
         self._gl.make_current()
-        #: OpenGL's renderer and version if it draws in software, which gives the same bits every time; else None.
-        self.software = opengl_version() if draws_in_software() else None
-        exact = exact or self.software is None
+        exact = exact or not draws_in_software()
         drawn = model if exact else with_coarse_meshes(model)
         quality = drawn.vis.quality
         samples, shadow_size = quality.offsamples, quality.shadowsize

@@ -15,7 +15,7 @@ from torchrl_vla.envs.sampled_states import sampled_init_states
 from torchrl_vla.envs.scene_renderer import SceneRenderer
 from torchrl_vla.envs.sleeping import unhide
 from torchrl_vla.envs.slot import SAMPLED, Slot, Task
-from torchrl_vla.envs.starts import keep_start, name_picture, name_state, read_start
+from torchrl_vla.envs.starts import keep_start, name_start, read_start
 from torchrl_vla.envs.stock import SETTLE_ACTION
 from torchrl_vla.envs.tasks import LiberoTask, get_suite
 
@@ -134,7 +134,7 @@ class LiberoSimulator:
         held.task = task
         self._forget_models(task.compiled)
         init_state = task.init_states[init_state_id]
-        name = name_state(task.key, init_state, self._settle_steps, exact=self._exact)
+        name = name_start(task.key, init_state, self._settle_steps, exact=self._exact)
         settled = self._settled.get(name)
         if settled is None:
             settled = read_start(name)
@@ -149,7 +149,6 @@ class LiberoSimulator:
             task.place_fixtures()
         # Poses follow from the state alone, whoever settled it.
         mujoco.mj_fwdPosition(task.compiled.model, held.data)
-        held.start_name = name
         self._settled[name] = settled
         self._settled.move_to_end(name)
         if len(self._settled) > _MAX_SETTLED:
@@ -174,7 +173,6 @@ class LiberoSimulator:
         if not np.isfinite(actions).all():
             raise ValueError(f"actions of slot {slot} must be finite, got {actions[~np.isfinite(actions).all(1)][0]}.")
         held = self._held(slot)
-        held.start_name = None
         task = held.task
         task.place_fixtures()
         goals = goal_changes(actions)
@@ -242,15 +240,7 @@ class LiberoSimulator:
         index = _camera(compiled.model, camera)
         if compiled not in self._renderers:
             self._renderers[compiled] = SceneRenderer(compiled, self._image_size, exact=self._exact_pictures)
-        renderer = self._renderers[compiled]
-        if held.start_name is None or renderer.software is None:
-            return renderer.render(held.sample, held.sampled_site_rgba, index)
-        name = name_picture(held.start_name, camera, self._image_size, renderer.software, exact=self._exact_pictures)
-        picture = read_start(name)
-        if picture is None:
-            picture = renderer.render(held.sample, held.sampled_site_rgba, index)
-            keep_start(name, picture)
-        return picture
+        return self._renderers[compiled].render(held.sample, held.sampled_site_rgba, index)
 
     def close(self) -> None:
         """Frees all data and OpenGL contexts."""

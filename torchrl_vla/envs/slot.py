@@ -56,8 +56,6 @@ class Slot:
         self.sample = np.zeros(sum(array.size for array in self.sampled))
         self.site_rgba = model.site_rgba.copy()
         self.sampled_site_rgba = self.site_rgba.copy()
-        #: Name of the start that the episode still stands at, if it does.
-        self.start_name: str | None = None
 
     def _arrays(self) -> tuple[np.ndarray, ...]:
         state = tuple(getattr(self.data, name) for name in _STATE)

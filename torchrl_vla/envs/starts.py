@@ -1,8 +1,8 @@
-"""What episodes start from, kept on disk: settled initial states and their first pictures, for all processes and runs.
+"""What episodes start from, kept on disk: settled initial states, for all processes and runs.
 
 A training run starts episodes of some hundred initial states over and over, spread over dozens of processes. Each start
 is named by everything that decides its bits, so that a file never has to be compared with anything, only to be whole.
-A state takes some 40 kB and a picture of 256 pixels 200 kB. Pictures that a GPU draws are not kept.
+A state takes some 40 kB.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 
 from torchrl_vla.envs.model_cache import cache_folder, keep_file, read_arrays, write_arrays
 
-__all__ = ["code_key", "keep_start", "name_picture", "name_state", "read_start"]
+__all__ = ["code_key", "keep_start", "name_start", "read_start"]
 
 #: Compiled code, and the linear algebra that it calls, whose versions can change a state's last bits.
 _PACKAGES = ("numba", "llvmlite", "scipy")
 
 
-def name_state(scene_key: str, init_state: np.ndarray, settle_steps: int, *, exact: bool) -> str:
+def name_start(scene_key: str, init_state: np.ndarray, settle_steps: int, *, exact: bool) -> str:
     """Names the settled state of an initial state.
 
     Args:
@@ -36,34 +36,21 @@ def name_state(scene_key: str, init_state: np.ndarray, settle_steps: int, *, exa
     return _digest(text.encode() + np.ascontiguousarray(init_state, dtype=np.float64).tobytes())
 
 
-def name_picture(state: str, camera: str, image_size: int, renderer: str, *, exact: bool) -> str:
-    """Names the picture of a settled state.
-
-    Args:
-        state: name of the state.
-        camera: name of the camera.
-        image_size: height and width in pixels.
-        renderer: OpenGL's renderer and version.
-        exact: whether pictures are stock's.
-    """
-    return _digest(f"{state} {camera} {image_size} {renderer} {exact}".encode())
-
-
 def read_start(name: str) -> np.ndarray | None:
-    """Reads a state or a picture that any process has kept; None if none has, or if the file is damaged."""
+    """Reads a state that any process has kept; None if none has, or if the file is damaged."""
     arrays = read_arrays(_path(name), "start")
     return None if arrays is None else arrays[0]
 
 
 def keep_start(name: str, start: np.ndarray) -> None:
-    """Keeps a state or a picture. Of several processes that do so at once, the last one's file stays; all are equal."""
+    """Keeps a state. Of several processes that do so at once, the last one's file stays; all are equal."""
     path = _path(name)
     keep_file(path.parent, lambda target: write_arrays(target, start=start), lambda _: path.name)
 
 
 @functools.cache
 def code_key(folder: Path) -> str:
-    """What settling and drawing depend on besides the scene: the code of a folder, its compiler and this processor.
+    """What settling depends on besides the scene: the code of a folder, its compiler and this processor.
 
     Processors of different makes get code with different instructions, and from NumPy's linear algebra other last bits.
 
