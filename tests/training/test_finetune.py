@@ -6,6 +6,7 @@ import csv
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +118,24 @@ def decode(episode: TensorDict) -> torch.Tensor:
     blob, offsets = episode["images", "image", "jpeg"].numpy(), episode["images", "image", "offsets"].tolist()
     frames = [simplejpeg.decode_jpeg(blob[a:b], fastdct=True, fastupsample=False) for a, b in pairwise(offsets)]
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        ({}, torch.float32),
+        ({"use_lora": True}, torch.bfloat16),
+        ({"freeze_vla_backbone": True, "objective": "l1"}, torch.bfloat16),
+    ],
+)
+def test_what_learns_is_float32_on_any_device(
+    config: FinetuneConfig, data: Path, options: dict[str, Any], weights: torch.dtype
+):
+    """As on a GPU, where a 7B model's frozen weights stay as they are stored."""
+    config = replace(config, checkpoint="random:7b", **options)
+    policy = load_student(config, DemonstrationDataset(data), torch.device("meta"))
+    assert policy.model.dtype == weights
+    assert {p.dtype for p in policy.model.parameters() if p.requires_grad} == {torch.float32}
 
 
 def test_a_policy_learns_to_imitate(config: FinetuneConfig, data: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,20 @@ import torch
 
 from torchrl_vla.datasets import DemonstrationDataset
 from torchrl_vla.datasets.statistics import write_statistics
-from torchrl_vla.modules import ActionTokenizer, OpenVLA, OpenVLAProcessor, load_tokenizer, make_actor
+from torchrl_vla.modules import ActionTokenizer, OpenVLA, OpenVLAConfig, OpenVLAProcessor, load_tokenizer, make_actor
 from torchrl_vla.modules.heads import L1ActionHead
 from torchrl_vla.modules.openvla import add_lora, freeze_backbone
 from torchrl_vla.modules.openvla.inspection import require_trained_tokens
 from torchrl_vla.training.finetune_config import FinetuneConfig
-from torchrl_vla.training.policy import RANDOM, Policy, build_policy, find_policy, read_image_settings, save_policy
+from torchrl_vla.training.policy import (
+    RANDOM,
+    Policy,
+    build_policy,
+    find_policy,
+    read_image_settings,
+    save_policy,
+    weights_dtype,
+)
 
 __all__ = ["load_student", "save_student"]
 
@@ -33,8 +42,16 @@ def load_student(config: FinetuneConfig, dataset: DemonstrationDataset, device: 
             dimension than the data.
     """
     settings: dict[str, Any] = {}
+    choose_dtype = partial(
+        weights_dtype,
+        device=device,
+        trainable=True,
+        use_lora=config.use_lora,
+        freeze_vla_backbone=config.freeze_vla_backbone,
+    )
     if config.checkpoint.startswith(RANDOM):
-        fresh = build_policy(config.checkpoint.removeprefix(RANDOM), device=device)
+        name = config.checkpoint.removeprefix(RANDOM)
+        fresh = build_policy(name, device=device, dtype=choose_dtype(OpenVLAConfig.preset(name)))
         model, tokenizer = fresh.model, fresh.processor.tokenizer
         settings = {"backend": fresh.processor.images.backend}
     else:
@@ -45,8 +62,7 @@ def load_student(config: FinetuneConfig, dataset: DemonstrationDataset, device: 
                 finetuned_on_discrete_actions=config.finetuned_on_discrete_actions,
                 advice="Base openvla/openvla-7b can be fine-tuned too, and --objective l1 fine-tunes the head instead.",
             )
-        # Adapters leave the weights as they are; weights that learn need float32's small steps.
-        model = OpenVLA.from_pretrained(folder, dtype=None if config.use_lora else torch.float32, device=device)
+        model = OpenVLA.from_pretrained(folder, dtype=choose_dtype(OpenVLAConfig.from_folder(folder)), device=device)
         tokenizer = load_tokenizer(folder)
         settings = read_image_settings(folder)
     if dataset.action_dim != model.config.action_dim:
