@@ -151,6 +151,7 @@ def measure_update(bench: Bench) -> None:
     """Forward, loss and backward of a decision, and the optimizer's share, at the presets' settings."""
     bench.accelerate()
     count = bench.options.decisions
+    _compare_with_rollout(bench)
     presets: tuple[tuple[str, int, _Wanted, dict[str, Any]], ...] = (
         ("80gb preset", count, _Wanted(20.0, passes=2), {}),
         ("24gb preset", count, _Wanted(35.0, 22.0, passes=3), {"memory_gb": 22.0}),
@@ -164,6 +165,14 @@ def measure_update(bench: Bench) -> None:
     )
     for name, decisions, wanted, settings in presets:
         _measure_update(bench, decisions, name, wanted, settings)
+
+
+def _compare_with_rollout(bench: Bench) -> None:
+    """How far the update's log-probabilities are from those that a rollout with the same weights has stored."""
+    data = bench.decisions(4).to(bench.device)
+    with torch.enable_grad():
+        found = bench.policy.actor.get_dist(data.clone(False)).log_prob(data["vla_action", "tokens"])
+    _note_difference(bench, "update against rollout", found.detach(), data["vla_action", "log_probs"])
 
 
 class _Wanted(NamedTuple):
