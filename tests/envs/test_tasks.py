@@ -192,7 +192,7 @@ _USE = """
     import os, subprocess, sys
     from torchrl_vla.envs.tasks import get_suite
     suite = get_suite("libero_spatial")
-    print(suite.task(0).bddl_file, suite.task(0).init_states.shape, suite.task(0).instruction, sep="|")
+    print(suite.task(0).bddl_file, suite.task(0).init_states.shape, suite.task(0).instruction, sep="|", flush=True)
     if len(sys.argv) < 2:
         subprocess.run([sys.executable, "-c", "from torchrl_vla.envs.tasks import get_suite; "
                         "print(len(get_suite('libero_spatial').tasks))"], check=True)

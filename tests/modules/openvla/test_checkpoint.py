@@ -141,6 +141,7 @@ def _peak_of_loading(small: Path, folder: Path, pipe: Connection) -> None:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
 
+    torch.set_num_threads(1)  # a forked process has none of OpenMP's other threads, and would wait for them for ever
     OpenVLA.from_pretrained(small)  # brings the code of the libraries into this process
     before = memory("VmRSS")
     model = OpenVLA.from_pretrained(folder, dtype="stored")
