@@ -32,9 +32,9 @@ __all__ = [
     "keep_file",
     "load_scene",
     "locked",
-    "read_arrays",
+    "read_states",
     "scene_key",
-    "write_arrays",
+    "write_states",
 ]
 
 #: Changes whenever what is kept changes its meaning.
@@ -201,20 +201,19 @@ def keep_file(folder: Path, write: Callable[[Path], None], name: Callable[[Path]
         _warn_once(cache_folder(), error)
 
 
-def read_arrays(path: Path, *names: str) -> list[np.ndarray] | None:
-    """Reads arrays that :func:`write_arrays` wrote, each with its checksum.
+def read_states(path: Path) -> np.ndarray | None:
+    """Reads what :func:`write_states` wrote, with its checksum.
 
     Args:
         path: the archive.
-        names: of the arrays.
 
     Returns:
-        The arrays; None if there is no such file, or if it is damaged, of which a warning tells.
+        The array; None if there is no such file, or if it is damaged, of which a warning tells.
     """
     try:
         # Opened here, since NumPy leaves a file open that proves to be no archive.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return [archive[name] for name in names]
+            return archive["states"]
     except (FileNotFoundError, NotADirectoryError):
         return None
     except _DAMAGED as error:
@@ -222,15 +221,15 @@ def read_arrays(path: Path, *names: str) -> list[np.ndarray] | None:
         return None
 
 
-def write_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Writes an ``.npz`` archive under exactly this path.
+def write_states(path: Path, states: np.ndarray) -> None:
+    """Writes an ``.npz`` archive, which has a checksum, under exactly this path.
 
     Args:
         path: where to.
-        arrays: by name.
+        states: any array.
     """
     with path.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+        np.savez(file, allow_pickle=False, states=states)
 
 
 _warned: set[Path] = set()

@@ -19,8 +19,8 @@ from torchrl_vla.envs.model_cache import (
     environment_key,
     keep_file,
     locked,
-    read_arrays,
-    write_arrays,
+    read_states,
+    write_states,
 )
 from torchrl_vla.envs.scene_builder import built_environment
 
@@ -62,15 +62,13 @@ def sampled_init_states(bddl_file: Path, count: int, *, seed: int, fixture_seed:
         raise ValueError(f"count must be at least 1 and seed not negative, got count={count} and seed={seed}.")
     text = f"{environment_key()} sampled {count} {seed} {fixture_seed} ".encode() + bddl_file.read_bytes()
     path = cache_folder() / "init_states" / f"{hashlib.sha256(text).hexdigest()[:32]}.npz"
-    kept = read_arrays(path, "states")
-    if kept is None:
+    states = read_states(path)
+    if states is None:
         with locked(path):
-            kept = read_arrays(path, "states")
-            if kept is None:
-                drawn = _draw(bddl_file, count, seed, fixture_seed)
-                keep_file(path.parent, lambda target: write_arrays(target, states=drawn), lambda _: path.name)
-                kept = [drawn]
-    (states,) = kept
+            states = read_states(path)
+            if states is None:
+                drawn = states = _draw(bddl_file, count, seed, fixture_seed)
+                keep_file(path.parent, lambda target: write_states(target, drawn), lambda _: path.name)
     states.setflags(write=False)
     return states
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import llvmlite.binding
 import numpy as np
 
-from torchrl_vla.envs.model_cache import cache_folder, keep_file, read_arrays, write_arrays
+from torchrl_vla.envs.model_cache import cache_folder, keep_file, read_states, write_states
 
 __all__ = ["code_key", "keep_start", "name_start", "read_start"]
 
@@ -38,14 +38,13 @@ def name_start(scene_key: str, init_state: np.ndarray, settle_steps: int, *, exa
 
 def read_start(name: str) -> np.ndarray | None:
     """Reads a state that any process has kept; None if none has, or if the file is damaged."""
-    arrays = read_arrays(_path(name), "start")
-    return None if arrays is None else arrays[0]
+    return read_states(_path(name))
 
 
 def keep_start(name: str, start: np.ndarray) -> None:
     """Keeps a state. Of several processes that do so at once, the last one's file stays; all are equal."""
     path = _path(name)
-    keep_file(path.parent, lambda target: write_arrays(target, start=start), lambda _: path.name)
+    keep_file(path.parent, lambda target: write_states(target, start), lambda _: path.name)
 
 
 @functools.cache
