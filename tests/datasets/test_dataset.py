@@ -17,12 +17,12 @@ from torchrl_vla.datasets import (
     DemonstrationIndex,
     Episode,
     compute_statistics,
-    encode_jpeg,
     read_episode,
     write_episode,
 )
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
-from torchrl_vla.modules.openvla.image_pipeline import jpeg_round_trip, lanczos3_resize
+from torchrl_vla.modules.openvla.image_pipeline import lanczos3_resize
+from torchrl_vla.modules.openvla.jpeg import encode_jpeg, jpeg_round_trip
 
 SUITE = "libero_spatial"
 

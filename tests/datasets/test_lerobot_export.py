@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from torchrl_vla.cli import main
-from torchrl_vla.datasets import DemonstrationDataset, DemonstrationIndex, Episode, encode_jpeg, write_episode
+from torchrl_vla.datasets import DemonstrationDataset, DemonstrationIndex, Episode, write_episode
 from torchrl_vla.datasets.lerobot_export import export_lerobot
+from torchrl_vla.modules.openvla.jpeg import encode_jpeg
 
 
 @pytest.fixture

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import simplejpeg
 import torch
 from small_openvla import small_openvla_config
 from tensordict import TensorDict
 from torch import nn
 
 from torchrl_vla.config import OpenVLAActorConfig
-from torchrl_vla.datasets import DemonstrationDataset, DemonstrationIndex, Episode, encode_jpeg, write_episode
+from torchrl_vla.datasets import DemonstrationDataset, DemonstrationIndex, Episode, write_episode
 from torchrl_vla.modules import ActionTokenizer, OpenVLA, OpenVLAConfig, build_tokenizer
 from torchrl_vla.modules.openvla.augmentation import ImageAugmentation
 from torchrl_vla.modules.openvla.image_pipeline import center_crop_resize, lanczos3_resize, normalize
+from torchrl_vla.modules.openvla.jpeg import decode_jpeg, encode_jpeg
 from torchrl_vla.training.ema import ParameterAverage
 from torchrl_vla.training.finetune import finetune
 from torchrl_vla.training.finetune_config import FinetuneConfig
@@ -116,7 +116,7 @@ def decide(folder: Path, episode: TensorDict) -> torch.Tensor:
 def decode(episode: TensorDict) -> torch.Tensor:
     """Frames uint8 [T, 3, H, W]."""
     blob, offsets = episode["images", "image", "jpeg"].numpy(), episode["images", "image", "offsets"].tolist()
-    frames = [simplejpeg.decode_jpeg(blob[a:b], fastdct=True, fastupsample=False) for a, b in pairwise(offsets)]
+    frames = [decode_jpeg(blob[a:b]) for a, b in pairwise(offsets)]
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 

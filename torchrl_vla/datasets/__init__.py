@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from torchrl_vla.datasets.episodes import CorruptEpisodeError, Episode, encode_jpeg, read_episode, write_episode
+from torchrl_vla.datasets.episodes import CorruptEpisodeError, Episode, read_episode, write_episode
 
 if TYPE_CHECKING:
     from torchrl_vla.datasets.demonstrations import DemonstrationDataset, DemonstrationIndex
@@ -21,7 +21,6 @@ __all__ = [
     "DemonstrationIndex",
     "Episode",
     "compute_statistics",
-    "encode_jpeg",
     "read_episode",
     "write_episode",
 ]

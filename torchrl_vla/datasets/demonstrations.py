@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simplejpeg
 import torch
 from tensordict import TensorDict
 from torch import Tensor
@@ -24,6 +23,7 @@ from torchrl_vla.datasets.episodes import CorruptEpisodeError, read_episode
 from torchrl_vla.datasets.statistics import compute_statistics, read_statistics, write_statistics
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
 from torchrl_vla.modules.openvla.image_pipeline import lanczos3_resize
+from torchrl_vla.modules.openvla.jpeg import decode_jpeg
 
 __all__ = ["DemonstrationDataset", "DemonstrationIndex"]
 
@@ -298,11 +298,6 @@ class DemonstrationDataset:
 def _resized(camera: TensorDict, size: int, device: torch.device, pool: ThreadPoolExecutor) -> Tensor:
     """One episode's frames of one camera, uint8 [T, 3, S, S]."""
     blob, offsets = camera["jpeg"].numpy(), camera["offsets"].tolist()
-    # The decoder's settings are TensorFlow's, as in the image pipeline of evaluation.
-    arrays = pool.map(
-        lambda start, end: simplejpeg.decode_jpeg(blob[start:end], fastdct=True, fastupsample=False),
-        offsets[:-1],
-        offsets[1:],
-    )
+    arrays = pool.map(lambda start, end: decode_jpeg(blob[start:end]), offsets[:-1], offsets[1:])
     frames = torch.from_numpy(np.stack(list(arrays))).to(device).permute(0, 3, 1, 2)
     return lanczos3_resize(frames, size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import math
 import os
@@ -15,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tensordict import TensorDict
 from torch import Tensor
 
-__all__ = ["CorruptEpisodeError", "Episode", "encode_jpeg", "read_episode", "write_episode"]
+__all__ = ["CorruptEpisodeError", "Episode", "read_episode", "write_episode"]
 
 # A full file system kills a process that writes through a memory map, so room is made sure of before: this much more
 # than the episode needs, since other processes may be writing too.
@@ -96,16 +94,6 @@ class Episode:
                 "instruction": self.instruction,
             }
         )
-
-
-def encode_jpeg(frame: np.ndarray) -> bytes:
-    """A frame uint8 [H, W, 3] as JPEG at quality 95 with 4:2:0 chroma, as OpenVLA's data sets are stored.
-
-    Decoding gives the pixels that the policy's image pipeline makes of the same frame in evaluation.
-    """
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, "JPEG", quality=95, subsampling="4:2:0")
-    return buffer.getvalue()
 
 
 def write_episode(folder: Path, episode: Episode) -> None:

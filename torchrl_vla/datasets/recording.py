@@ -15,13 +15,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from torchrl_vla.datasets.episodes import Episode, encode_jpeg, write_episode
+from torchrl_vla.datasets.episodes import Episode, write_episode
 from torchrl_vla.envs.expert.expert import ScriptedExpert
 from torchrl_vla.envs.expert.goals import read_goals
 from torchrl_vla.envs.expert.perturbation import Perturbation
 from torchrl_vla.envs.proprio import axis_angle_state
 from torchrl_vla.envs.simulator import LiberoSimulator
 from torchrl_vla.envs.tasks import get_suite
+from torchrl_vla.modules.openvla.jpeg import encode_jpeg
 
 __all__ = ["DemonstrationOptions", "Job", "Report", "record_episode", "run_worker"]
 

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -29,8 +29,6 @@ _MAX_FAILURES = 3
 _CALM = 100
 #: A start or a reset may take so many times as long as a step: libraries are loaded and models compiled.
 _START_PATIENCE = 5
-#: TorchRL's own loop never sleeps, which takes a core from the workers. A step lasts 15 ms and more.
-_POLL_SECONDS, _CHECK_SECONDS = 2e-4, 0.05
 
 
 class WatchedParallelEnv(ParallelEnv):
@@ -122,7 +120,6 @@ class WatchedParallelEnv(ParallelEnv):
         """Starts all workers; ``close`` makes up for the change of the number of threads."""
         torch.set_num_threads(self.num_threads or max(1, torch.get_num_threads() - self.num_workers))
         self._context = multiprocessing.get_context(self._mp_start_method)
-        self._shm_done_flags = multiprocessing.RawArray("b", self.num_workers)
         self.event = None
         everyone = range(self.num_workers)
         self._workers: list[Any] = [None for _ in everyone]
@@ -142,8 +139,8 @@ class WatchedParallelEnv(ParallelEnv):
 
     def _launch(self, index: int) -> None:
         connection, worker_connection = self._context.Pipe()
+        bell, worker_bell = self._context.Pipe(duplex=False)
         self._events[index] = self._context.Event()
-        self._shm_done_flags[index] = 0
         make = self.create_env_fn[index]
         options = {
             "parent_pipe": connection,
@@ -159,14 +156,15 @@ class WatchedParallelEnv(ParallelEnv):
             "num_threads": self.num_sub_threads,
             "filter_warnings": self._filter_warnings_subprocess(),
             "worker_idx": index,
-            "shm_done_flags": self._shm_done_flags,
         }
-        process = self._context.Process(target=_serve, args=(worker_connection,), kwargs=options, daemon=self.daemon)
+        channels = (worker_connection, worker_bell)
+        process = self._context.Process(target=_serve, args=channels, kwargs=options, daemon=self.daemon)
         with clear_mpi_env_vars():
             process.start()
         worker_connection.close()
+        worker_bell.close()
         self._workers[index] = process
-        self.parent_channels[index] = _Channel(connection)
+        self.parent_channels[index] = _Channel(connection, bell)
         self._starting.add(index)
 
     def _wait_for_workers(self, workers_range: Iterable[int]) -> None:
@@ -175,34 +173,39 @@ class WatchedParallelEnv(ParallelEnv):
         start_patience = _START_PATIENCE * self.worker_timeout
         patience = dict.fromkeys(indices, self.worker_timeout if self._stepping else start_patience)
         asked = dict.fromkeys(indices, time.monotonic())
-        next_check = 0.0
         while asked:
-            for index in [index for index in asked if self._is_done(index)]:
+            deadline = min(asked[index] + patience[index] for index in asked)
+            heard = {source: index for index in asked for source in self._sources(index)}
+            ready = {heard[source] for source in wait(list(heard), max(0.0, deadline - time.monotonic()))}
+            for index in [index for index in ready if self._is_done(index)]:
                 del asked[index]
-            if time.monotonic() >= next_check:
-                for index in asked:
-                    failure = self._failure(index)
-                    if failure is None and time.monotonic() > asked[index] + patience[index]:
-                        failure = f"did not answer within {patience[index]:g} s"
-                    if failure is not None:
-                        self._replace(index, failure)
-                        patience[index], asked[index] = start_patience, time.monotonic()
-                next_check = time.monotonic() + _CHECK_SECONDS
-            if asked:
-                time.sleep(_POLL_SECONDS)
+            for index in list(asked):
+                failure = self._failure(index) if index in ready else None
+                if failure is None and time.monotonic() > asked[index] + patience[index]:
+                    failure = f"did not answer within {patience[index]:g} s"
+                if failure is not None:
+                    self._replace(index, failure)
+                    patience[index], asked[index] = start_patience, time.monotonic()
         if self._stepping:
             self.lost_workers = frozenset(self._lost.intersection(indices))
             self._lost -= self.lost_workers
             for index in self.lost_workers:
                 self._truncate(index)
 
+    def _sources(self, index: int) -> tuple[Any, ...]:
+        """What becomes ready when a worker has something to say, or has ended."""
+        # It rings before it sends what is not a tensor.
+        speaks = index in self._starting or self._non_tensor_keys
+        channel = self.parent_channels[index]
+        return channel.connection if speaks else channel.bell, self._workers[index].sentinel
+
     def _is_done(self, index: int) -> bool:
         """Whether a worker has nothing left to do; tells one that has just started what to do."""
         if index in self._starting:
             return self._welcome(index)
-        if not self._shm_done_flags[index] or (self._non_tensor_keys and not self.parent_channels[index].poll()):
+        channel = self.parent_channels[index]
+        if (self._non_tensor_keys and not channel.poll()) or not channel.has_rung():
             return False
-        self._shm_done_flags[index] = 0
         self._commands_done[index] += 1
         if self._commands_done[index] >= _CALM:
             self._failures[index] = 0
@@ -321,10 +324,12 @@ class WatchedParallelEnv(ParallelEnv):
 
 
 class _Channel:
-    """The pipe to a worker, which may be dead: that is noticed while its answer is waited for, not when it is told."""
+    """The pipes to a worker, which may be dead: that is noticed while its answer is waited for, not when it is told."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection, bell: Connection) -> None:
+        self.connection = connection
+        #: Where the worker says that a command is done.
+        self.bell = bell
         #: The last command to the environment.
         self.command: tuple[str, Any] | None = None
         #: What the worker said when it ended: whether it was a ValueError, the message, the traceback.
@@ -333,13 +338,15 @@ class _Channel:
     def send(self, command: tuple[str, Any]) -> None:
         if command[0] in ("reset", "step"):
             self.command = command
+            while self.has_rung():  # for a command that nobody waited for in this way
+                pass
         with contextlib.suppress(OSError):
-            self._connection.send(command)
+            self.connection.send(command)
 
     def receive(self) -> Any:
         """The next message; None at the end of the pipe."""
         try:
-            message = self._connection.recv()
+            message = self.connection.recv()
         except (EOFError, OSError):
             return None
         if isinstance(message, _LastWords):
@@ -350,12 +357,31 @@ class _Channel:
 
     def poll(self, seconds: float = 0.0) -> bool:
         try:
-            return self._connection.poll(seconds)
+            return self.connection.poll(seconds)
         except OSError:
             return False
 
+    def has_rung(self) -> bool:
+        """Whether the worker has done something; says so once."""
+        try:
+            return self.bell.poll() and bool(self.bell.recv_bytes())
+        except (EOFError, OSError):
+            return False
+
     def close(self) -> None:
-        self._connection.close()
+        self.connection.close()
+        self.bell.close()
+
+
+class _Bell:
+    """Takes the place of TorchRL's shared flags, for which one can only look again and again."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def __setitem__(self, index: int, done: int) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.send_bytes(b"done")
 
 
 class _LastWords:
@@ -366,12 +392,12 @@ class _LastWords:
         self.words = (isinstance(error, ValueError), str(error), "".join(traceback.format_exception(error)))
 
 
-def _serve(connection: Connection, **options: Any) -> None:
+def _serve(connection: Connection, bell: Connection, **options: Any) -> None:
     """A worker's life: TorchRL's loop, and last words if it ends in an error."""
     # Ctrl-C reaches all processes of a terminal: the parent closes its workers when it is ready.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        _run_worker_pipe_shared_mem(child_pipe=connection, **options)
+        _run_worker_pipe_shared_mem(child_pipe=connection, shm_done_flags=_Bell(bell), **options)
     except Exception as error:
         with contextlib.suppress(OSError):
             connection.send(_LastWords(error))

@@ -6,13 +6,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from torchrl_vla.modules.openvla import jpeg
 from torchrl_vla.modules.openvla.image_pipeline import (
     ImagePipeline,
     center_crop_resize,
-    jpeg_round_trip,
     lanczos3_resize,
     normalize,
 )
+from torchrl_vla.modules.openvla.jpeg import encode_jpeg, jpeg_round_trip
 
 DATA = Path(__file__).parents[2] / "data" / "images"
 
@@ -30,6 +31,15 @@ def test_jpeg_equals_tensorflow(upright: Tensor) -> None:
     assert torch.equal(jpeg_round_trip(upright), _image("jpeg_roundtrip"))
     batch = jpeg_round_trip(torch.cat([upright, upright.flip(-1)]))
     assert torch.equal(batch[:1], _image("jpeg_roundtrip")) and not torch.equal(batch[1:], batch[:1])
+
+
+def test_opencv_and_pillow_write_the_same_jpeg(upright: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = upright[0].permute(1, 2, 0).numpy()
+    assert jpeg.cv2 is not None
+    with_opencv = encode_jpeg(frame)
+    monkeypatch.setattr(jpeg, "cv2", None)
+    assert encode_jpeg(frame) == with_opencv
+    assert torch.equal(jpeg_round_trip(upright), _image("jpeg_roundtrip"))
 
 
 def test_resize_equals_tensorflow_within_one_level_in_1e4_of_the_values() -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import io
 from typing import Literal, get_args
 
 import numpy as np
-import simplejpeg
 import torch
-from PIL import Image
 from torch import Tensor
+
+from torchrl_vla.modules.openvla.jpeg import jpeg_round_trip
 
 ImageBackend = Literal["exact", "fast"]
 
@@ -93,21 +92,6 @@ class ImagePipeline:
         # Autocast would run this in bfloat16, whose 8 bits cannot hold 256 levels.
         with torch.autocast(images.device.type, enabled=False):
             return (rows @ images.float() @ columns.T).clamp_(0.0, 255.0)
-
-
-def jpeg_round_trip(images: Tensor) -> Tensor:
-    """JPEG at quality 95 with 4:2:0 chroma and back, uint8 ``[N, 3, H, W]``, on the CPU.
-
-    The coder's bytes and the decoder's pixels are those of ``tf.io.encode_jpeg`` and ``tf.io.decode_image``.
-    """
-    frames = images.permute(0, 2, 3, 1).cpu().contiguous().numpy()
-    decoded = np.empty_like(frames)
-    for frame, out in zip(frames, decoded, strict=True):
-        buffer = io.BytesIO()
-        # simplejpeg's own coder has other rounding; only its decoder has TensorFlow's fast DCT and plain upsampling.
-        Image.fromarray(frame).save(buffer, "JPEG", quality=95, subsampling="4:2:0")
-        out[:] = simplejpeg.decode_jpeg(buffer.getbuffer(), fastdct=True, fastupsample=False)
-    return torch.from_numpy(decoded).permute(0, 3, 1, 2)
 
 
 def lanczos3_resize(images: Tensor, size: int) -> Tensor:
