@@ -88,3 +88,11 @@ class FragileEnv(EnvBase):
 
     def _set_seed(self, seed: int | None) -> None:
         torch.manual_seed(seed or 0)
+
+
+class VariableEnv(FragileEnv):
+    """Shows a variable of its process as ``total``."""
+
+    def _observe(self) -> TensorDict:
+        number = float(os.environ.get("MUJOCO_EGL_DEVICE_ID", "-1"))
+        return super()._observe().set("total", torch.full_like(self.total, number))

@@ -67,12 +67,27 @@ def test_several_environments_in_each_of_two_processes():
 
 
 def test_parts_share_the_workers_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "_in_processes", lambda suite, workers, per_worker, *rest: (workers, per_worker))
+    monkeypatch.setattr(layout, "_in_processes", lambda suite, numbers, per_worker, *rest: (numbers, per_worker))
     parts = {
         workers: layout.make_envs("libero_spatial", num_envs=num_envs, workers=workers)
         for workers, num_envs in ((2, 8), (6, 6), (7, 14), (8, 32))
     }
-    assert parts == {2: [(1, 4)] * 2, 6: [(2, 1)] * 3, 7: [(7, 2)], 8: [(2, 4)] * 4}
+    assert parts == {
+        2: [(range(1), 4), (range(1, 2), 4)],
+        6: [(range(2), 1), (range(2, 4), 1), (range(4, 6), 1)],
+        7: [(range(7), 2)],
+        8: [(range(first, first + 2), 4) for first in (0, 2, 4, 6)],
+    }
+
+
+def test_workers_draw_on_all_gpus_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "WatchedParallelEnv", lambda *args, worker_variables, **options: worker_variables)
+    monkeypatch.setattr(layout, "egl_devices", lambda: (0, 3))
+    parts = layout.make_envs("libero_spatial", num_envs=12, workers=12)
+    chosen = [[variables["MUJOCO_EGL_DEVICE_ID"] for variables in part] for part in parts]
+    assert chosen == [["0", "3", "0"], ["3", "0", "3"]] * 2
+    monkeypatch.setattr(layout, "egl_devices", tuple)
+    assert layout.make_envs("libero_spatial", num_envs=2, workers=2) == [None, None]
 
 
 @pytest.mark.parametrize("backend", ["egl", "osmesa"])

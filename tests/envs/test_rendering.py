@@ -138,3 +138,36 @@ def test_a_picture_when_mujoco_was_imported_first_and_silence_at_exit() -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert (run.returncode, run.stdout, run.stderr) == (0, "tensor(True)\n", "")
+
+
+@pytest.mark.parametrize(
+    ("visible", "chosen", "expected"),
+    [
+        (None, None, (0, 2)),
+        ("2,1", None, (2,)),
+        ("0", None, (0,)),
+        ("", None, ()),
+        ("GPU-8932f937", None, ()),
+        (None, "1", ()),
+    ],
+)
+def test_drawing_is_spread_over_the_gpus_that_cuda_may_use(
+    undecided: pytest.MonkeyPatch, visible: str | None, chosen: str | None, expected: tuple[int, ...]
+) -> None:
+    """Of three GPUs EGL numbers the second differently, or does not draw on it."""
+
+    def name(backend: str, device: int | None = None) -> str:
+        if device == 1:
+            raise RuntimeError("egl cannot make an OpenGL context")
+        return "NVIDIA H100"
+
+    undecided.setattr(rendering, "configure_rendering", lambda: "egl")
+    undecided.setattr(rendering, "renderer_name", name)
+    undecided.setattr(rendering.torch.cuda, "device_count", lambda: 3)
+    for variable, value in (("CUDA_VISIBLE_DEVICES", visible), ("MUJOCO_EGL_DEVICE_ID", chosen)):
+        undecided.delenv(variable, raising=False)
+        if value is not None:
+            undecided.setenv(variable, value)
+    assert rendering.egl_devices.__wrapped__() == expected
+    undecided.setattr(rendering, "configure_rendering", lambda: "osmesa")
+    assert rendering.egl_devices.__wrapped__() == ()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fragile_workers import FragileEnv
+from fragile_workers import FragileEnv, VariableEnv
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase, check_env_specs
 
@@ -213,3 +213,19 @@ def test_libero_goes_on_after_a_kill() -> None:
     assert undisturbed["next", "done"].sum() == len(plan)
     for key in (("observation", "image"), ("observation", "state"), "action", "init_state_id", ("next", "done")):
         assert torch.equal(batch[key], undisturbed[key]), key
+
+
+def test_every_worker_has_variables_of_its_own(tmp_path: Path) -> None:
+    variables = [{"MUJOCO_EGL_DEVICE_ID": "3"}, {"MUJOCO_EGL_DEVICE_ID": "5"}]
+    make = partial(VariableEnv, None, tmp_path)
+    env = WatchedParallelEnv(2, make, mp_start_method="forkserver", worker_timeout=20.0, worker_variables=variables)
+    try:
+        assert env.reset()["total"].tolist() == [[3.0], [5.0]]
+        env._workers[1].kill()
+        env._workers[1].join()
+        assert env.reset()["total"].tolist() == [[3.0], [5.0]]
+    finally:
+        env.close()
+    assert "MUJOCO_EGL_DEVICE_ID" not in os.environ
+    with pytest.raises(ValueError, match="one per worker, got 1 for 2"):
+        WatchedParallelEnv(2, make, worker_variables=variables[:1])

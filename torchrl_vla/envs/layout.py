@@ -12,7 +12,7 @@ from torchrl.envs import EnvBase, TransformedEnv
 from torchrl_vla.envs.instruction import InstructionFromTaskId
 from torchrl_vla.envs.libero import LiberoEnv
 from torchrl_vla.envs.memory import available_memory, check_memory, count_models, memory_needed, models_that_fit
-from torchrl_vla.envs.rendering import configure_rendering
+from torchrl_vla.envs.rendering import configure_rendering, egl_devices
 from torchrl_vla.envs.watchdog import WatchedParallelEnv
 
 __all__ = ["choose_workers", "make_env", "make_envs"]
@@ -74,7 +74,7 @@ def make_env(
     workers, options = _checked(task_suite, num_envs, workers, options)
     if workers == 1:
         return LiberoEnv(task_suite, num_envs=num_envs, **options)
-    env = _in_processes(task_suite, workers, num_envs // workers, worker_timeout, options)
+    env = _in_processes(task_suite, range(workers), num_envs // workers, worker_timeout, options)
     return TransformedEnv(env, InstructionFromTaskId(task_suite))
 
 
@@ -104,8 +104,8 @@ def make_envs(
     if workers == 1 and configure_rendering() != "egl":
         return [LiberoEnv(task_suite, num_envs=num_envs, include_instruction=False, **options)]
     parts = max(parts for parts in range(1, _MOST_PARTS + 1) if workers % parts == 0)
-    per_worker = num_envs // workers
-    return [_in_processes(task_suite, workers // parts, per_worker, worker_timeout, options) for _ in range(parts)]
+    numbers = [range(first, first + workers // parts) for first in range(0, workers, workers // parts)]
+    return [_in_processes(task_suite, each, num_envs // workers, worker_timeout, options) for each in numbers]
 
 
 def _checked(
@@ -126,7 +126,12 @@ def _checked(
 
 
 def _in_processes(
-    task_suite: str, workers: int, per_worker: int, worker_timeout: float, options: dict[str, Any]
+    task_suite: str, numbers: range, per_worker: int, worker_timeout: float, options: dict[str, Any]
 ) -> EnvBase:
+    """Workers, by their numbers among all; they draw on the GPUs in turns, as one GPU draws only so many pictures."""
     worker = functools.partial(LiberoEnv, task_suite, num_envs=per_worker, include_instruction=False, **options)
-    return WatchedParallelEnv(workers, worker, mp_start_method="spawn", worker_timeout=worker_timeout)
+    gpus = egl_devices()
+    variables = [{"MUJOCO_EGL_DEVICE_ID": str(gpus[number % len(gpus)])} for number in numbers] if gpus else None
+    return WatchedParallelEnv(
+        len(numbers), worker, mp_start_method="spawn", worker_timeout=worker_timeout, worker_variables=variables
+    )

@@ -10,14 +10,18 @@ import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import torch
 
 __all__ = [
     "RenderingUnavailable",
     "check_wanted_backend",
     "configure_rendering",
     "draws_in_software",
+    "egl_devices",
     "has_gpu",
     "make_gl_context",
     "renderer_name",
@@ -89,11 +93,12 @@ def make_gl_context(width: int, height: int) -> Any:
 
 
 @functools.cache
-def renderer_name(backend: str) -> str:
+def renderer_name(backend: str, device: int | None = None) -> str:
     """Asks OpenGL, in a fresh process, what a backend renders with.
 
     Args:
         backend: ``"egl"`` or ``"osmesa"``.
+        device: EGL's number of a GPU; None: the first that works.
 
     Returns:
         str: OpenGL's name of the renderer, such as ``"NVIDIA H100 80GB HBM3/PCIe/SSE2"`` or ``"llvmpipe (...)"``.
@@ -102,6 +107,8 @@ def renderer_name(backend: str) -> str:
         RuntimeError: the backend cannot make a context; the message holds the last line of what it printed.
     """
     environment = {**os.environ, "MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend}
+    if device is not None:
+        environment["MUJOCO_EGL_DEVICE_ID"] = str(device)
     try:
         probe = subprocess.run(
             [sys.executable, "-c", _PROBE], env=environment, capture_output=True, text=True, timeout=_PROBE_SECONDS
@@ -139,6 +146,36 @@ def check_wanted_backend() -> str | None:
             continue
         return wanted
     raise RenderingUnavailable(_missing([f"MUJOCO_GL={wanted} is set and {_LIBRARIES[wanted][0]} is not installed"]))
+
+
+@functools.cache
+def egl_devices() -> tuple[int, ...]:
+    """The GPUs that processes which draw are to be spread over, by EGL's numbers.
+
+    They are those that CUDA may use (``CUDA_VISIBLE_DEVICES``), where EGL draws on what it numbers alike.
+
+    Returns:
+        tuple of int: empty where there is one GPU, or ``MUJOCO_EGL_DEVICE_ID`` has chosen.
+    """
+    if configure_rendering() != "egl" or os.environ.get("MUJOCO_EGL_DEVICE_ID"):
+        return ()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in visible.split(",")] if visible is not None else []
+    # CUDA's other names of GPUs, such as GPU-8932f937, mean nothing to EGL.
+    gpus = [int(name) for name in names if name.isdigit()] if visible is not None else range(torch.cuda.device_count())
+    if visible is None and len(gpus) < 2:
+        return ()
+    with ThreadPoolExecutor() as pool:
+        chosen = tuple(gpu for gpu, draws in zip(gpus, pool.map(_draws_on, gpus), strict=True) if draws)
+    logger.info("Drawing on the GPUs %s of EGL", ", ".join(map(str, chosen)) or "that it chooses")
+    return chosen
+
+
+def _draws_on(gpu: int) -> bool:
+    try:
+        return not _in_software(renderer_name("egl", gpu))
+    except RuntimeError:
+        return False
 
 
 def draws_in_software() -> bool:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import multiprocessing
 import signal
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable, Sequence
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from torchrl.data.utils import CloudpickleWrapper
 from torchrl.envs import EnvBase, EnvCreator, ParallelEnv
-from torchrl.envs.batched_envs import _run_worker_pipe_shared_mem
 from torchrl.envs.utils import clear_mpi_env_vars
+
+from torchrl_vla.envs.worker import Channel, serve
 
 __all__ = ["WatchedParallelEnv"]
 
@@ -46,10 +44,11 @@ class WatchedParallelEnv(ParallelEnv):
 
     Keyword Args:
         worker_timeout: seconds after which a step counts as hanging; five times as long for starts and resets.
+        worker_variables: environment variables that each worker sets before it makes its environment.
         options: further arguments of ``ParallelEnv``, except those that turn its shared buffers off.
 
     Raises:
-        ValueError: the timeout is not positive.
+        ValueError: the timeout is not positive, or there are more or fewer variables than workers.
         RuntimeError: a worker failed three times in a row; the message says how.
 
     Examples:
@@ -63,13 +62,17 @@ class WatchedParallelEnv(ParallelEnv):
         create_env_fn: Callable[[], EnvBase] | Sequence[Callable[[], EnvBase]],
         *,
         worker_timeout: float = 120.0,
+        worker_variables: Sequence[Mapping[str, str]] | None = None,
         **options: Any,
     ) -> None:
         if not worker_timeout > 0:
             raise ValueError(f"worker_timeout must be positive, got {worker_timeout}: it is in seconds.")
+        if worker_variables is not None and len(worker_variables) != num_workers:
+            raise ValueError(f"worker_variables must be one per worker, got {len(worker_variables)} for {num_workers}.")
         # Daemons, so that a program that ends without closing this does not wait for them for ever.
         super().__init__(num_workers, create_env_fn, use_buffers=True, **{"daemon": True, **options})
         self.worker_timeout = worker_timeout
+        self._variables = worker_variables or [{}] * num_workers
         #: Workers that were replaced during the last step, so that their episodes are lost.
         self.lost_workers: frozenset[int] = frozenset()
         self._stepping = False
@@ -157,14 +160,14 @@ class WatchedParallelEnv(ParallelEnv):
             "filter_warnings": self._filter_warnings_subprocess(),
             "worker_idx": index,
         }
-        channels = (worker_connection, worker_bell)
-        process = self._context.Process(target=_serve, args=channels, kwargs=options, daemon=self.daemon)
+        arguments = (worker_connection, worker_bell, self._variables[index])
+        process = self._context.Process(target=serve, args=arguments, kwargs=options, daemon=self.daemon)
         with clear_mpi_env_vars():
             process.start()
         worker_connection.close()
         worker_bell.close()
         self._workers[index] = process
-        self.parent_channels[index] = _Channel(connection, bell)
+        self.parent_channels[index] = Channel(connection, bell)
         self._starting.add(index)
 
     def _wait_for_workers(self, workers_range: Iterable[int]) -> None:
@@ -321,84 +324,3 @@ class WatchedParallelEnv(ParallelEnv):
         for channel in self.parent_channels:
             channel.close()
         del self.shared_tensordicts, self.shared_tensordict_parent, self._workers, self.parent_channels
-
-
-class _Channel:
-    """The pipes to a worker, which may be dead: that is noticed while its answer is waited for, not when it is told."""
-
-    def __init__(self, connection: Connection, bell: Connection) -> None:
-        self.connection = connection
-        #: Where the worker says that a command is done.
-        self.bell = bell
-        #: The last command to the environment.
-        self.command: tuple[str, Any] | None = None
-        #: What the worker said when it ended: whether it was a ValueError, the message, the traceback.
-        self.error: tuple[bool, str, str] | None = None
-
-    def send(self, command: tuple[str, Any]) -> None:
-        if command[0] in ("reset", "step"):
-            self.command = command
-            while self.has_rung():  # for a command that nobody waited for in this way
-                pass
-        with contextlib.suppress(OSError):
-            self.connection.send(command)
-
-    def receive(self) -> Any:
-        """The next message; None at the end of the pipe."""
-        try:
-            message = self.connection.recv()
-        except (EOFError, OSError):
-            return None
-        if isinstance(message, _LastWords):
-            self.error = message.words
-        return message
-
-    recv = receive
-
-    def poll(self, seconds: float = 0.0) -> bool:
-        try:
-            return self.connection.poll(seconds)
-        except OSError:
-            return False
-
-    def has_rung(self) -> bool:
-        """Whether the worker has done something; says so once."""
-        try:
-            return self.bell.poll() and bool(self.bell.recv_bytes())
-        except (EOFError, OSError):
-            return False
-
-    def close(self) -> None:
-        self.connection.close()
-        self.bell.close()
-
-
-class _Bell:
-    """Takes the place of TorchRL's shared flags, for which one can only look again and again."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    def __setitem__(self, index: int, done: int) -> None:
-        with contextlib.suppress(OSError):
-            self._connection.send_bytes(b"done")
-
-
-class _LastWords:
-    """How a worker ended."""
-
-    def __init__(self, error: Exception) -> None:
-        # Not the error itself, which need not survive the way through the pipe.
-        self.words = (isinstance(error, ValueError), str(error), "".join(traceback.format_exception(error)))
-
-
-def _serve(connection: Connection, bell: Connection, **options: Any) -> None:
-    """A worker's life: TorchRL's loop, and last words if it ends in an error."""
-    # Ctrl-C reaches all processes of a terminal: the parent closes its workers when it is ready.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        _run_worker_pipe_shared_mem(child_pipe=connection, shm_done_flags=_Bell(bell), **options)
-    except Exception as error:
-        with contextlib.suppress(OSError):
-            connection.send(_LastWords(error))
-        sys.exit(1)

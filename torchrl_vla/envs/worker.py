@@ -1,0 +1,105 @@
+"""A worker of :class:`~torchrl_vla.envs.watchdog.WatchedParallelEnv`: its life, and the pipes to it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+from torchrl.envs.batched_envs import _run_worker_pipe_shared_mem
+
+__all__ = ["Channel", "serve"]
+
+
+class Channel:
+    """The pipes to a worker, which may be dead: that is noticed while its answer is waited for, not when it is told."""
+
+    def __init__(self, connection: Connection, bell: Connection) -> None:
+        self.connection = connection
+        #: Where the worker says that a command is done.
+        self.bell = bell
+        #: The last command to the environment.
+        self.command: tuple[str, Any] | None = None
+        #: What the worker said when it ended: whether it was a ValueError, the message, the traceback.
+        self.error: tuple[bool, str, str] | None = None
+
+    def send(self, command: tuple[str, Any]) -> None:
+        if command[0] in ("reset", "step"):
+            self.command = command
+            while self.has_rung():  # for a command that nobody waited for in this way
+                pass
+        with contextlib.suppress(OSError):
+            self.connection.send(command)
+
+    def receive(self) -> Any:
+        """The next message; None at the end of the pipe."""
+        try:
+            message = self.connection.recv()
+        except (EOFError, OSError):
+            return None
+        if isinstance(message, _LastWords):
+            self.error = message.words
+        return message
+
+    recv = receive
+
+    def poll(self, seconds: float = 0.0) -> bool:
+        try:
+            return self.connection.poll(seconds)
+        except OSError:
+            return False
+
+    def has_rung(self) -> bool:
+        """Whether the worker has done something; says so once."""
+        try:
+            return self.bell.poll() and bool(self.bell.recv_bytes())
+        except (EOFError, OSError):
+            return False
+
+    def close(self) -> None:
+        self.connection.close()
+        self.bell.close()
+
+
+class _Bell:
+    """Takes the place of TorchRL's shared flags, for which one can only look again and again."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def __setitem__(self, index: int, done: int) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.send_bytes(b"done")
+
+
+class _LastWords:
+    """How a worker ended."""
+
+    def __init__(self, error: Exception) -> None:
+        # Not the error itself, which need not survive the way through the pipe.
+        self.words = (isinstance(error, ValueError), str(error), "".join(traceback.format_exception(error)))
+
+
+def serve(connection: Connection, bell: Connection, variables: Mapping[str, str], **options: Any) -> None:
+    """A worker's life: TorchRL's loop, and last words if it ends in an error.
+
+    Args:
+        connection: brings commands, takes answers.
+        bell: says that a command is done.
+        variables: of the process's environment, set before the worker makes its own environment.
+        options: of TorchRL's loop.
+    """
+    os.environ.update(variables)
+    # Ctrl-C reaches all processes of a terminal: the parent closes its workers when it is ready.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        _run_worker_pipe_shared_mem(child_pipe=connection, shm_done_flags=_Bell(bell), **options)
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            connection.send(_LastWords(error))
+        sys.exit(1)
