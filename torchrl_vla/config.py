@@ -67,6 +67,9 @@ class PPOConfig:
     """Learning rate of the policy (AdamW)."""
     critic_lr: float = 3e-4
     """Learning rate of the value head; used with advantage_estimator=gae only."""
+    lr_warmup_steps: int = 10
+    """Optimizer steps over which the learning rates rise linearly to their values. AdamW's first steps are as large as
+    its learning rate, however little they are sure of."""
     clip_ratio_high: float = 0.28
     """Upper clip: the ratio is cut at 1 + clip_ratio_high (DAPO's clip-higher, as in SimpleVLA-RL)."""
     clip_ratio_low: float = 0.2
@@ -152,7 +155,7 @@ class PPOConfig:
         )  # fmt: skip
         _non_negative(
             self, "entropy_coef", "value_loss_coef", "kl_coef", "reconstruction_coef", "eval_temperature",
-            "val_interval", "val_episodes",
+            "val_interval", "val_episodes", "lr_warmup_steps",
         )  # fmt: skip
         _fraction(self, "gamma", "gae_lambda", "verifier_gamma", "keep_low", "keep_high")
         if self.batch_size != "auto":

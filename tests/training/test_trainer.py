@@ -74,7 +74,8 @@ class Collector:
 def make_trainer(tmp_path: Path, *, batch: TensorDictBase | None = None, loss_class=AsymmetricClipPPOLoss, **values):
     actor = make_actor()
     calls = values.pop("calls", {})
-    config = PPOConfig(**{"n_epochs": 2, "actor_lr": 1e-2, "entropy_coef": 0.0, "val_interval": 0, **values})
+    defaults = {"n_epochs": 2, "actor_lr": 1e-2, "lr_warmup_steps": 0, "entropy_coef": 0.0, "val_interval": 0}
+    config = PPOConfig(**{**defaults, **values})
     loss = loss_class(actor, None) if loss_class is AsymmetricClipPPOLoss else loss_class
     trainer = PPOTrainer(
         config,
@@ -136,6 +137,28 @@ def test_first_gradient_is_the_policy_gradient(tmp_path: Path):
     assert metrics["train/approx_kl"] == pytest.approx(0.0, abs=1e-6)
     assert metrics["train/clipfrac"] == 0.0
     assert metrics["train/grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
+
+
+def test_the_learning_rate_rises_and_goes_on_from_where_it_was(tmp_path: Path) -> None:
+    def learning_rates(trainer: PPOTrainer, updates: int) -> list[float]:
+        rates = []
+        for _ in range(updates):
+            rates.append(trainer.optimizer.param_groups[0]["lr"])
+            trainer.update(trainer.collector.batch)
+        return rates
+
+    one_step = {"n_epochs": 1, "traj_mini_batch_size": 100}
+    trainer, actor = make_trainer(tmp_path / "first", lr_warmup_steps=4, **one_step)
+    before = weights(actor)
+    assert learning_rates(trainer, 2) == pytest.approx([2.5e-3, 5e-3])
+    first_step = weights(actor) - before
+    resumed, _ = make_trainer(tmp_path / "second", lr_warmup_steps=4, **one_step)
+    resumed.optimizer.load_state_dict(trainer.optimizer.state_dict())
+    resumed.load_state_dict(trainer.state_dict())
+    assert learning_rates(resumed, 4) == pytest.approx([7.5e-3, 1e-2, 1e-2, 1e-2])
+    at_once, actor = make_trainer(tmp_path / "third", **one_step)
+    assert learning_rates(at_once, 2) == pytest.approx([1e-2, 1e-2])
+    assert first_step.norm() < 0.5 * (weights(actor) - before).norm()
 
 
 def test_stock_loss_runs_and_does_not_depend_on_the_micro_batch(tmp_path: Path):

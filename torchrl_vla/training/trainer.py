@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import nn
+from torch.optim.lr_scheduler import LinearLR
 from torchrl.data import SamplerWithoutReplacement, TensorDictReplayBuffer, TensorStorage
 from torchrl.objectives import LossModule
 from tqdm import tqdm
@@ -40,7 +41,7 @@ class PPOTrainer:
         collector: yields one update's decisions; any batch shape, flattened with time last.
         loss: its terms named ``loss_*`` are summed and differentiated.
         advantage: writes ``advantage`` into a flat batch, and may drop decisions that teach nothing.
-        optimizer: over the loss's trainable parameters.
+        optimizer: over the loss's trainable parameters; its learning rates are reached after `lr_warmup_steps`.
         logger: takes the figures.
 
     Keyword Args:
@@ -78,6 +79,8 @@ class PPOTrainer:
         self.logger = logger
         self.device = torch.device(device)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        warmup = max(1, config.lr_warmup_steps)
+        self.schedule = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
         self.advantage = advantage
         self.micro_batch = MicroBatch(
             config.batch_size, config.recompute, memory_gb=config.memory_gb, set_recompute=set_recompute
@@ -93,12 +96,14 @@ class PPOTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """How far the run has come."""
-        return {"updates": self.updates, "env_steps": self.env_steps, "bad_steps": self.bad_steps}
+        progress = {"updates": self.updates, "env_steps": self.env_steps, "bad_steps": self.bad_steps}
+        return progress | {"schedule": self.schedule.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where `state_dict` was taken."""
         self.updates, self.env_steps = int(state["updates"]), int(state["env_steps"])
         self.bad_steps = int(state["bad_steps"])
+        self.schedule.load_state_dict(dict(state["schedule"]))
 
     def latest(self, figure: str, default: float) -> float:
         """The newest value of a figure that was logged, or the default if there is none."""
@@ -257,6 +262,7 @@ class PPOTrainer:
     def _step_if_finite(self, finite: torch.Tensor) -> None:
         if finite.item():
             self.optimizer.step()
+            self.schedule.step()
             self.bad_steps = 0
             return
         self.bad_steps += 1
