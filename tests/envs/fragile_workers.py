@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -96,3 +98,12 @@ class VariableEnv(FragileEnv):
     def _observe(self) -> TensorDict:
         number = float(os.environ.get("MUJOCO_EGL_DEVICE_ID", "-1"))
         return super()._observe().set("total", torch.full_like(self.total, number))
+
+
+class LingeringEnv(FragileEnv):
+    """Its process has a thread that does not end."""
+
+    def _come_to_grief(self, command: str, where: torch.Tensor) -> None:
+        if where.any():
+            threading.Thread(target=time.sleep, args=(60,)).start()
+        super()._come_to_grief(command, where)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from fragile_workers import FragileEnv, VariableEnv
-from tensordict import TensorDictBase
+from fragile_workers import FragileEnv, LingeringEnv, VariableEnv
+from tensordict import TensorDict, TensorDictBase
 from torchrl.envs import EnvBase, check_env_specs
 
 from torchrl_vla.collectors import EpisodePlan, GroupCollector
+from torchrl_vla.envs import watchdog
 from torchrl_vla.envs.layout import make_env
 from torchrl_vla.envs.watchdog import WatchedParallelEnv
 
+#: Seconds. What hangs is waited for; else a busy machine must not look like a hanging worker.
+HANG, LONG = 1.0, 20.0
 #: In two workers of two environments, 7 runs beside others that are further on or done.
 PLAN = EpisodePlan([(0, 1), (1, 2), (2, 7), (3, 3), (4, 5), (5, 4), (6, 9)])
 
@@ -35,7 +40,7 @@ def watched(tmp_path: Path) -> Iterator[Callable[..., WatchedParallelEnv]]:
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torchrl.envs"])
     made: list[WatchedParallelEnv] = []
 
-    def make(*, num_envs: int | None = 2, timeout: float = 20.0, **grief: object) -> WatchedParallelEnv:
+    def make(*, num_envs: int | None = 2, timeout: float = LONG, **grief: object) -> WatchedParallelEnv:
         folder = tmp_path / str(len(made))
         folder.mkdir()
         worker = partial(FragileEnv, num_envs, folder, **grief)
@@ -62,7 +67,7 @@ def test_a_batch_is_as_if_nothing_had_happened(
     watched: Callable[..., WatchedParallelEnv], grief: str, at: str, num_envs: int | None
 ) -> None:
     undisturbed = GroupCollector(FragileEnv(3, Path()), act).collect(PLAN)
-    env = watched(num_envs=num_envs, grief=grief, at=at, timeout=0.2)
+    env = watched(num_envs=num_envs, grief=grief, at=at, timeout=HANG if grief == "hang" else LONG)
     env.reset()
     before = list(env._workers)
     batch = GroupCollector(env, act).collect(PLAN)
@@ -155,12 +160,12 @@ def test_specs_seeds_and_reopening(watched: Callable[..., WatchedParallelEnv]) -
 
 @pytest.mark.parametrize(
     ("grief", "cause"),
-    [("die", "was ended by SIGKILL"), ("hang", r"did not answer within 0\.2 s"), ("raise", "the driver failed")],
+    [("die", "was ended by SIGKILL"), ("hang", r"did not answer within 1 s"), ("raise", "the driver failed")],
 )
 def test_giving_up_names_the_cause_and_the_way_out(
     watched: Callable[..., WatchedParallelEnv], grief: str, cause: str
 ) -> None:
-    env = watched(grief=grief, times=100, timeout=0.2)
+    env = watched(grief=grief, times=100, timeout=HANG if grief == "hang" else LONG)
     workers = []
     with pytest.raises(RuntimeError, match=rf"(?s)failed 3 times in a row.*{cause}.*MUJOCO_GL=osmesa"):
         env.reset()
@@ -229,3 +234,77 @@ def test_every_worker_has_variables_of_its_own(tmp_path: Path) -> None:
     assert "MUJOCO_EGL_DEVICE_ID" not in os.environ
     with pytest.raises(ValueError, match="one per worker, got 1 for 2"):
         WatchedParallelEnv(2, make, worker_variables=variables[:1])
+
+
+def test_what_was_interrupted_is_not_taken_for_the_next_answer(
+    watched: Callable[..., WatchedParallelEnv], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = watched(num_envs=None)
+    state = env.reset()
+    process = env._workers[0].pid
+    os.kill(process, signal.SIGSTOP)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(watchdog, "wait", interrupt)
+        env.step(act(state))
+    threading.Timer(0.5, go_on, (process,)).start()  # with the step, after the reset has been sent
+    state = env.reset()
+    assert state["time"].tolist() == [[0], [0]]
+    for step in (1, 2):
+        state = env.step(act(state))["next"]
+        assert state["time"].tolist() == [[step], [step]]
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def go_on(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGCONT)
+
+
+def test_a_death_while_another_worker_is_replaced(
+    watched: Callable[..., WatchedParallelEnv], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = watched(num_envs=None)
+    env.reset()
+    launch = env._launch
+
+    def launch_and_kill(index: int) -> None:
+        monkeypatch.undo()
+        end(env, 1)
+        launch(index)
+
+    monkeypatch.setattr(env, "_launch", launch_and_kill)
+    end(env, 0)
+    assert env.reset()["time"].tolist() == [[0], [0]]
+    env.close()
+
+
+def end(env: WatchedParallelEnv, worker: int) -> None:
+    env._workers[worker].kill()
+    env._workers[worker].join()
+
+
+def test_the_last_words_of_a_process_that_does_not_end(tmp_path: Path) -> None:
+    make = partial(LingeringEnv, None, tmp_path, "value")
+    env = WatchedParallelEnv(2, make, mp_start_method="forkserver", worker_timeout=20.0)
+    try:
+        state = env.reset(TensorDict({"task_id": [[0], [0]], "init_state_id": [[7], [1]]}, [2]))
+        with pytest.raises(ValueError, match="the action is not a number"):
+            for _ in range(3):
+                state = env.step(act(state))["next"]
+    finally:
+        env.close(raise_if_closed=False)
+
+
+def test_a_worker_that_ends_while_torchrl_talks_to_it(watched: Callable[..., WatchedParallelEnv]) -> None:
+    env = watched(num_envs=None)
+    env.reset()
+    with pytest.raises(RuntimeError, match="(?s)ended before it answered.*no_such_attribute"):
+        env.no_such_attribute()
+
+
+def test_indexing_is_refused(watched: Callable[..., WatchedParallelEnv]) -> None:
+    with pytest.raises(TypeError, match="cannot be indexed"):
+        watched()[0]

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 #: A worker may fail so often, with fewer commands than `_CALM` done in between, before the environment gives up.
 _MAX_FAILURES = 3
-_CALM = 100
+_CALM = 2000  # more than any episode has, or one that ends its worker each time would be tried for ever
 #: A start or a reset may take so many times as long as a step: libraries are loaded and models compiled.
 _START_PATIENCE = 5
 
@@ -80,6 +80,12 @@ class WatchedParallelEnv(ParallelEnv):
         self._static_seed = False
         self._lost: set[int] = set()
 
+    def __getitem__(self, item: Any) -> EnvBase:
+        raise TypeError(
+            "A WatchedParallelEnv cannot be indexed: a view of some workers would not know which of them were "
+            "replaced. Step a part of it through the '_step' mask, or index a ParallelEnv."
+        )
+
     def set_seed(self, seed: int | None = None, static_seed: bool = False) -> int | None:
         self._replace_the_dead()
         self._static_seed = static_seed
@@ -124,6 +130,7 @@ class WatchedParallelEnv(ParallelEnv):
         torch.set_num_threads(self.num_threads or max(1, torch.get_num_threads() - self.num_workers))
         self._context = multiprocessing.get_context(self._mp_start_method)
         self.event = None
+        self._timeout = _START_PATIENCE * self.worker_timeout
         everyone = range(self.num_workers)
         self._workers: list[Any] = [None for _ in everyone]
         self._events: list[Any] = [None for _ in everyone]
@@ -308,16 +315,23 @@ class WatchedParallelEnv(ParallelEnv):
         """Replaces workers that have ended since the last command."""
         if self.is_closed:
             return
-        failures = {index: self._failure(index) for index in range(self.num_workers)}
-        dead = {index: failure for index, failure in failures.items() if failure is not None}
-        for index, failure in dead.items():
-            self._replace(index, failure)
-        self._wait_for_workers(dead)
+        while dead := {index: failure for index in range(self.num_workers) if (failure := self._failed(index))}:
+            for index, failure in dead.items():
+                self._replace(index, failure)
+            self._wait_for_workers(dead)
+
+    def _failed(self, index: int) -> str | None:
+        """As :meth:`_failure`; also where a command was interrupted, whose end would be taken for the next one's."""
+        if self.parent_channels[index].busy and self._workers[index].is_alive():
+            return "was interrupted in the middle of a command"
+        return self._failure(index)
 
     def _shutdown_workers(self) -> None:
         for channel in self.parent_channels:
             channel.send(("close", None))
         deadline = time.monotonic() + self.shutdown_timeout
+        # TorchRL closes those that it finds dead.
+        self._workers = [process for process in self._workers if not process._closed]
         for process in self._workers:
             process.join(max(0.0, deadline - time.monotonic()))
         self._terminate_and_join_workers(self._workers, timeout=2.0)

@@ -23,16 +23,17 @@ class Channel:
         self.connection = connection
         #: Where the worker says that a command is done.
         self.bell = bell
-        #: The last command to the environment.
+        #: The last command to the environment, and whether its end is still to be heard of.
         self.command: tuple[str, Any] | None = None
+        self.busy = False
         #: What the worker said when it ended: whether it was a ValueError, the message, the traceback.
         self.error: tuple[bool, str, str] | None = None
 
     def send(self, command: tuple[str, Any]) -> None:
         if command[0] in ("reset", "step"):
-            self.command = command
             while self.has_rung():  # for a command that nobody waited for in this way
                 pass
+            self.command, self.busy = command, True
         with contextlib.suppress(OSError):
             self.connection.send(command)
 
@@ -46,7 +47,17 @@ class Channel:
             self.error = message.words
         return message
 
-    recv = receive
+    def recv(self) -> Any:
+        """The next message, for TorchRL, which takes it apart.
+
+        Raises:
+            RuntimeError: the worker has ended; the message holds its own words.
+        """
+        message = self.receive()
+        if message is None or isinstance(message, _LastWords):
+            words = f":\n{self.error[2]}" if self.error else "."
+            raise RuntimeError(f"An environment worker ended before it answered{words}")
+        return message
 
     def poll(self, seconds: float = 0.0) -> bool:
         try:
@@ -57,9 +68,11 @@ class Channel:
     def has_rung(self) -> bool:
         """Whether the worker has done something; says so once."""
         try:
-            return self.bell.poll() and bool(self.bell.recv_bytes())
+            rung = self.bell.poll() and bool(self.bell.recv_bytes())
         except (EOFError, OSError):
             return False
+        self.busy = self.busy and not rung
+        return rung
 
     def close(self) -> None:
         self.connection.close()
@@ -102,4 +115,6 @@ def serve(connection: Connection, bell: Connection, variables: Mapping[str, str]
     except Exception as error:
         with contextlib.suppress(OSError):
             connection.send(_LastWords(error))
-        sys.exit(1)
+        sys.stderr.flush()
+        # At once: a driver or a thread that hangs at the end of a process would keep the words from being heard.
+        os._exit(1)
