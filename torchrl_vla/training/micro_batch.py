@@ -121,6 +121,7 @@ class MicroBatch:
             self.size = _CPU_SIZE if self._auto_size else self.size
             return f"Micro-batches of {self.size} decisions."
         self._release = release or self._release
+        self._recompute(max(self._shares))  # what needs least memory
         run(2)  # compiles, and allocates the gradients
         # What is still reserved after this belongs to the weights and to recorded rollouts.
         self._release()
