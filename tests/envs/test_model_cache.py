@@ -151,3 +151,14 @@ def test_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert cache_folder() == tmp_path / "xdg" / "torchrl-vla"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "torchrl-vla"
+
+
+def test_other_code_that_makes_scenes_makes_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {"scene_builder.py", "sampled_states.py"} <= set(model_cache._MAKERS)
+    source = tmp_path / "builder.py"
+    monkeypatch.setattr(model_cache, "_MAKERS", (str(source),))
+    keys = []
+    for text in ("gain = 1", "gain = 2", "gain = 1"):
+        source.write_text(text)
+        keys.append(model_cache.environment_key.__wrapped__())
+    assert keys[0] == keys[2] != keys[1]

@@ -39,6 +39,8 @@ __all__ = [
 
 #: Changes whenever what is kept changes its meaning.
 _FORMAT = 2
+#: Modules whose code decides what is kept.
+_MAKERS = ("scene_builder.py", "scene.py", "sampled_states.py")
 _CHUNK = 1 << 24
 #: What reading an archive raises that is cut off or changed.
 _DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile)
@@ -263,7 +265,10 @@ def locked(path: Path) -> Iterator[None]:
 
 @functools.cache
 def environment_key() -> str:
-    """What compiled models depend on besides the task: versions, and LIBERO's sources and assets by size and date."""
+    """What compiled models and sampled states depend on besides the task.
+
+    That is versions, LIBERO's sources and assets by size and date, and the code here that makes them.
+    """
     libero = import_libero()
     sources = Path(str(libero.__file__)).parent / "envs"
     digest = hashlib.sha256()
@@ -272,6 +277,8 @@ def environment_key() -> str:
             if path.is_file() and path.suffix != ".pyc":
                 status = path.stat()
                 digest.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
+    for name in _MAKERS:
+        digest.update((Path(__file__).parent / name).read_bytes())
     versions = [f"{name}={importlib.metadata.version(name)}" for name in ("mujoco", "robosuite", "numpy")]
     return f"{_FORMAT} {' '.join(versions)} {digest.hexdigest()}"
 
