@@ -7,23 +7,11 @@ from pathlib import Path
 
 import tyro
 
+from torchrl_vla.commands.options import take_option
 from torchrl_vla.config import TrainConfig
 from torchrl_vla.presets import PRESETS, choose_preset
 
 __all__ = ["main"]
-
-
-def _take(arguments: list[str], option: str) -> str | None:
-    """Take the value of an option out of the arguments."""
-    for index, argument in enumerate(arguments):
-        if argument == option:
-            if index + 1 == len(arguments):
-                raise ValueError(f"{option} needs a value.")
-            del arguments[index]
-            return arguments.pop(index)
-        if argument.startswith(f"{option}="):
-            return arguments.pop(index).split("=", 1)[1]
-    return None
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -34,8 +22,8 @@ def main(arguments: Sequence[str]) -> None:
     """
     rest = list(arguments)
     # These choose the other options' defaults, so they are read before them.
-    preset = choose_preset(_take(rest, "--preset") or "auto")
-    run_dir = _take(rest, "--run-dir")
+    preset = choose_preset(take_option(rest, "--preset") or "auto")
+    run_dir = take_option(rest, "--run-dir")
     if "--resume" in rest and run_dir is not None:
         if not (Path(run_dir) / "config.json").is_file():
             raise ValueError(

@@ -77,14 +77,12 @@ class Finetuner:
             betas=_BETAS,
             fused=self.model.device.type == "cuda",
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate_factor)
         self.average = ParameterAverage(self.parameters, config.ema_decay)
         self.checkpoints = RunCheckpoints(
             config.out / "checkpoints",
             keep=1,
             policy=TrainableState(self.model),
             optimizer=self.optimizer,
-            schedule=self.schedule,
             average=self.average,
             sampler=train.sampler,
             progress=self,
@@ -105,11 +103,12 @@ class Finetuner:
         )
         return ActionL1Loss(TensorDictSequential(network, head))
 
-    def _learning_rate_factor(self, step: int) -> float:
+    def _learning_rate(self) -> float:
+        """Of the step that comes next."""
         warmup, steps = self.config.warmup_steps, self.config.steps
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        if self.step < warmup:
+            return self.config.learning_rate * (self.step + 1) / warmup
+        return self.config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (self.step - warmup) / (steps - warmup)))
 
     def state_dict(self) -> dict[str, Any]:
         """How far the run has come."""
@@ -144,7 +143,7 @@ class Finetuner:
                 if done or self.step % config.log_interval == 0:
                     row = {f"train/{name}": float(value) / (self.step - logged) for name, value in sums.items()}
                     self._check_finite(row)
-                    row["train/learning_rate"] = float(self.schedule.get_last_lr()[0])
+                    row["train/learning_rate"] = self._learning_rate()
                     row["time/steps_per_second"] = (self.step - logged) / (time.perf_counter() - started)
                     sums, logged, started = {}, self.step, time.perf_counter()
                     bar.set_postfix({"loss": f"{row['train/loss']:.3f}"})
@@ -175,8 +174,9 @@ class Finetuner:
             loss.backward()
             _add(sums, {name: value.detach() * share for name, value in [*terms.items(), ("loss", loss / share)]})
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
         self.optimizer.step()
-        self.schedule.step()
         self.average.update()
         return sums | {"grad_norm": norm.detach()}
 

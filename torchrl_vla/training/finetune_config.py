@@ -51,6 +51,8 @@ class FinetuneConfig:
     """Dropout inside the adapters."""
     freeze_vla_backbone: bool = False
     """Train the heads only."""
+    num_images_in_input: int = 1
+    """Cameras the policy looks through: 1 agentview, 2 with the wrist camera, which the demonstrations must have."""
     freeze_l1_action_head: bool = False
     """With objective=l1: train the network below the L1 head and keep the head as it is."""
 
@@ -132,6 +134,8 @@ class FinetuneConfig:
             raise ValueError(
                 f"micro_batch_size ({self.micro_batch_size}) must divide batch_size ({self.batch_size}) evenly."
             )
+        if self.num_images_in_input not in (1, 2):
+            raise ValueError(f"num_images_in_input must be 1 or 2, got {self.num_images_in_input}.")
         if self.freeze_l1_action_head and self.objective != "l1":
             raise ValueError("freeze_l1_action_head needs objective=l1: with tokens the L1 head is never trained.")
         if self.freeze_vla_backbone and (self.use_lora or self.freeze_l1_action_head):
@@ -142,3 +146,22 @@ class FinetuneConfig:
     def save(self, path: Path) -> None:
         """Write as JSON."""
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> FinetuneConfig:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: there is no such file, or it is of a run of another command or version.
+        """
+        if not path.is_file():
+            raise ValueError(
+                f"{path.parent} is not the folder of a fine-tuning: it has no {path.name}. Leave out --resume to start "
+                "one."
+            )
+        values = json.loads(path.read_text())
+        try:
+            paths = {name: Path(values[name]) for name in ("dataset", "out")}
+            return cls(**{**values, **paths})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{path} was not written by this version of `torchrl-vla finetune`: {error}.") from error

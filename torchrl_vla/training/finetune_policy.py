@@ -70,6 +70,13 @@ def load_student(config: FinetuneConfig, dataset: DemonstrationDataset, device: 
             f"{dataset.folder} has actions of {dataset.action_dim} numbers, {config.checkpoint} gives "
             f"{model.config.action_dim}: fine-tune a policy of that action dimension."
         )
+    if model.config.num_images > config.num_images_in_input:
+        raise ValueError(
+            f"num_images_in_input is {config.num_images_in_input}, but {config.checkpoint} was trained with "
+            f"{model.config.num_images} cameras: use --num-images-in-input {model.config.num_images}."
+        )
+    # No file of a released checkpoint says how many pictures it was trained on; this package notes it.
+    model.config = replace(model.config, num_images=config.num_images_in_input)
     if config.objective == "l1" and model.action_head is None:
         model.action_head = _new_l1_head(model, config)
     _choose_parameters(model, config)
