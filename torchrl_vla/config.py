@@ -134,7 +134,7 @@ class PPOConfig:
     wandb_entity: str | None = None
     """W&B user or team."""
     log_interval: int = 1000
-    """Write metrics every this many control steps, at the end of the update that passes it."""
+    """Write metrics every this many control steps, at the end of the update that passes it, and after a validation."""
     save_interval: int = 10_000
     """Write a checkpoint every this many control steps; the last update always writes one."""
     keep_checkpoints: int = 2
@@ -158,6 +158,7 @@ class PPOConfig:
             "val_interval", "val_episodes", "lr_warmup_steps",
         )  # fmt: skip
         _fraction(self, "gamma", "gae_lambda", "verifier_gamma", "keep_low", "keep_high")
+        _positive(self, "verifier_gamma")
         if self.batch_size != "auto":
             _positive(self, "batch_size")
         if self.recompute != "auto":
@@ -294,7 +295,7 @@ class OpenVLAActorConfig:
     """GPU of the heads with use_multi_gpu."""
 
     freeze_vla_backbone: bool = False
-    """Train the heads only."""
+    """Train the heads only; use_lora has no effect then."""
     use_lora: bool = True
     """Train LoRA adapters instead of the weights."""
     lora_rank: int = 32
@@ -317,7 +318,7 @@ class OpenVLAActorConfig:
     load_l1_action_head: bool = False
     """Load the L1 regression head."""
     freeze_l1_action_head: bool = True
-    """Keep the L1 head as it is."""
+    """Keep the L1 head as it is. PPO never trains it; finetune with objective=l1 does."""
     use_tokenized_actions: bool = True
     """Act through the action tokens' probabilities; PPO needs this."""
     use_l1_regression: bool = True
@@ -327,7 +328,7 @@ class OpenVLAActorConfig:
     force: bool = False
     """Train from a checkpoint all the same whose action tokens were never trained."""
     deterministic_eval: bool = True
-    """Evaluate greedily."""
+    """Validate at eval_temperature; off: at rollout_temperature where eval_temperature is 0."""
     compile: bool = True
     """Compile the layers, fuse their weights and replay small batches as CUDA graphs, on a GPU; a CPU runs them as they
     are."""
@@ -338,6 +339,8 @@ class OpenVLAActorConfig:
         _positive(self, "lora_rank", "lora_alpha", "proprio_dim")
         _non_negative(self, "gpu_id", "secondary_gpu_id")
         _fraction(self, "lora_dropout")
+        if self.lora_dropout == 1:
+            raise ValueError("lora_dropout must be below 1, got 1: the adapters would never learn.")
         if self.num_images_in_input not in (1, 2):
             raise ValueError(
                 "num_images_in_input must be 1 (agentview) or 2 (with the wrist camera), "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torchrl_vla.config import EnvironmentConfig, OpenVLAActorConfig, PPOConfig, TrainConfig
+from torchrl_vla.releases import TOKEN_CHECKPOINTS
 
 __all__ = ["PRESETS", "choose_preset"]
 
@@ -31,12 +32,20 @@ def _tiny() -> TrainConfig:
 
 def _24gb() -> TrainConfig:
     """OpenVLA-OFT 7B with LoRA on one 24 GB card."""
-    return TrainConfig(ppo=PPOConfig(batch_size="auto", memory_gb=22.0), env=EnvironmentConfig(num_envs=8))
+    return TrainConfig(
+        ppo=PPOConfig(batch_size="auto", memory_gb=22.0),
+        env=EnvironmentConfig(num_envs=8),
+        actor=OpenVLAActorConfig(pretrained_checkpoint=TOKEN_CHECKPOINTS[0]),
+    )
 
 
 def _80gb() -> TrainConfig:
     """OpenVLA-OFT 7B with LoRA on one 80 GB card."""
-    return TrainConfig(ppo=PPOConfig(batch_size="auto"), env=EnvironmentConfig(num_envs=16))
+    return TrainConfig(
+        ppo=PPOConfig(batch_size="auto"),
+        env=EnvironmentConfig(num_envs=16),
+        actor=OpenVLAActorConfig(pretrained_checkpoint=TOKEN_CHECKPOINTS[0]),
+    )
 
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {"tiny": _tiny, "24gb": _24gb, "80gb": _80gb}

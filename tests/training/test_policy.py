@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from torchrl_vla.modules import (
     make_l1_actor,
 )
 from torchrl_vla.training.devices import choose_head_device
-from torchrl_vla.training.policy import Policy, load_policy, policy_mode, weights_dtype
+from torchrl_vla.training.policy import Policy, find_policy, load_policy, policy_mode, weights_dtype
 
 DATA = Path(__file__).parents[1] / "data"
 INSTRUCTION = "pick up the black bowl"
@@ -249,3 +250,37 @@ def test_damaged_image_settings_are_told(base: Path, tmp_path: Path, content: st
     (folder / "processor.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         load(folder)
+
+
+def noted(release: Path, folder: Path, **values: object) -> Path:
+    """A copy in whose config.json this package has noted something."""
+    copy = shutil.copytree(release, folder)
+    config = json.loads((copy / "config.json").read_text())
+    config["torchrl_vla"] = {**config.get("torchrl_vla", {}), **values}
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+def test_what_does_not_fit_the_checkpoint_is_refused(release: Path, tmp_path: Path) -> None:
+    two_cameras = noted(release, tmp_path / "two", num_images=2)
+    with pytest.raises(ValueError, match="num_images_in_input is 1.*with 2 cameras: use --num-images-in-input 2"):
+        load(two_cameras)
+    assert load(two_cameras, num_images_in_input=2).model.config.num_images == 2
+    with pytest.raises(ValueError, match="proprio_dim is 5.*states of 8 numbers: use --proprio-dim 8"):
+        load(release, proprio_dim=5)
+    blind = shutil.copytree(release, tmp_path / "blind", ignore=shutil.ignore_patterns("proprio_projector*"))
+    with pytest.raises(ValueError, match="freeze_vla_backbone leaves nothing that PPO could train"):
+        load(blind, trainable=True, force=True, freeze_vla_backbone=True)
+
+
+def test_a_derived_suite_takes_the_statistics_of_its_base(release: Path) -> None:
+    actor = OpenVLAActorConfig(str(release))
+    assert load_policy(actor, task_suite="libero_spatial_swap", trainable=False).statistics_key == "libero_spatial"
+    with pytest.raises(ValueError, match="No statistics for 'libero_goal'.*--unnorm-key"):
+        load_policy(actor, task_suite="libero_goal_swap", trainable=False)
+
+
+def test_a_run_without_a_policy_names_the_command_that_writes_one(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match=f"`torchrl-vla export {tmp_path} OUT`"):
+        find_policy(str(tmp_path))

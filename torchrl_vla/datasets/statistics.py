@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from torchrl_vla.modules.action_tokenizer import STATISTICS_FILE
+from torchrl_vla.modules.files import read_json
 
 __all__ = ["compute_statistics", "read_statistics", "write_statistics"]
 
@@ -75,7 +76,10 @@ def read_statistics(folder: Path, key: str) -> dict[str, Any]:
             f"{folder} has no {STATISTICS_FILE}, and actions cannot be normalised without. `torchrl-vla demos` writes "
             "it last: run it again with the same options, it goes on from what is there."
         )
-    statistics = json.loads(path.read_text())
+    try:
+        statistics = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error} `torchrl-vla demos` does, run again with the same options.") from error
     if key not in statistics:
         raise ValueError(f"{path} has statistics of {', '.join(sorted(statistics)) or 'nothing'}, not of {key!r}.")
     return statistics[key]

@@ -117,7 +117,11 @@ class ActionTokenizer(nn.Module):
         for name in (key, f"{key}_no_noops"):
             if name in statistics:
                 return cls(statistics[name], n_bins=n_bins, vocab_size=vocab_size)
-        raise ValueError(f"No statistics for {key!r} in {path}; it has: {', '.join(sorted(statistics))}.")
+        raise ValueError(
+            f"No statistics for {key!r} in {path}; it has: {', '.join(sorted(statistics))}. Name the ones that the "
+            "policy was trained with (--unnorm-key), or put the dataset_statistics.json of a release fine-tuned on "
+            "the same data into the folder."
+        )
 
     def statistics(self) -> dict[str, dict[str, list[Any]]]:
         """The percentiles in upstream's format, to the bit those the tokenizer was made with."""

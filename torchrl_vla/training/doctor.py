@@ -11,15 +11,17 @@ from typing import Any, Literal
 import torch
 from packaging.requirements import Requirement
 
+from torchrl_vla.envs import get_suite
 from torchrl_vla.envs.rendering import configure_rendering, renderer_name
 from torchrl_vla.modules import load_tokenizer
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
 from torchrl_vla.modules.openvla.attention import resolve_attention
 from torchrl_vla.modules.openvla.config import OpenVLAConfig
-from torchrl_vla.modules.openvla.inspection import TOKEN_CHECKPOINTS, CheckpointSummary, TrainedMode
+from torchrl_vla.modules.openvla.inspection import CheckpointSummary, TrainedMode
 from torchrl_vla.modules.openvla.memory import MemoryEstimate
 from torchrl_vla.modules.openvla.quantization import check_4bit
 from torchrl_vla.modules.openvla.tokenizer import empty_token_id
+from torchrl_vla.releases import TOKEN_CHECKPOINTS
 from torchrl_vla.training.folder import NOT_A_PACKAGE, package_version
 
 __all__ = ["Check", "Diagnosis", "check_checkpoint", "check_machine", "fits_memory"]
@@ -129,7 +131,7 @@ def check_checkpoint(
         checks.append(Check("statistics", "problem", f"there are none, so actions have no units: {advice}"))
     elif task_suite is not None:
         try:
-            actions = ActionTokenizer.from_statistics(summary.folder, task_suite)
+            actions = ActionTokenizer.from_statistics(summary.folder, get_suite(task_suite).base or task_suite)
         except ValueError as error:
             checks.append(Check("statistics", "problem", str(error)))
         else:

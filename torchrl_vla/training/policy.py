@@ -180,6 +180,11 @@ def find_policy(name: str, *, use_local: bool = True) -> Path:
     folder = _BUNDLED_FOLDER if name == BUNDLED else resolve_checkpoint(name, use_local=use_local)
     if (folder / CHECKPOINTS).is_dir() and (folder / "policy").is_dir():
         return folder / "policy"
+    if (folder / CHECKPOINTS).is_dir():
+        raise ValueError(
+            f"{folder} is a run without a policy of its own, as it was interrupted before or loaded in 4 bits: "
+            f"`torchrl-vla export {folder} OUT` writes one from its latest checkpoint."
+        )
     return folder
 
 
@@ -264,7 +269,17 @@ def load_policy(
                 f"use_proprio is off, but {folder} was trained with the robot's state: leave it on, or choose a "
                 "checkpoint without a proprio projector."
             )
-        key = actor.unnorm_key or task_suite
+        if config.use_proprio and actor.proprio_dim != config.proprio_dim:
+            raise ValueError(
+                f"proprio_dim is {actor.proprio_dim}, but {folder} reads states of {config.proprio_dim} numbers: use "
+                f"--proprio-dim {config.proprio_dim}."
+            )
+        if config.num_images > actor.num_images_in_input:
+            raise ValueError(
+                f"num_images_in_input is {actor.num_images_in_input}, but {folder} was trained with "
+                f"{config.num_images} cameras: use --num-images-in-input {config.num_images}."
+            )
+        key = actor.unnorm_key or get_suite(task_suite).base or task_suite
         sizes = {"n_bins": config.n_action_bins, "vocab_size": config.tokenizer_vocab_size}
         actions = ActionTokenizer.from_statistics(folder, key, **sizes)
         tokenizer = load_tokenizer(folder)
@@ -277,7 +292,7 @@ def load_policy(
             load_l1_action_head=actor.load_l1_action_head or False,
             attn_implementation=None if actor.use_flash_attention else "sdpa",
         )
-        # No file of a released checkpoint says how many pictures it was trained on.
+        # No file of a released checkpoint says how many pictures it was trained on; this package notes it.
         model.config = replace(model.config, num_images=actor.num_images_in_input)
         policy = _assemble(
             model,
@@ -391,3 +406,8 @@ def _prepare(model: OpenVLA, actor: OpenVLAActorConfig) -> None:
     if model.action_head is not None:
         logger.warning("The L1 head is loaded for comparison: PPO acts through the tokens and leaves it as it is.")
         model.action_head.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "freeze_vla_backbone leaves nothing that PPO could train: this checkpoint has no proprio projector. Leave "
+            "it out, and adapters (use_lora) or all weights learn."
+        )

@@ -30,7 +30,7 @@ def test_mode(tmp_path: Path, options: dict, mode: str) -> None:
     folder = write(tmp_path / "policy", **options)
     assert trained_mode(folder).name == mode
     believed = trained_mode(folder, finetuned_on_discrete_actions=True).name
-    assert believed == ("l1" if options.get("noted") == "l1" else "hybrid" if options.get("head") else "tokens")
+    assert believed == ("hybrid" if options.get("head") else "tokens")
 
 
 def test_upstreams_code_tells_oft_from_base(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from torchrl_vla.modules.openvla.layout import parameter_names, unused_shapes, u
 from torchrl_vla.modules.openvla.lora import merged_weight
 from torchrl_vla.modules.openvla.quantization import check_4bit, prepare_4bit, quantize_weight
 from torchrl_vla.modules.openvla.shards import INDEX, SINGLE, check_shards, find_shards, head_file, head_step, listed
+from torchrl_vla.releases import TOKEN_CHECKPOINTS
 
 if TYPE_CHECKING:
     from torchrl_vla.modules.openvla.model import OpenVLA
@@ -55,7 +56,10 @@ def resolve_checkpoint(path_or_hub_id: str | Path, *, local_files_only: bool = F
     )
     repo_id = str(path_or_hub_id)
     if path.is_absolute() or repo_id.startswith((".", "~")) or repo_id.count("/") != 1:
-        raise ValueError(f"there is no checkpoint folder {repo_id!r}. {advice}")
+        raise ValueError(
+            f"there is no checkpoint folder {repo_id!r}. {advice} Checkpoints with trained action tokens, which RL "
+            f"needs: {', '.join(TOKEN_CHECKPOINTS)}; bundled:tiny comes with this package."
+        )
     try:
         return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES, local_files_only=local_files_only))
     except (

@@ -17,18 +17,11 @@ from torchrl_vla.modules.openvla.config import OpenVLAConfig
 from torchrl_vla.modules.openvla.layout import parameter_names, unused_shapes
 from torchrl_vla.modules.openvla.model import OpenVLA
 from torchrl_vla.modules.openvla.shards import check_shards, find_shards, head_file, head_step
+from torchrl_vla.releases import TOKEN_CHECKPOINTS
 
 ActionMode = Literal["tokens", "l1", "hybrid", "autoregressive"]
 
 _OFT_NAME = re.compile(r"(?<![a-z])oft(?![a-z])|parallel_dec")
-
-#: Checkpoints whose action tokens were trained for parallel decoding, one of each LIBERO suite.
-TOKEN_CHECKPOINTS = (
-    "Haozhan72/Openvla-oft-SFT-libero-spatial-traj1",
-    "Haozhan72/Openvla-oft-SFT-libero-object-traj1",
-    "Haozhan72/Openvla-oft-SFT-libero-goal-traj1",
-    "Haozhan72/Openvla-oft-SFT-libero10-traj1",
-)
 
 
 @dataclass(frozen=True)
@@ -67,13 +60,15 @@ def trained_mode(folder: str | Path, *, finetuned_on_discrete_actions: bool = Fa
     folder = Path(folder)
     head = head_file(folder, "action_head")
     noted = OpenVLAConfig.from_folder(folder).trained_for
-    if noted == "l1":
-        return TrainedMode("l1", "config.json notes that the L1 head was trained last")
     if noted == "tokens" or finetuned_on_discrete_actions:
         reason = (
-            "config.json notes that tokens were trained last" if noted else "the user says that tokens were trained"
+            "config.json notes that tokens were trained last"
+            if noted == "tokens"
+            else "the user says that tokens were trained"
         )
         return TrainedMode("tokens" if head is None else "hybrid", reason)
+    if noted == "l1":
+        return TrainedMode("l1", "config.json notes that the L1 head was trained last")
     if head is not None:
         return TrainedMode("l1", f"{head.name} is there: such checkpoints are trained by regression alone")
     if head_file(folder, "proprio_projector") is not None:
