@@ -92,8 +92,10 @@ def train(config: TrainConfig, preset: str) -> Path:
     with log_to(folder / "train.log"), build_trainer(config, policy, folder, device, head_device) as trainer:
         logger.info("preset %s, device %s, OpenGL through %s, attention through %s", preset, device, backend, attention)
         trainer.train()
+        # Weights in 4 bits are rounded: adapters are merged into those of the checkpoint.
+        place = f"`torchrl-vla export {folder} OUT`" if policy.model.is_loaded_in_4bit else folder / "policy"
         trainer.logger.print(
-            f"Done: {trainer.updates} updates, {trainer.env_steps:,} control steps. Policy: {folder / 'policy'}   "
+            f"Done: {trainer.updates} updates, {trainer.env_steps:,} control steps. Policy: {place}   "
             f"Figures: {trainer.logger.csv_path}   Learning curve: {trainer.logger.curve_path}"
         )
     return folder
@@ -200,7 +202,8 @@ def _assemble(
     def save(trainer: PPOTrainer) -> None:
         success = trainer.latest("val/success_rate", trainer.latest("rollout/success_rate", 0.0))
         checkpoints.save(step=trainer.env_steps, success=success)
-        save_policy(policy, folder / "policy")
+        if not policy.model.is_loaded_in_4bit:
+            save_policy(policy, folder / "policy")
 
     validate = _validation(config, actor, envs, run_logger)
     trainer = PPOTrainer(
@@ -267,6 +270,8 @@ def _validation(
     states = initial_states(suite, config.env.tasks, config.env.val_init_state_ids)
     instructions = {task: suite.task(task).instruction for task in config.env.tasks}
     temperature, wanted = config.ppo.eval_temperature, max(config.ppo.val_episodes, 1)
+    if not config.actor.deterministic_eval and not temperature:
+        temperature = config.ppo.rollout_temperature
     plan = spread_episodes(config.env.tasks, states, wanted, repeat=temperature > 0)
     if len(plan) < wanted and config.ppo.val_interval:
         run_logger.print(

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import nn
-from torch.optim.lr_scheduler import LinearLR
 from torchrl.data import SamplerWithoutReplacement, TensorDictReplayBuffer, TensorStorage
 from torchrl.objectives import LossModule
 from tqdm import tqdm
@@ -79,8 +78,8 @@ class PPOTrainer:
         self.logger = logger
         self.device = torch.device(device)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        warmup = max(1, config.lr_warmup_steps)
-        self.schedule = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
+        # Those of the configuration; an optimizer's state would bring back those of the run that wrote it.
+        self.learning_rates = [group["lr"] for group in optimizer.param_groups]
         self.advantage = advantage
         self.micro_batch = MicroBatch(
             config.batch_size, config.recompute, memory_gb=config.memory_gb, set_recompute=set_recompute
@@ -90,20 +89,20 @@ class PPOTrainer:
             self.backward_pass = RecordedPass(loss, optimizer, self.device, prepare, GraphRecorder())
         self.updates = 0
         self.env_steps = 0
+        self.optimizer_steps = 0
         self.bad_steps = 0
         self._validate = validate if config.val_interval and config.val_episodes else None
         self._save = save
 
     def state_dict(self) -> dict[str, Any]:
         """How far the run has come."""
-        progress = {"updates": self.updates, "env_steps": self.env_steps, "bad_steps": self.bad_steps}
-        return progress | {"schedule": self.schedule.state_dict()}
+        names = ("updates", "env_steps", "optimizer_steps", "bad_steps")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where `state_dict` was taken."""
-        self.updates, self.env_steps = int(state["updates"]), int(state["env_steps"])
-        self.bad_steps = int(state["bad_steps"])
-        self.schedule.load_state_dict(dict(state["schedule"]))
+        for name in self.state_dict():
+            setattr(self, name, int(state[name]))
 
     def latest(self, figure: str, default: float) -> float:
         """The newest value of a figure that was logged, or the default if there is none."""
@@ -133,10 +132,13 @@ class PPOTrainer:
                 del batch  # its images, while the next batch is collected
                 trim_heap()
                 done = self.env_steps >= total
-                if self._validate is not None and (done or _passed(config.val_interval, before, self.env_steps)):
+                validated = self._validate is not None and (
+                    done or _passed(config.val_interval, before, self.env_steps)
+                )
+                if validated:
                     metrics |= self._timed_validation()
                 bar.update(min(self.env_steps, total) - min(before, total))
-                if done or _passed(config.log_interval, before, self.env_steps):
+                if done or validated or _passed(config.log_interval, before, self.env_steps):
                     self._log(metrics, f"update {self.updates}, {self.env_steps:,} of {total:,} control steps")
                 if self._save is not None and (done or _passed(config.save_interval, before, self.env_steps)):
                     self._save(self)
@@ -261,8 +263,11 @@ class PPOTrainer:
 
     def _step_if_finite(self, finite: torch.Tensor) -> None:
         if finite.item():
+            self.optimizer_steps += 1
+            warmup = min(1.0, self.optimizer_steps / max(1, self.config.lr_warmup_steps))
+            for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
+                group["lr"] = rate * warmup
             self.optimizer.step()
-            self.schedule.step()
             self.bad_steps = 0
             return
         self.bad_steps += 1
