@@ -13,7 +13,8 @@ __all__ = ["FinetuneConfig"]
 
 @dataclass
 class FinetuneConfig:
-    """Supervised fine-tuning on demonstrations. The defaults train the tiny policy from nothing.
+    """Supervised fine-tuning on demonstrations. The defaults train a tiny policy from nothing; docs/tiny_policy.md has
+    the settings of the bundled one.
 
     For a released 7B checkpoint on one 80 GB card: ``--use-lora --learning-rate 5e-4 --batch-size 8 --ema-decay 0
     --proprio-noise 0 --weight-decay 0.01``.

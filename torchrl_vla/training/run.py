@@ -268,6 +268,14 @@ def _validation(
 ) -> Callable[[int], Mapping[str, float]]:
     suite = get_suite(config.env.task_suite)
     states = initial_states(suite, config.env.tasks, config.env.val_init_state_ids)
+    if config.ppo.val_interval and any(
+        set(states[task]) & set(trained_on)
+        for task, trained_on in initial_states(suite, config.env.tasks, config.env.init_state_ids).items()
+    ):
+        run_logger.print(
+            "Training starts from the validations' initial states too: they say how the run goes, not how the policy "
+            "does where it has not trained. --init-state-ids and --val-init-state-ids keep them apart."
+        )
     instructions = {task: suite.task(task).instruction for task in config.env.tasks}
     temperature, wanted = config.ppo.eval_temperature, max(config.ppo.val_episodes, 1)
     if not config.actor.deterministic_eval and not temperature:
