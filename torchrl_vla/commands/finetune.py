@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import tyro
@@ -21,14 +22,13 @@ def main(arguments: Sequence[str]) -> None:
     """
     rest = list(arguments)
     out = take_option(rest, "--out")
-    default = None
+    program = "torchrl-vla finetune"
     if "--resume" in rest and out is not None:
         # What is not said anew stays as it was.
-        default = FinetuneConfig.load(Path(out) / "config.json")
-        default.out = Path(out)
-    elif out is not None:
-        rest += ["--out", out]
-    config = tyro.cli(FinetuneConfig, prog="torchrl-vla finetune", default=default, args=rest)
+        before = replace(FinetuneConfig.load(Path(out) / "config.json"), out=Path(out))
+        config = tyro.cli(FinetuneConfig, prog=program, default=before, args=rest)
+    else:
+        config = tyro.cli(FinetuneConfig, prog=program, args=arguments)
     from torchrl_vla.training.finetune import finetune
 
     finetune(config)

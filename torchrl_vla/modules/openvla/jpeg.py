@@ -15,7 +15,7 @@ from torch import Tensor
 try:
     import cv2
 except ImportError:  # it comes with robosuite, but needs libGL, which a server without LIBERO may not have
-    cv2 = None
+    cv2 = None  # type: ignore[assignment]
 
 __all__ = ["decode_jpeg", "encode_jpeg", "jpeg_round_trip"]
 
