@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -99,3 +100,18 @@ def test_presets():
     assert choose_preset("24gb") == "24gb"
     with pytest.raises(ValueError, match="No preset 'huge': choose auto, tiny, 24gb, 80gb"):
         choose_preset("huge")
+
+
+@pytest.mark.parametrize(("gibibytes", "preset"), [(None, "tiny"), (23.5, "24gb"), (79.2, "80gb")])
+def test_the_preset_is_chosen_by_the_memory_of_the_gpu(
+    gibibytes: float | None, preset: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gibibytes is not None)
+    card = SimpleNamespace(total_memory=int((gibibytes or 0) * 2**30))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: card)
+    assert choose_preset() == preset
+
+
+def test_the_24gb_preset_leaves_room_on_its_card():
+    memory = PRESETS["24gb"]().ppo.memory_gb
+    assert memory is not None and memory < 23.5, "what such cards have for programs"

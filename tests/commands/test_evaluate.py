@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from torchrl_vla.cli import main
 from torchrl_vla.commands import evaluate
 from torchrl_vla.commands.evaluate import EvaluateConfig
+from torchrl_vla.evaluation.report import EvaluationReport
 from torchrl_vla.training.policy import build_policy, save_policy
 
 
@@ -87,6 +89,44 @@ def test_the_policy_to_compare_with_is_checked_before_anything_runs(tmp_path: Pa
         main(["evaluate", "--checkpoint", "bundled:tiny", *options, "--compare-with", str(tmp_path / "policy"),
               "--out", str(tmp_path / "out")])  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("init_states", "drawn"),
+    [
+        ("official", {"seed": 3, "sampled_init_states": None}),
+        ("sampled", {"seed": 0, "sampled_init_states": 3}),
+    ],
+)
+def test_every_choice_about_the_simulator_reaches_it(
+    init_states: str, drawn: dict[str, int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_envs = Mock(side_effect=InterruptedError)
+    monkeypatch.setattr("torchrl_vla.envs.layout.make_envs", make_envs)
+    chosen = [
+        "--task-suite", "libero_goal", "--task-ids", "5", "2", "--episodes-per-task", "4", "--num-envs", "3",
+        "--max-episode-steps", "16", "--proprio-format", "quaternion", "--num-images-in-input", "2",
+        "--fidelity", "fast", "--worker-timeout", "7", "--init-states", init_states, "--seed", "3",
+    ]  # fmt: skip
+    with pytest.raises(InterruptedError):
+        main(["evaluate", "--checkpoint", "bundled:tiny", "--unnorm-key", "libero_spatial", *chosen])
+    make_envs.assert_called_once_with(
+        "libero_goal", task_ids=[2, 5], num_envs=3, chunk_size=8, cameras=("agentview", "robot0_eye_in_hand"),
+        proprio_format="quaternion", max_episode_steps=16, worker_timeout=7.0, fidelity="fast", **drawn,
+    )  # fmt: skip
+
+
+def test_the_checkpoint_to_compare_with_is_run_too_and_is_the_baseline(tmp_path: Path) -> None:
+    options = ["--task-ids", "3", "--init-state-ids", "4", "--max-episode-steps", "8", "--num-envs", "1"]
+    options += ["--fidelity", "fast", "--no-videos", "--compare-with", "random:tiny", "--out", str(tmp_path)]
+    main(["evaluate", "--checkpoint", "bundled:tiny", *options])
+    comparison = json.loads((tmp_path / "report.json").read_text())["comparison"]
+    assert (comparison["baseline"], comparison["new"]) == ("random:tiny", "bundled:tiny")
+    for name, folder in (("bundled:tiny", tmp_path), ("random:tiny", tmp_path / "baseline")):
+        report = EvaluationReport.load(folder)
+        assert report.settings["checkpoint"] == name
+        assert [(e.task_id, e.init_state_id, e.control_steps) for e in report.episodes] == [(3, 4, 8)]
+    assert "random:tiny" in (tmp_path / "report.html").read_text()
 
 
 def test_bad_options(capsys: pytest.CaptureFixture) -> None:

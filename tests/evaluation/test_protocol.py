@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDictBase
+from torchrl.envs.utils import ExplorationType, exploration_type
 
 from torchrl_vla.collectors import EpisodePlan, Progress
 from torchrl_vla.envs.toy import ToyTrackingEnv
@@ -38,3 +39,18 @@ def test_parts_make_the_report_that_one_collection_makes(monkeypatch: pytest.Mon
     counted = [(progress.decisions, progress.episodes, progress.successes) for progress in seen]
     assert counted == sorted(counted)
     assert counted[-1] == (sum(episode.decisions for episode in report.episodes), 50, report.total.successes)
+
+
+@pytest.mark.parametrize(("greedy", "mode"), [(True, ExplorationType.DETERMINISTIC), (False, ExplorationType.RANDOM)])
+def test_the_policy_acts_greedily_or_samples_as_asked(greedy: bool, mode: ExplorationType):
+    seen: set[ExplorationType | None] = set()
+
+    def watched(tensordict: TensorDictBase) -> TensorDictBase:
+        seen.add(exploration_type())
+        return act(tensordict)
+
+    plan = EpisodePlan.grid([0], range(3))
+    report = protocol.evaluate(
+        ToyTrackingEnv(2), watched, plan, task_suite="toy", instructions={0: "track"}, greedy=greedy
+    )
+    assert seen == {mode} and report.settings["greedy"] is greedy

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from torchrl_vla.training.logging import RunLogger, check_wandb, format_table
 
@@ -52,12 +54,26 @@ def test_resuming_sets_later_rows_aside(tmp_path: Path):
     assert [row["x"] for row in read(tmp_path / "metrics.after-update-2.csv")] == ["1.0", "2.0", "3.0"]
 
 
-def test_learning_curve_is_a_picture(tmp_path: Path):
+def test_the_learning_curve_shows_every_rate_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *given, **named: drawn.append(self) or save(self, *given, **named)
+    )
     logger = RunLogger(tmp_path)
+    logger.log({"val/success_rate": 0.125}, update=0, env_steps=0)
     logger.log({"rollout/success_rate": 0.25}, update=1, env_steps=100)
+    logger.log({"rollout/success_rate": math.nan, "train/grad_norm": 3.0}, update=2, env_steps=200)
+    logger.log({"rollout/success_rate": 0.5, "val/success_rate": 0.75}, update=3, env_steps=300)
     logger.draw()
     logger.close()
     assert logger.curve_path.read_bytes().startswith(b"\x89PNG")
+    ((axes,),) = (figure.axes for figure in drawn)
+    assert {line.get_label(): line.get_xydata().tolist() for line in axes.lines} == {
+        "rollouts (sampled)": [[100, 0.25], [300, 0.5]],
+        "validation (greedy)": [[0, 0.125], [300, 0.75]],
+    }
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {"rollouts (sampled)", "validation (greedy)"}
 
 
 def test_table_shows_only_what_there_is():
@@ -66,12 +82,13 @@ def test_table_shows_only_what_there_is():
 
 
 def test_wandb_writes_to_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    logger = RunLogger(tmp_path, use_wandb=True)
-    logger.log({"x": 1.0}, update=1, env_steps=100)
+    logger = RunLogger(tmp_path, use_wandb=True, config={"episodes": 4321})
+    logger.log({"val/success_rate": 0.8125}, update=1, env_steps=1760)
     logger.close()
-    assert any((tmp_path / "wandb").glob("offline-run-*"))
+    (records,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    for part in (b"val/success_rate", b"0.8125", b"1760", b"episodes", b"4321"):
+        assert part in records.read_bytes(), part
 
 
 def test_videos_are_files_and_go_to_loggers_that_can_encode_them(

@@ -265,7 +265,9 @@ def test_what_does_not_fit_the_checkpoint_is_refused(release: Path, tmp_path: Pa
     two_cameras = noted(release, tmp_path / "two", num_images=2)
     with pytest.raises(ValueError, match="num_images_in_input is 1.*with 2 cameras: use --num-images-in-input 2"):
         load(two_cameras)
-    assert load(two_cameras, num_images_in_input=2).model.config.num_images == 2
+    for checkpoint in (str(two_cameras), "random:tiny"):
+        policy = load(Path(checkpoint), num_images_in_input=2)
+        assert policy.model.config.num_images == len(policy.actor.backbone.image_keys) == 2
     with pytest.raises(ValueError, match="proprio_dim is 5.*states of 8 numbers: use --proprio-dim 8"):
         load(release, proprio_dim=5)
     blind = shutil.copytree(release, tmp_path / "blind", ignore=shutil.ignore_patterns("proprio_projector*"))

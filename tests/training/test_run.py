@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.envs.utils import ExplorationType, exploration_type
+from torchrl.objectives.value import GAE
 
 from torchrl_vla.cli import main
 from torchrl_vla.config import EnvironmentConfig, OpenVLAActorConfig, PPOConfig, TrainConfig
@@ -17,8 +20,9 @@ from torchrl_vla.modules import ValueHead
 from torchrl_vla.training import run
 from torchrl_vla.training.devices import choose_device
 from torchrl_vla.training.logging import RunLogger
-from torchrl_vla.training.policy import BUNDLED, build_policy, load_policy, save_policy
-from torchrl_vla.training.run import _advantage, _assemble, _validation, train
+from torchrl_vla.training.policy import BUNDLED, Policy, build_policy, load_policy, save_policy
+from torchrl_vla.training.run import _advantage, _assemble, _validation
+from torchrl_vla.training.trainer import PPOTrainer
 
 SMALL = [
     "--preset", "tiny", "--pretrained-checkpoint", "random:tiny", "--num-envs", "1", "--group-size", "2",
@@ -32,11 +36,42 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def test_train_resume_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture):
+def watch(name: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """The options of each call of a function that a run uses, from now on."""
+    function, calls = getattr(run, name), []
+
+    def watched(*arguments: object, **options: object) -> object:
+        calls.append(options)
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(run, name, watched)
+    return calls
+
+
+def assemble(config: TrainConfig, folder: Path, *, heads: str = "cpu") -> tuple[PPOTrainer, Policy]:
+    """A run's parts around an environment that needs no simulator."""
+    policy = load_policy(config.actor, task_suite=config.env.task_suite)
+    value_head = ValueHead(policy.model.config.hidden_size) if config.ppo.advantage_estimator == "gae" else None
+    devices = torch.device("cpu"), torch.device(heads)
+    trainer = _assemble(config, folder, *devices, policy, value_head, [ToyTrackingEnv(2)], 220)
+    trainer.logger.close()
+    return trainer, policy
+
+
+def make_observation() -> TensorDict:
+    torch.manual_seed(0)
+    return TensorDict(
+        observation=TensorDict(image=torch.randint(0, 256, (3, 256, 256), dtype=torch.uint8), state=torch.randn(8)),
+        language_instruction="pick up the black bowl and place it on the plate",
+    )
+
+
+def test_train_resume_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     """GAE learns from failures too, so that an untrained policy's update is not empty."""
+    simulations, films_made = (watch(name, monkeypatch) for name in ("make_envs", "film"))
     run = tmp_path / "run"
-    gae = ["--advantage-estimator", "gae", "--val-interval", "60"]
-    main(["train", *SMALL, *gae, "--num-envs", "2", "--run-dir", str(run), "--timesteps", "40"])
+    options = ["--advantage-estimator", "gae", "--val-interval", "60", "--fidelity", "fast", "--seed", "9"]
+    main(["train", *SMALL, *options, "--num-envs", "2", "--run-dir", str(run), "--timesteps", "40"])
     output = capsys.readouterr().out
     assert f"results go to {run}" in output and f"Policy: {run / 'policy'}" in output
     first = rows(run)
@@ -50,6 +85,9 @@ def test_train_resume_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture):
     # Nothing succeeds in 16 control steps, so there is a failure to film, before training and after.
     films = sorted(path.name for path in (run / "videos").iterdir())
     assert len(films) == 2 and films[0] == "val-failure-0.mp4" and films[1].startswith("val-failure-")
+    # Of the simulation that was validated: with other fixtures or physics the same actions are another episode.
+    assert films_made == [{"fidelity": "fast", "seed": 0, "settle_steps": 1}] * 2
+    assert films_made[0].items() <= simulations[0].items()
 
     main(["train", "--resume", "--run-dir", str(run), "--timesteps", "70", "--num-envs", "1", "--no-val-videos"])
     assert "Going on from" in capsys.readouterr().out
@@ -114,15 +152,110 @@ def test_bad_input_is_explained_before_a_folder_is_made(options: list[str], mess
 
 
 def test_the_value_head_learns_on_the_heads_device(tmp_path: Path):
-    cpu, other = torch.device("cpu"), torch.device("meta")
-    policy = load_policy(OpenVLAActorConfig(BUNDLED), task_suite="libero_spatial")
-    value_head = ValueHead(policy.model.config.hidden_size)
-    config = TrainConfig(PPOConfig(advantage_estimator="gae", val_interval=0))
-    trainer = _assemble(config, tmp_path, cpu, other, policy, value_head, [ToyTrackingEnv(2)], 220)
-    trainer.logger.close()
-    learned = [{p.device for p in group["params"]} for group in trainer.optimizer.param_groups]
-    assert learned == [{cpu}, {other}] and {p.device for p in value_head.parameters()} == {other}
-    assert {p.device for p in policy.model.parameters()} == {cpu}
+    config = TrainConfig(PPOConfig(advantage_estimator="gae", val_interval=0), actor=OpenVLAActorConfig(BUNDLED))
+    trainer, policy = assemble(config, tmp_path, heads="meta")
+    learned = [{p.device.type for p in group["params"]} for group in trainer.optimizer.param_groups]
+    assert learned == [{"cpu"}, {"meta"}]
+    assert {p.device.type for p in trainer.loss.critic_network.parameters()} == {"meta"}
+    assert {p.device.type for p in policy.model.parameters()} == {"cpu"}
+
+
+def test_every_choice_about_learning_reaches_its_part(tmp_path: Path):
+    chosen = PPOConfig(
+        clip_ratio_low=0.11, clip_ratio_high=0.33, ratio_level="action", dual_clip=2.5, entropy_coef=0.02, kl_coef=0.03,
+        reconstruction_coef=0.04, value_loss_coef=0.6, advantage_estimator="gae", gamma=0.9, gae_lambda=0.8,
+        actor_lr=1e-4, critic_lr=2e-3, lr_warmup_steps=0, n_steps=77, group_size=3, seed=5, val_interval=0,
+    )  # fmt: skip
+    env = EnvironmentConfig(task_ids=[4, 2], init_state_ids=[3, 5], val_init_state_ids=[8])
+    trainer, policy = assemble(TrainConfig(chosen, env, OpenVLAActorConfig(BUNDLED, lora_rank=2)), tmp_path)
+
+    loss, advantage, collector = trainer.loss, trainer.advantage, trainer.collector
+    coefficients = {
+        "clip_epsilon_low": 0.11, "clip_epsilon_high": 0.33, "dual_clip": 2.5, "entropy_coeff": 0.02, "kl_coeff": 0.03,
+        "reconstruction_coeff": 0.04, "critic_coeff": 0.6,
+    }  # fmt: skip
+    assert {name: float(getattr(loss, name)) for name in coefficients} == pytest.approx(coefficients)
+    assert loss.ratio_level == "action" and loss.reference_context is not None
+    assert torch.equal(loss.bin_centers, policy.processor.action_tokenizer.bin_centers)
+    assert isinstance(advantage, GAE)
+    assert (float(advantage.gamma), float(advantage.lmbda)) == pytest.approx((0.9, 0.8))
+    rates = {parameter: group["lr"] for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    learning = dict.fromkeys((p for p in policy.model.parameters() if p.requires_grad), 1e-4)
+    assert rates == learning | dict.fromkeys(loss.critic_network.parameters(), 2e-3)
+    assert (collector.task_ids, collector.init_state_ids) == ([4, 2], [3, 5])
+    assert (collector.min_steps, collector.group_size, collector.seed, collector.mean_length) == (77, 3, 5, 220.0)
+
+
+def test_every_choice_about_groups_reaches_their_advantage():
+    chosen = {"baseline": "running", "verifier_gamma": 0.7, "keep_low": 0.2, "keep_high": 0.6}
+    advantage = _advantage(PPOConfig(advantage_estimator="rloo", **chosen))
+    assert {name: getattr(advantage, name) for name in chosen} == chosen and advantage.estimator == "rloo"
+
+
+@pytest.mark.parametrize("in_4bit", [False, True])
+def test_what_a_save_writes(in_4bit: bool, tmp_path: Path):
+    """Weights in 4 bits, which need a GPU, cannot be written: that must not end the run."""
+    actor = OpenVLAActorConfig(BUNDLED, lora_rank=2)
+    trainer, policy = assemble(TrainConfig(PPOConfig(val_interval=0), actor=actor), tmp_path)
+    policy.model.is_loaded_in_4bit = in_4bit
+    trainer._save(trainer)
+    assert len(list((tmp_path / "checkpoints").glob("checkpoint-*"))) == 1
+    assert (tmp_path / "policy").exists() is not in_4bit
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_the_kl_penalty_is_to_the_policy_that_the_run_started_from(use_lora: bool, tmp_path: Path):
+    actor = OpenVLAActorConfig(BUNDLED, use_lora=use_lora, lora_rank=2)
+    ppo = PPOConfig(kl_coef=0.1, actor_lr=1e-2, lr_warmup_steps=0, val_interval=0)
+    trainer, policy = assemble(TrainConfig(ppo, actor=actor), tmp_path)
+
+    @torch.no_grad()
+    def logits() -> torch.Tensor:
+        return policy.actor.get_dist(make_observation()).logits
+
+    start = logits()
+    for parameter in trainer.parameters:
+        parameter.grad = torch.randn_like(parameter)
+    for _ in range(2):
+        trainer.optimizer.step()
+        learned = logits()
+        with trainer.loss.reference_context():
+            torch.testing.assert_close(logits(), start)
+        assert torch.equal(logits(), learned) and (learned - start).abs().max() > 0.1
+
+
+class Idle:
+    """A policy that does nothing, and notes how and where it is asked to act."""
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self.asked: set[tuple[float, ExplorationType | None]] = set()
+        self.states: set[int] = set()
+
+    def __call__(self, tensordict: TensorDictBase) -> TensorDictBase:
+        self.asked.add((self.temperature, exploration_type()))
+        self.states.update(tensordict["init_state_id"].flatten().tolist())
+        return tensordict.set("action", torch.zeros(*tensordict.shape, 4, 2))
+
+
+@pytest.mark.parametrize(
+    ("eval_temperature", "greedy_at_0", "asked"),
+    [
+        (0.5, True, (0.5, ExplorationType.RANDOM)),
+        (0.0, True, (1.3, ExplorationType.DETERMINISTIC)),
+        (0.0, False, (1.3, ExplorationType.RANDOM)),
+    ],
+)
+def test_a_validation_acts_as_asked_and_gives_the_rollouts_temperature_back(
+    eval_temperature: float, greedy_at_0: bool, asked: tuple[float, ExplorationType], tmp_path: Path
+):
+    ppo = PPOConfig(eval_temperature=eval_temperature, rollout_temperature=1.3, val_episodes=2, val_videos=False)
+    env = EnvironmentConfig(init_state_ids=[1], val_init_state_ids=[7, 8])
+    config = TrainConfig(ppo, env, OpenVLAActorConfig(deterministic_eval=greedy_at_0))
+    logger, actor = RunLogger(tmp_path), Idle(temperature=1.3)
+    _validation(config, actor, [ToyTrackingEnv(2)], logger)(0)  # type: ignore[arg-type]
+    logger.close()
+    assert actor.asked == {asked} and actor.states == {7, 8} and actor.temperature == 1.3
 
 
 @pytest.mark.parametrize(
@@ -158,19 +291,13 @@ def test_unknown_command():
 
 
 def test_policy_folder_reads_back_the_same(tmp_path: Path):
-    from tensordict import TensorDict
-
     torch.manual_seed(0)
     policy = build_policy("tiny", temperature=1.0)
     save_policy(policy, tmp_path / "policy")
     loaded = load_policy(
         OpenVLAActorConfig(pretrained_checkpoint=str(tmp_path / "policy")), task_suite="libero_spatial", trainable=False
     )
-    data = TensorDict(
-        observation=TensorDict(image=torch.randint(0, 256, (3, 256, 256), dtype=torch.uint8), state=torch.randn(8)),
-        language_instruction="pick up the black bowl and place it on the plate",
-    )
-    expected, actual = (p.actor.get_dist(data.clone()).logits for p in (policy, loaded))
+    expected, actual = (p.actor.get_dist(make_observation()).logits for p in (policy, loaded))
     assert torch.equal(actual, expected)
 
 
@@ -201,9 +328,9 @@ def test_a_gpu_is_made_ready_for_learning(monkeypatch: pytest.MonkeyPatch):
         torch.backends.cuda.enable_cudnn_sdp(before[1])
 
 
-def test_cpu_is_a_device():
-    assert choose_device("cpu") == torch.device("cpu")
-    assert train.__doc__
+def test_the_cpu_is_a_device_and_the_one_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert choose_device("cpu") == choose_device("auto") == torch.device("cpu")
 
 
 def test_every_choice_about_the_simulator_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -227,28 +354,3 @@ def test_every_choice_about_the_simulator_reaches_it(tmp_path: Path, monkeypatch
         "proprio_format": "quaternion", "max_episode_steps": 16, "settle_steps": 4, "reward_scale": 2.0,
         "fidelity": "fast", "worker_timeout": 7.0, "seed": 0,
     }  # fmt: skip
-
-
-def test_the_baseline_reaches_the_advantage():
-    assert _advantage(PPOConfig(advantage_estimator="rloo", baseline="running")).baseline == "running"
-
-
-def test_videos_are_of_the_simulation_that_was_validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """With other fixtures or physics the same actions would be another episode."""
-    seen: dict[str, dict[str, object]] = {}
-
-    def watch(name: str) -> None:
-        function = getattr(run, name)
-
-        def watched(*arguments: object, **options: object) -> object:
-            seen[name] = options
-            return function(*arguments, **options)
-
-        monkeypatch.setattr(run, name, watched)
-
-    watch("make_envs")
-    watch("film")
-    options = ["--fidelity", "fast", "--seed", "9", "--timesteps", "29"]
-    main(["train", *SMALL, *options, "--run-dir", str(tmp_path / "run")])
-    assert seen["film"] == {"fidelity": "fast", "seed": 0, "settle_steps": 1}
-    assert seen["film"].items() <= seen["make_envs"].items()

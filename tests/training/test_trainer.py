@@ -139,12 +139,38 @@ def test_first_gradient_is_the_policy_gradient(tmp_path: Path):
     assert metrics["train/grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
 
 
+def test_a_step_is_no_longer_than_the_bound_on_the_gradient(tmp_path: Path) -> None:
+    trainer, actor = make_trainer(tmp_path, n_epochs=1, traj_mini_batch_size=100, max_grad_norm=0.01)
+    before = weights(actor)
+    metrics = trainer.update(trainer.collector.batch)
+    assert metrics["train/grad_norm"] > 0.02
+    assert (weights(actor) - before).norm().item() == pytest.approx(1e-2 * 0.01, rel=1e-2)
+
+
+@pytest.mark.parametrize(("trajectories", "steps_per_epoch"), [(1, 6), (2, 3), (4, 2), (100, 1)])
+def test_a_mini_batch_has_so_many_trajectories_worth_of_decisions(
+    tmp_path: Path, trajectories: int, steps_per_epoch: int
+) -> None:
+    """Six trajectories of two decisions."""
+    trainer, _ = make_trainer(tmp_path, n_epochs=2, traj_mini_batch_size=trajectories)
+    assert trainer.update(trainer.collector.batch)["train/optimizer_steps"] == 2 * steps_per_epoch
+
+
+@pytest.mark.parametrize(("parts", "sizes"), [(1, [12]), (4, [3, 3, 3, 3])])
+def test_a_mini_batch_is_split_however_much_memory_there_is(tmp_path: Path, parts: int, sizes: list[int]) -> None:
+    trainer, _ = make_trainer(tmp_path, batch_size=100, traj_split_num=parts, n_epochs=1)
+    seen: list[int] = []
+    trainer.loss.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    trainer.update(trainer.collector.batch)
+    assert seen == sizes
+
+
 def test_the_learning_rate_rises_and_goes_on_from_where_it_was(tmp_path: Path) -> None:
     def learning_rates(trainer: PPOTrainer, updates: int) -> list[float]:
         rates = []
         for _ in range(updates):
-            rates.append(trainer.optimizer.param_groups[0]["lr"])
             trainer.update(trainer.collector.batch)
+            rates.append(trainer.optimizer.param_groups[0]["lr"])
         return rates
 
     one_step = {"n_epochs": 1, "traj_mini_batch_size": 100}
@@ -152,10 +178,10 @@ def test_the_learning_rate_rises_and_goes_on_from_where_it_was(tmp_path: Path) -
     before = weights(actor)
     assert learning_rates(trainer, 2) == pytest.approx([2.5e-3, 5e-3])
     first_step = weights(actor) - before
-    resumed, _ = make_trainer(tmp_path / "second", lr_warmup_steps=4, **one_step)
-    resumed.optimizer.load_state_dict(trainer.optimizer.state_dict())
+    resumed, _ = make_trainer(tmp_path / "second", lr_warmup_steps=4, actor_lr=2e-2, **one_step)
     resumed.load_state_dict(trainer.state_dict())
-    assert learning_rates(resumed, 4) == pytest.approx([7.5e-3, 1e-2, 1e-2, 1e-2])
+    resumed.optimizer.load_state_dict(trainer.optimizer.state_dict())
+    assert learning_rates(resumed, 3) == pytest.approx([1.5e-2, 2e-2, 2e-2]), "at the rate it is resumed with"
     at_once, actor = make_trainer(tmp_path / "third", **one_step)
     assert learning_rates(at_once, 2) == pytest.approx([1e-2, 1e-2])
     assert first_step.norm() < 0.5 * (weights(actor) - before).norm()
@@ -208,6 +234,13 @@ def test_validates_and_saves_when_the_interval_is_passed(tmp_path: Path):
     assert events == [("validate", 0), ("validate", 48), ("validate", 72), ("save", 72)]
     assert [row["env_steps"] for row in trainer.logger.rows] == [0.0, 24.0, 48.0, 72.0]
     assert trainer.logger.rows[1]["rollout/success_rate"] == 0.5
+
+
+def test_every_validation_is_logged(tmp_path: Path) -> None:
+    calls = {"validate": lambda: {"val/success_rate": 0.5}}
+    trainer, _ = make_trainer(tmp_path, total_timesteps=120, val_interval=40, log_interval=1000, calls=calls)
+    trainer.train()
+    assert [row["env_steps"] for row in trainer.logger.rows if "val/success_rate" in row] == [0.0, 48.0, 96.0, 120.0]
 
 
 def test_a_broken_gradient_is_skipped_and_ends_the_run_if_it_stays(tmp_path: Path):

@@ -129,6 +129,7 @@ def build_policy(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     use_l1_head: bool = False,
+    num_images: int = 1,
     instructions: Mapping[int, str] | None = None,
 ) -> Policy:
     """Make an untrained policy.
@@ -140,12 +141,13 @@ def build_policy(
         device: where to make it.
         dtype: of its weights; None for :func:`weights_dtype`'s.
         use_l1_head: with an L1 head too.
+        num_images: cameras it looks through.
         instructions: as for :func:`~torchrl_vla.modules.make_actor`.
 
     Raises:
         ValueError: there is no such preset.
     """
-    config, device = OpenVLAConfig.preset(name), torch.device(device)
+    config, device = replace(OpenVLAConfig.preset(name), num_images=num_images), torch.device(device)
     # Words of every suite, so that a policy can go on to another one.
     words = [task.instruction for suite in _VOCABULARY_SUITES for task in get_suite(suite).tasks]
     tokenizer = build_tokenizer(words, vocab_size=config.tokenizer_vocab_size, n_bins=config.n_action_bins)
@@ -256,6 +258,7 @@ def load_policy(
             device=device,
             dtype=None if dtype == "stored" else dtype or choose_dtype(OpenVLAConfig.preset(name)),
             use_l1_head=actor.load_l1_action_head,
+            num_images=actor.num_images_in_input,
             instructions=instructions,
         )
     else:
