@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import mujoco
 import numpy as np
+import pytest
 
+from torchrl_vla.envs import simulator as simulator_module
 from torchrl_vla.envs.installation import import_libero_envs
 from torchrl_vla.envs.rendering import configure_rendering
 from torchrl_vla.envs.simulator import LiberoSimulator
-from torchrl_vla.envs.tasks import LiberoTask
+from torchrl_vla.envs.tasks import LiberoTask, TaskSuite, get_suite
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 LOW_DIM = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
@@ -87,6 +91,26 @@ def assert_same(stage: str, ours: LiberoSimulator, slot: int, stock: Stock, *, i
             f"{stage}: {name} differs from stock's in {np.count_nonzero(difference)} of {difference.size} elements, by "
             f"{difference.max()} at most"
         )
+
+
+def changed_start(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    suite: str,
+    task_id: int,
+    prepare: Callable[[mujoco.MjModel, np.ndarray], None],
+) -> LiberoTask:
+    """A task whose only initial state was changed; new simulators of the suite find it as their task 0."""
+    task = get_suite(suite).task(task_id)
+    simulator = LiberoSimulator(suite, settle_steps=0)
+    simulator.reset(0, task_id, 0)
+    state = task.init_states[0].copy()
+    prepare(simulator.model(0), state)
+    simulator.close()
+    np.savez(folder / "states.npz", states=state[None])
+    changed = LiberoTask(suite, 0, task.instruction, task.bddl_file, folder / "states.npz")
+    monkeypatch.setattr(simulator_module, "get_suite", lambda name: TaskSuite(name, (changed,), 220))
+    return changed
 
 
 def random_actions(count: int, seed: int) -> np.ndarray:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import mujoco
 import numpy as np
 import pytest
-from reference import CAMERAS, Stock, assert_same, random_actions, smooth_actions
+from reference import CAMERAS, Stock, assert_same, changed_start, random_actions, smooth_actions
 
-from torchrl_vla.envs import simulator as simulator_module
 from torchrl_vla.envs import starts
+from torchrl_vla.envs.expert.expert import ScriptedExpert
+from torchrl_vla.envs.expert.goals import read_goals
 from torchrl_vla.envs.simulator import LiberoSimulator
-from torchrl_vla.envs.tasks import LiberoTask, TaskSuite, get_suite
+from torchrl_vla.envs.tasks import LiberoTask, get_suite
 
 SLIM = [("libero_spatial", 0, [0]), ("libero_spatial", 4, [0, 1]), ("libero_goal", 7, [1])]
 FULL = [(suite, task) for suite in ("libero_spatial", "libero_goal") for task in range(10)]
 FULL += [("libero_object", 0), ("libero_object", 7), ("libero_10", 2), ("libero_10", 9)]
 FULL += [("libero_90", 5), ("libero_90", 33), ("libero_90", 50), ("libero_90", 85)]
+#: The expert moves objects and opens or turns on nothing.
+EXPERT = [("libero_spatial", 0), ("libero_spatial", 4), ("libero_goal", 1), ("libero_goal", 8)]
+EXPERT += [("libero_object", 0), ("libero_object", 7), ("libero_10", 0), ("libero_10", 7)]
+EXPERT += [("libero_90", 50), ("libero_90", 85)]
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +33,24 @@ def no_kept_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(starts, "cache_folder", lambda: tmp_path)
 
 
-def compare(suite: str, task_id: int, init_state_ids: list[int], steps: int, picture_every: int, seed: int = 0) -> None:
+def expert_actions(simulator: LiberoSimulator, task: LiberoTask) -> Iterator[np.ndarray]:
+    expert = ScriptedExpert(simulator.model(0), read_goals(task.bddl_file))
+    expert.reset(simulator.data(0))
+    while True:
+        yield expert.action()
+
+
+def compare(
+    suite: str,
+    task_id: int,
+    init_state_ids: list[int],
+    *,
+    steps: int,
+    picture_every: int,
+    seed: int = 0,
+    by_expert: bool = False,
+) -> None:
+    """Where the expert acts, it has to succeed within the steps."""
     task = get_suite(suite).task(task_id)
     ours = LiberoSimulator(suite, cameras=CAMERAS, image_size=64, seed=seed)
     stock = Stock(task, seed=seed)
@@ -37,7 +60,8 @@ def compare(suite: str, task_id: int, init_state_ids: list[int], steps: int, pic
         ours.reset(0, task_id, init_state_id)
         assert_same("settled", ours, 0, stock, images=False)
         make = smooth_actions if init_state_id % 2 else random_actions
-        for step, action in enumerate(make(steps, seed=task_id)):
+        actions = islice(expert_actions(ours, task), steps) if by_expert else make(steps, seed=task_id)
+        for step, action in enumerate(actions):
             stock.draws = (step + 1) % picture_every == 0
             stock.step(action)
             assert ours.step(0, action[None]) == (1, bool(stock.success))
@@ -45,6 +69,7 @@ def compare(suite: str, task_id: int, init_state_ids: list[int], steps: int, pic
             assert_same(stage, ours, 0, stock, images=stock.draws)
             if stock.success:
                 break
+        assert stock.success or not by_expert
     stock.close()
     ours.close()
 
@@ -54,10 +79,20 @@ def test_equals_stock(suite: str, task_id: int, init_state_ids: list[int]) -> No
     compare(suite, task_id, init_state_ids, steps=100 // len(init_state_ids), picture_every=20)
 
 
+def test_equals_stock_while_the_expert_solves_the_task() -> None:
+    compare("libero_object", 0, [0], steps=150, picture_every=20, by_expert=True)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(("suite", "task_id"), FULL)
 def test_equals_stock_in_full(suite: str, task_id: int) -> None:
     compare(suite, task_id, [2, 17, 35], steps=120, picture_every=8, seed=7)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("suite", "task_id"), EXPERT)
+def test_equals_stock_in_full_while_the_expert_solves_the_task(suite: str, task_id: int) -> None:
+    compare(suite, task_id, [2, 17, 35], steps=320, picture_every=8, seed=7, by_expert=True)
 
 
 @pytest.fixture(scope="module")
@@ -128,18 +163,11 @@ def turning_knob(model: mujoco.MjModel, state: np.ndarray) -> None:
     ("suite", "task_id", "prepare"), [("libero_spatial", 0, falling_bowl), ("libero_goal", 7, turning_knob)]
 )
 def test_a_chunk_ended_by_success_equals_stock(suite, task_id, prepare, tmp_path, monkeypatch) -> None:
-    task = get_suite(suite).task(task_id)
-    ours = LiberoSimulator(suite, settle_steps=0)
-    ours.reset(0, task_id, 0)
-    state = task.init_states[0].copy()
-    prepare(ours.model(0), state)
-    np.savez(tmp_path / "states.npz", states=state[None])
-    changed = LiberoTask(suite, 0, task.instruction, task.bddl_file, tmp_path / "states.npz")
-    monkeypatch.setattr(simulator_module, "get_suite", lambda name: TaskSuite(name, (changed,), 220))
+    changed = changed_start(monkeypatch, tmp_path, suite, task_id, prepare)
     ours = LiberoSimulator(suite, cameras=CAMERAS, image_size=64, settle_steps=0)
     ours.reset(0, 0, 0)
     stock = Stock(changed)
-    stock.start(state, settle_steps=0)
+    stock.start(changed.init_states[0], settle_steps=0)
     assert_same("initial state", ours, 0, stock, images=True)
     actions = random_actions(12, 0)
     steps, success = ours.step(0, actions)

@@ -1,4 +1,4 @@
-"""Estimates of memory by hand, what is refused, and models that make room for others."""
+"""What estimates of memory grow with, what is refused, and models that make room for others."""
 
 from __future__ import annotations
 
@@ -11,17 +11,29 @@ from torchrl_vla.envs.memory import available_memory, check_memory, count_models
 from torchrl_vla.envs.simulator import LiberoSimulator
 
 
-@pytest.mark.parametrize(
-    ("num_envs", "workers", "models", "gigabytes"),
-    [
-        (1, 1, 1, 1.1 + 0.005),
-        (64, 16, 1, 16 * (0.45 + 1.1) + 0.32),
-        (8, 2, 10, 2 * (0.45 + 4 * 1.1) + 0.04),
-        (8, 1, 3, 3 * 1.1 + 0.04),
-    ],
-)
-def test_estimates(num_envs: int, workers: int, models: int, gigabytes: float) -> None:
-    assert memory_needed(num_envs, workers, models) == pytest.approx(gigabytes * 1e9)
+def test_estimates_grow_with_environments_workers_and_models() -> None:
+    for small, large in (
+        ((64, 16, 1), (65, 16, 1)),
+        ((64, 1, 1), (64, 2, 1)),
+        ((64, 15, 1), (64, 16, 1)),
+        ((8, 2, 3), (8, 2, 4)),
+        # The fuller process of two runs three environments.
+        ((5, 2, 2), (5, 2, 3)),
+    ):
+        assert memory_needed(*small) < memory_needed(*large), (small, large)
+
+
+def test_a_process_holds_no_more_models_than_it_runs_environments() -> None:
+    assert memory_needed(8, 2, models=4) == memory_needed(8, 2, models=10)
+    assert memory_needed(5, 2, models=3) == memory_needed(5, 2, models=10)
+
+
+def test_environments_of_a_model_that_is_there_cost_little() -> None:
+    """At most 30 MB each; a model with its renderer takes hundreds, and a process as much besides."""
+    environment = memory_needed(64, 1, 1) - memory_needed(63, 1, 1)
+    model = memory_needed(64, 1, 2) - memory_needed(64, 1, 1)
+    process = memory_needed(64, 3, 1) - memory_needed(64, 2, 1) - model
+    assert environment < 30e6 and min(model, process) > 300e6
 
 
 def test_tasks_share_a_model_where_suites_do() -> None:
@@ -30,20 +42,22 @@ def test_tasks_share_a_model_where_suites_do() -> None:
 
 
 def test_spare_memory_keeps_models() -> None:
-    """Two environments of ten models in each of two processes need 5.3 GB; every further 2.2 GB keep one more."""
+    """Two environments of ten models run in each of two processes, which keep one more where both have room for it."""
     needed = memory_needed(4, 2, models=10)
-    assert [models_that_fit(4, 2, 10, needed + spare) for spare in (-1e9, 0, 2.1e9, 2.3e9, 1e12)] == [2, 2, 2, 3, 10]
+    both = memory_needed(4, 2, models=2) - memory_needed(4, 2, models=1)
+    spare = (-needed / 2, 0, 0.95 * both, 1.05 * both, 2.05 * both, 100 * both)
+    assert [models_that_fit(4, 2, 10, needed + some) for some in spare] == [2, 2, 2, 3, 4, 10]
 
 
 def test_a_refusal_names_the_numbers_and_what_fits() -> None:
-    # 2 x (0.45 + 1.1) GB and 5 MB each.
-    check_memory(180, 2, 1, 4e9)
+    enough = memory_needed(180, 2, 1)
+    check_memory(180, 2, 1, enough)
     with pytest.raises(ValueError) as refused:
-        check_memory(182, 2, 1, 4e9)
-    for part in ("182 environments in 2 process(es)", "4.0 GB are available", "set num_envs=180,"):
+        check_memory(184, 2, 1, enough)
+    for part in ("184 environments in 2 process(es)", f"{enough / 1e9:.1f} GB are available", "set num_envs=180,"):
         assert part in str(refused.value)
     with pytest.raises(ValueError, match="Not even one per process fits"):
-        check_memory(8, 2, 1, 3e9)
+        check_memory(8, 2, 1, memory_needed(2, 2, 1) - 1)
 
 
 def test_available_memory_is_less_than_the_machine_has() -> None:

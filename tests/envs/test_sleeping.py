@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterator
 import mujoco
 import numpy as np
 import pytest
-from reference import smooth_actions
+from reference import changed_start, smooth_actions
 
-from torchrl_vla.envs import simulator as simulator_module
 from torchrl_vla.envs.simulator import LiberoSimulator
-from torchrl_vla.envs.tasks import LiberoTask, TaskSuite, get_suite
 
 WAIT = np.array([[0, 0, 0, 0, 0, 0, -1.0]])
 
@@ -84,14 +82,7 @@ def start_from(
     monkeypatch, tmp_path, suite: str, task_id: int, prepare: Callable[[mujoco.MjModel, np.ndarray], None]
 ) -> dict[str, LiberoSimulator]:
     """Simulators of each fidelity at an initial state that was changed."""
-    task = get_suite(suite).task(task_id)
-    model = LiberoSimulator(suite, settle_steps=0)
-    model.reset(0, task_id, 0)
-    state = task.init_states[0].copy()
-    prepare(model.model(0), state)
-    np.savez(tmp_path / "states.npz", states=state[None])
-    changed = LiberoTask(suite, 0, task.instruction, task.bddl_file, tmp_path / "states.npz")
-    monkeypatch.setattr(simulator_module, "get_suite", lambda name: TaskSuite(name, (changed,), 220))
+    changed_start(monkeypatch, tmp_path, suite, task_id, prepare)
     simulators = {
         name: LiberoSimulator(suite, image_size=16, settle_steps=0, fidelity=name) for name in ("exact", "fast")
     }

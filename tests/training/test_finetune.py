@@ -22,7 +22,7 @@ from torchrl_vla.modules.openvla.augmentation import ImageAugmentation
 from torchrl_vla.modules.openvla.image_pipeline import center_crop_resize, lanczos3_resize, normalize
 from torchrl_vla.modules.openvla.jpeg import decode_jpeg, encode_jpeg
 from torchrl_vla.training.ema import ParameterAverage
-from torchrl_vla.training.finetune import finetune
+from torchrl_vla.training.finetune import Finetuner, finetune
 from torchrl_vla.training.finetune_config import FinetuneConfig
 from torchrl_vla.training.finetune_data import InputBuilder, load_samples
 from torchrl_vla.training.finetune_policy import load_student
@@ -150,6 +150,43 @@ def test_a_policy_learns_to_imitate(config: FinetuneConfig, data: Path):
         assert wrong.float().mean() < 0.15
 
 
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero_by_a_cosine(
+    config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch
+):
+    used: list[list[float]] = []
+    optimizer_step = Finetuner._optimizer_step
+
+    def noted(self: Finetuner) -> dict[str, torch.Tensor]:
+        figures = optimizer_step(self)
+        used.append([group["lr"] for group in self.optimizer.param_groups])
+        return figures
+
+    monkeypatch.setattr(Finetuner, "_optimizer_step", noted)
+    finetune(replace(config, steps=9, warmup_steps=3, learning_rate=3e-3, log_interval=1))
+    logged = [row["train/learning_rate"] for row in rows(config)]
+    # What is logged is the rate of the step that follows: of warm-up's second, the peak, a third of the cosine, none.
+    assert [logged[step - 1] for step in (1, 3, 5, 9)] == pytest.approx([2e-3, 3e-3, 2.25e-3, 0.0])
+    np.testing.assert_allclose(used, [[rate, rate] for rate in (1e-3, *logged[:-1])])
+
+
+def test_the_saved_weights_are_the_averages(config: FinetuneConfig, start: Path, monkeypatch: pytest.MonkeyPatch):
+    made: list[Finetuner] = []
+
+    def make(*given: Any) -> Finetuner:
+        made.append(Finetuner(*given))
+        return made[0]
+
+    monkeypatch.setattr("torchrl_vla.training.finetune.Finetuner", make)
+    saved = OpenVLA.from_pretrained(finetune(replace(config, steps=6, warmup_steps=1)), dtype=torch.float32)
+    (trainer,) = made
+    trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    for name, average in zip(trained, trainer.average.average, strict=True):
+        assert torch.equal(saved.get_parameter(name).bfloat16(), average.bfloat16()), name
+    name = "language_model.model.layers.0.self_attn.q_proj.weight"
+    for other in (trained[name], OpenVLA.from_pretrained(start).get_parameter(name)):
+        assert not torch.equal(saved.get_parameter(name).bfloat16(), other.bfloat16())
+
+
 def test_the_policy_folder_is_complete(config: FinetuneConfig, data: Path):
     folder = finetune(replace(config, steps=2, warmup_steps=1))
     loaded = OpenVLAConfig.from_folder(folder)
@@ -163,9 +200,6 @@ def test_the_policy_folder_is_complete(config: FinetuneConfig, data: Path):
 
 def test_a_resumed_run_equals_an_uninterrupted_one(config: FinetuneConfig, tmp_path: Path, monkeypatch):
     whole = finetune(replace(config, out=tmp_path / "whole", steps=6, warmup_steps=2, save_interval=3))
-
-    from torchrl_vla.training.finetune import Finetuner
-
     optimizer_step = Finetuner._optimizer_step
 
     def interrupted(self):

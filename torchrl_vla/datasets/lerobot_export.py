@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ def check_lerobot(folder: Path) -> None:
         folder: where it is to go.
 
     Raises:
-        ValueError: the library `lerobot` is not installed, or the folder exists.
+        ValueError: the library `lerobot` is not installed or cannot choose the films' codec, or the folder exists.
     """
     if importlib.util.find_spec("lerobot") is None:
         raise ValueError(
@@ -33,6 +35,18 @@ def check_lerobot(folder: Path) -> None:
         )
     if folder.exists():
         raise ValueError(f"{folder} exists already, and LeRobot writes to a new folder only: choose another one.")
+    try:
+        # A library of its own that users of the export install.
+        from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+        lacking = "" if "vcodec" in inspect.signature(LeRobotDataset.create).parameters else "it takes no vcodec"
+    except ImportError as error:
+        lacking = str(error)
+    if lacking:
+        raise ValueError(
+            "export_lerobot needs LeRobotDataset.create(vcodec=...), which lerobot has from 0.4.3 on; installed is "
+            f"lerobot {importlib.metadata.version('lerobot')} ({lacking}): pip install 'lerobot>=0.4.3'."
+        )
 
 
 def export_lerobot(dataset: DemonstrationDataset, folder: Path) -> int:
@@ -51,7 +65,6 @@ def export_lerobot(dataset: DemonstrationDataset, folder: Path) -> int:
         ValueError: see :func:`check_lerobot`.
     """
     check_lerobot(folder)
-    # A library of its own that users of the export install.
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     first = next(iter(dataset.episodes.values()))

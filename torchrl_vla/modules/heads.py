@@ -17,6 +17,7 @@ class ValueHead(nn.Sequential):
         hidden_dims: widths of the two hidden layers.
 
     Example:
+        >>> import torch
         >>> ValueHead(256)(torch.zeros(4, 256)).shape
         torch.Size([4, 1])
     """

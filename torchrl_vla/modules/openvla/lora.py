@@ -68,6 +68,7 @@ def add_lora(
     Reference: `LoRA <https://arxiv.org/abs/2106.09685>`_.
 
     Example:
+        >>> from torchrl_vla.modules import OpenVLA, OpenVLAConfig
         >>> model = add_lora(OpenVLA(OpenVLAConfig.tiny()), rank=8)
         >>> all(".lora_" in name for name, p in model.named_parameters() if p.requires_grad)
         True
