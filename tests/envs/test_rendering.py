@@ -163,7 +163,7 @@ def test_drawing_is_spread_over_the_gpus_that_cuda_may_use(
 
     undecided.setattr(rendering, "configure_rendering", lambda: "egl")
     undecided.setattr(rendering, "renderer_name", name)
-    undecided.setattr(rendering.torch.cuda, "device_count", lambda: 3)
+    undecided.setattr("torch.cuda.device_count", lambda: 3)
     for variable, value in (("CUDA_VISIBLE_DEVICES", visible), ("MUJOCO_EGL_DEVICE_ID", chosen)):
         undecided.delenv(variable, raising=False)
         if value is not None:

@@ -14,8 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
 __all__ = [
     "RenderingUnavailable",
     "check_wanted_backend",
@@ -159,6 +157,9 @@ def egl_devices() -> tuple[int, ...]:
     """
     if configure_rendering() != "egl" or os.environ.get("MUJOCO_EGL_DEVICE_ID"):
         return ()
+    # Not above: simulators do without.
+    import torch
+
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [name.strip() for name in visible.split(",")] if visible is not None else []
     # CUDA's other names of GPUs, such as GPU-8932f937, mean nothing to EGL.
