@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,9 @@ def test_wandb_writes_to_the_run_folder(tmp_path: Path, monkeypatch: pytest.Monk
     logger.log({"val/success_rate": 0.8125}, update=1, env_steps=1760)
     logger.close()
     (records,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 60
+    while b"4321" not in records.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)  # a process of wandb's writes it
     for part in (b"val/success_rate", b"0.8125", b"1760", b"episodes", b"4321"):
         assert part in records.read_bytes(), part
 
