@@ -31,6 +31,7 @@ def test_jpeg_equals_tensorflow(upright: Tensor) -> None:
     assert torch.equal(jpeg_round_trip(upright), _image("jpeg_roundtrip"))
     batch = jpeg_round_trip(torch.cat([upright, upright.flip(-1)]))
     assert torch.equal(batch[:1], _image("jpeg_roundtrip")) and not torch.equal(batch[1:], batch[:1])
+    assert jpeg_round_trip(upright[:0]).shape == upright[:0].shape
 
 
 def test_opencv_and_pillow_write_the_same_jpeg(upright: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

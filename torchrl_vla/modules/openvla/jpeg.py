@@ -20,7 +20,7 @@ except ImportError:  # it comes with robosuite, but needs libGL, which a server 
 __all__ = ["decode_jpeg", "encode_jpeg", "jpeg_round_trip"]
 
 _QUALITY = 95
-_THREADS = min(8, os.cpu_count() or 1)
+_THREADS = min(8, len(os.sched_getaffinity(0)))
 
 
 def encode_jpeg(frame: np.ndarray) -> bytes:
@@ -52,13 +52,12 @@ def decode_jpeg(data: bytes | memoryview | np.ndarray) -> np.ndarray:
 def jpeg_round_trip(images: Tensor) -> Tensor:
     """JPEG and back, uint8 ``[N, 3, H, W]``, on the CPU, several frames at a time."""
     frames = images.permute(0, 2, 3, 1).cpu().contiguous().numpy()
-    if len(frames) == 1:
-        decoded = [_round_trip(frames[0])]
-    else:
-        # Made anew each time, in a fraction of a millisecond: a pool that is kept would not survive a fork.
-        with ThreadPoolExecutor(min(len(frames), _THREADS)) as pool:
-            decoded = list(pool.map(_round_trip, frames))
-    return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2)
+    decoded = np.empty_like(frames)
+    # Made anew each time, in a fraction of a millisecond: a pool that is kept would not survive a fork.
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for index, frame in enumerate(pool.map(_round_trip, frames)):
+            decoded[index] = frame
+    return torch.from_numpy(decoded).permute(0, 3, 1, 2)
 
 
 def _round_trip(frame: np.ndarray) -> np.ndarray:
