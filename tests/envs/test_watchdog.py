@@ -254,6 +254,18 @@ def test_what_was_interrupted_is_not_taken_for_the_next_answer(
         assert state["time"].tolist() == [[step], [step]]
 
 
+def test_an_interrupted_start_is_made_up_for(
+    watched: Callable[..., WatchedParallelEnv], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = watched(num_envs=None)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(watchdog, "wait", interrupt)
+        env.reset()
+    state = env.reset()
+    assert state["time"].tolist() == [[0], [0]]
+    assert env.step(act(state))["next", "time"].tolist() == [[1], [1]]
+
+
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 

@@ -153,7 +153,7 @@ def egl_devices() -> tuple[int, ...]:
     They are those that CUDA may use (``CUDA_VISIBLE_DEVICES``), where EGL draws on what it numbers alike.
 
     Returns:
-        tuple of int: empty where there is one GPU, or ``MUJOCO_EGL_DEVICE_ID`` has chosen.
+        tuple of int: empty where EGL may choose, as there is one GPU, or ``MUJOCO_EGL_DEVICE_ID`` has chosen.
     """
     if configure_rendering() != "egl" or os.environ.get("MUJOCO_EGL_DEVICE_ID"):
         return ()
@@ -161,11 +161,13 @@ def egl_devices() -> tuple[int, ...]:
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [name.strip() for name in visible.split(",")] if visible is not None else []
-    # CUDA's other names of GPUs, such as GPU-8932f937, mean nothing to EGL.
-    gpus = [int(name) for name in names if name.isdigit()] if visible is not None else range(torch.cuda.device_count())
-    if visible is None and len(gpus) < 2:
-        return ()
+    if visible is None:
+        gpus = list(range(torch.cuda.device_count()))
+        if len(gpus) < 2:
+            return ()
+    else:
+        # CUDA's other names of GPUs, such as GPU-8932f937, mean nothing to EGL.
+        gpus = [int(name) for name in visible.split(",") if name.strip().isdigit()]
     with ThreadPoolExecutor() as pool:
         chosen = tuple(gpu for gpu, draws in zip(gpus, pool.map(_draws_on, gpus), strict=True) if draws)
     logger.info("Drawing on the GPUs %s of EGL", ", ".join(map(str, chosen)) or "that it chooses")

@@ -322,8 +322,8 @@ class WatchedParallelEnv(ParallelEnv):
 
     def _failed(self, index: int) -> str | None:
         """As :meth:`_failure`; also where a command was interrupted, whose end would be taken for the next one's."""
-        if self.parent_channels[index].busy and self._workers[index].is_alive():
-            return "was interrupted in the middle of a command"
+        if (self.parent_channels[index].busy or index in self._starting) and self._workers[index].is_alive():
+            return "was interrupted in the middle of a command, or of its start"
         return self._failure(index)
 
     def _shutdown_workers(self) -> None:
