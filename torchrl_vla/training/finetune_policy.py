@@ -22,6 +22,7 @@ from torchrl_vla.training.policy import (
     build_policy,
     find_policy,
     read_image_settings,
+    require_cameras,
     save_policy,
     weights_dtype,
 )
@@ -62,7 +63,9 @@ def load_student(config: FinetuneConfig, dataset: DemonstrationDataset, device: 
                 finetuned_on_discrete_actions=config.finetuned_on_discrete_actions,
                 advice="Base openvla/openvla-7b can be fine-tuned too, and --objective l1 fine-tunes the head instead.",
             )
-        model = OpenVLA.from_pretrained(folder, dtype=choose_dtype(OpenVLAConfig.from_folder(folder)), device=device)
+        stored = OpenVLAConfig.from_folder(folder)
+        require_cameras(stored, config.num_images_in_input, folder)
+        model = OpenVLA.from_pretrained(folder, dtype=choose_dtype(stored), device=device)
         tokenizer = load_tokenizer(folder)
         settings = read_image_settings(folder)
     if dataset.action_dim != model.config.action_dim:
@@ -70,12 +73,6 @@ def load_student(config: FinetuneConfig, dataset: DemonstrationDataset, device: 
             f"{dataset.folder} has actions of {dataset.action_dim} numbers, {config.checkpoint} gives "
             f"{model.config.action_dim}: fine-tune a policy of that action dimension."
         )
-    if model.config.num_images > config.num_images_in_input:
-        raise ValueError(
-            f"num_images_in_input is {config.num_images_in_input}, but {config.checkpoint} was trained with "
-            f"{model.config.num_images} cameras: use --num-images-in-input {model.config.num_images}."
-        )
-    # No file of a released checkpoint says how many pictures it was trained on; this package notes it.
     model.config = replace(model.config, num_images=config.num_images_in_input)
     if config.objective == "l1" and model.action_head is None:
         model.action_head = _new_l1_head(model, config)

@@ -169,6 +169,26 @@ def build_policy(
     )
 
 
+def require_cameras(config: OpenVLAConfig, num_images: int, folder: Path) -> None:
+    """Refuse to look through fewer cameras than a policy was trained with.
+
+    No file of a released checkpoint says how many these were; this package notes it.
+
+    Args:
+        config: of the policy.
+        num_images: cameras to look through.
+        folder: of the policy, for the message.
+
+    Raises:
+        ValueError: they are fewer.
+    """
+    if config.num_images > num_images:
+        raise ValueError(
+            f"num_images_in_input is {num_images}, but {folder} was trained with {config.num_images} cameras: use "
+            f"--num-images-in-input {config.num_images}."
+        )
+
+
 def find_policy(name: str, *, use_local: bool = True) -> Path:
     """The folder of a policy that has one: the bundled one, a checkpoint, or the policy of a run's folder.
 
@@ -182,10 +202,11 @@ def find_policy(name: str, *, use_local: bool = True) -> Path:
     folder = _BUNDLED_FOLDER if name == BUNDLED else resolve_checkpoint(name, use_local=use_local)
     if (folder / CHECKPOINTS).is_dir() and (folder / "policy").is_dir():
         return folder / "policy"
-    if (folder / CHECKPOINTS).is_dir():
+    if (folder / CHECKPOINTS).is_dir() and not any(folder.glob("*.safetensors")):
         raise ValueError(
-            f"{folder} is a run without a policy of its own, as it was interrupted before or loaded in 4 bits: "
-            f"`torchrl-vla export {folder} OUT` writes one from its latest checkpoint."
+            f"{folder} is a run without a policy of its own. One of `train` that was interrupted, or loaded in 4 bits: "
+            f"`torchrl-vla export {folder} OUT` writes it from the latest checkpoint. One of `finetune`: go on with it "
+            "by --resume."
         )
     return folder
 
@@ -277,11 +298,7 @@ def load_policy(
                 f"proprio_dim is {actor.proprio_dim}, but {folder} reads states of {config.proprio_dim} numbers: use "
                 f"--proprio-dim {config.proprio_dim}."
             )
-        if config.num_images > actor.num_images_in_input:
-            raise ValueError(
-                f"num_images_in_input is {actor.num_images_in_input}, but {folder} was trained with "
-                f"{config.num_images} cameras: use --num-images-in-input {config.num_images}."
-            )
+        require_cameras(config, actor.num_images_in_input, folder)
         key = actor.unnorm_key or get_suite(task_suite).base or task_suite
         sizes = {"n_bins": config.n_action_bins, "vocab_size": config.tokenizer_vocab_size}
         actions = ActionTokenizer.from_statistics(folder, key, **sizes)
@@ -295,7 +312,6 @@ def load_policy(
             load_l1_action_head=actor.load_l1_action_head or False,
             attn_implementation=None if actor.use_flash_attention else "sdpa",
         )
-        # No file of a released checkpoint says how many pictures it was trained on; this package notes it.
         model.config = replace(model.config, num_images=actor.num_images_in_input)
         policy = _assemble(
             model,
