@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -276,6 +277,12 @@ def test_greedy_validations_run_no_state_twice(
     logger.close()
     output = capsys.readouterr().out
     assert said in output if said else "Validations" not in output
+    assert ("Training starts from the validations' initial states too" in output) is (config.ppo.val_interval > 0)
+    kept_apart = replace(config, env=replace(config.env, init_state_ids=[0, 1]))
+    logger = RunLogger(tmp_path / "apart")
+    _validation(kept_apart, load_policy(OpenVLAActorConfig(BUNDLED), task_suite="libero_spatial").actor, [], logger)
+    logger.close()
+    assert "Training starts" not in capsys.readouterr().out
 
 
 def test_an_existing_folder_is_not_written_over(tmp_path: Path):

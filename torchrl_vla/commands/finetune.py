@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from torchrl_vla.commands.options import take_option
+from torchrl_vla.commands.options import read_first
 from torchrl_vla.training.finetune_config import FinetuneConfig
 
 __all__ = ["main"]
@@ -20,8 +20,7 @@ def main(arguments: Sequence[str]) -> None:
     Args:
         arguments: its options.
     """
-    rest = list(arguments)
-    out = take_option(rest, "--out")
+    (out,), rest = read_first(arguments, "--out")
     program = "torchrl-vla finetune"
     if "--resume" in rest and out is not None:
         # What is not said anew stays as it was.

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-__all__ = ["take_option"]
+import argparse
+from collections.abc import Sequence
+
+__all__ = ["read_first"]
 
 
-def take_option(arguments: list[str], option: str) -> str | None:
-    """Take the value of an option out of the arguments.
+def read_first(arguments: Sequence[str], *options: str) -> tuple[list[str | None], list[str]]:
+    """Take some options out of the arguments.
 
     Args:
-        arguments: of the command; the option and its value are removed.
-        option: such as ``--run-dir``.
+        arguments: of the command.
+        options: such as ``--run-dir``; each takes a value.
 
     Returns:
-        The value; None where the option is not given.
+        Their values, None for those that are not given, and the other arguments.
 
     Raises:
-        ValueError: the option has no value.
+        SystemExit: an option has no value.
+
+    Examples:
+        >>> read_first(["--steps", "5", "--out=runs/a"], "--out", "--preset")
+        (['runs/a', None], ['--steps', '5'])
     """
-    for index, argument in enumerate(arguments):
-        if argument == option:
-            if index + 1 == len(arguments):
-                raise ValueError(f"{option} needs a value.")
-            del arguments[index]
-            return arguments.pop(index)
-        if argument.startswith(f"{option}="):
-            return arguments.pop(index).split("=", 1)[1]
-    return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in options:
+        parser.add_argument(option, dest=option)
+    found, rest = parser.parse_known_args(arguments)
+    return [getattr(found, option) for option in options], rest

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from torchrl_vla.commands.options import take_option
+from torchrl_vla.commands.options import read_first
 from torchrl_vla.config import TrainConfig
 from torchrl_vla.presets import PRESETS, choose_preset
 
@@ -20,10 +20,8 @@ def main(arguments: Sequence[str]) -> None:
     Args:
         arguments: its options.
     """
-    rest = list(arguments)
-    # These choose the other options' defaults, so they are read before them.
-    preset = choose_preset(take_option(rest, "--preset") or "auto")
-    run_dir = take_option(rest, "--run-dir")
+    (wanted, run_dir), rest = read_first(arguments, "--preset", "--run-dir")
+    preset = choose_preset(wanted or "auto")
     if "--resume" in rest and run_dir is not None:
         if not (Path(run_dir) / "config.json").is_file():
             raise ValueError(
