@@ -25,6 +25,7 @@ def diagnose(*options: str) -> int:
 
 def test_the_bundled_policy_fits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "doctor.json"
+    assert diagnose(BUNDLED, "--task-suite", "libero_spatial_swap", "--device", "cpu") == 0
     assert diagnose(BUNDLED, "--task-suite", "libero_spatial", "--device", "cpu", "--json", str(out)) == 0
     table = capsys.readouterr().out
     assert "can seed RL   yes" in table and f"Findings: {out}" in table and "problem" not in table

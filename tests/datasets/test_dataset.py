@@ -207,6 +207,9 @@ def test_bad_data_sets_are_explained(tmp_path: Path):
     (folder / "dataset_statistics.json").unlink()
     with pytest.raises(ValueError, match="no dataset_statistics.json"):
         _ = DemonstrationDataset(folder).statistics
+    (folder / "dataset_statistics.json").write_text('{"libero_spatial": {"act')
+    with pytest.raises(ValueError, match="dataset_statistics.json is not valid JSON.*`torchrl-vla demos`"):
+        _ = DemonstrationDataset(folder).statistics
     other = make_dataset(tmp_path / "other", (1,), action_dim=8)
     with pytest.raises(ValueError, match="Episode 000000 has actions of 8 numbers, the policy has 7"):
         DemonstrationDataset(other).samples(ActionTokenizer(), image_size=28)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -264,6 +266,19 @@ def test_only_adapters_and_heads_learn_with_lora(config: FinetuneConfig, start: 
     assert "proprio_projector.fc1.weight" in changed
     assert "language_model.model.embed_tokens.weight" not in changed
     assert not any("norm" in name for name in changed)
+
+
+def test_cameras_have_to_be_in_the_demonstrations_and_no_fewer_than_the_policys(
+    config: FinetuneConfig, start: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="wrist"):
+        finetune(replace(config, num_images_in_input=2))
+    two_cameras = shutil.copytree(start, tmp_path / "two")
+    settings = json.loads((two_cameras / "config.json").read_text())
+    settings["torchrl_vla"] |= {"num_images": 2}
+    (two_cameras / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="trained with 2 cameras: use --num-images-in-input 2"):
+        finetune(replace(config, checkpoint=str(two_cameras)))
 
 
 def test_the_l1_head_is_added_and_learns_alone(config: FinetuneConfig, start: Path):

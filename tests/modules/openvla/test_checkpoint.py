@@ -318,7 +318,8 @@ def test_options_that_cannot_be_had_are_refused(checkpoint: Path, options: dict,
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c", "nothing"])
 def test_missing_folders_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"there is no checkpoint folder '{name}'.*local-dir"):
+    message = f"there is no checkpoint folder '{name}'.*local-dir.*SFT-libero-spatial.*bundled:tiny"
+    with pytest.raises(ValueError, match=message):
         resolve_checkpoint(name)
 
 
