@@ -27,6 +27,6 @@ def read_first(arguments: Sequence[str], *options: str) -> tuple[list[str | None
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in options:
-        parser.add_argument(option, dest=option)
+        parser.add_argument(option, dest=option, metavar=option.strip("-").upper())
     found, rest = parser.parse_known_args(arguments)
     return [getattr(found, option) for option in options], rest
