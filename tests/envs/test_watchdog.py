@@ -317,6 +317,18 @@ def test_a_worker_that_ends_while_torchrl_talks_to_it(watched: Callable[..., Wat
         env.no_such_attribute()
 
 
+def test_a_state_dict_is_given_to_workers_that_take_their_time(watched: Callable[..., WatchedParallelEnv]) -> None:
+    env = watched(num_envs=None)
+    state = env.reset()
+    saved = env.state_dict()
+    process = env._workers[0].pid
+    os.kill(process, signal.SIGSTOP)
+    threading.Timer(0.5, go_on, (process,)).start()
+    env.load_state_dict(saved)
+    # What rang for it is not taken for the step's end.
+    assert env.step(act(state))["next", "time"].tolist() == [[1], [1]]
+
+
 def test_indexing_is_refused(watched: Callable[..., WatchedParallelEnv]) -> None:
     with pytest.raises(TypeError, match="cannot be indexed"):
         watched()[0]
