@@ -231,8 +231,8 @@ class EnvironmentConfig:
     reward_scale: float = 1.0
     """Reward of a success."""
     fidelity: Literal["exact", "fast"] = "exact"
-    """exact: stock LIBERO's bits; fast: cheaper physics and, on a software renderer, cheaper pictures. Judge policies
-    with exact."""
+    """exact: stock LIBERO's bits; fast: cheaper physics and pictures (no anti-aliasing, mirrors or details of 2 mm).
+    Judge policies with exact."""
     worker_timeout: float = 120.0
     """Seconds after which a simulating process that does not answer is replaced and its episodes run again; five times
     as long while it starts and resets."""
@@ -281,7 +281,8 @@ class OpenVLAActorConfig:
 
     pretrained_checkpoint: str = "openvla-7b-oft-finetuned-libero-spatial"
     """Folder or hub id of an OpenVLA or OpenVLA-OFT checkpoint; bundled:tiny is the small policy that comes with the
-    package; random:tiny and random:7b build untrained ones."""
+    package; random:tiny and random:7b build untrained ones. The default names a release without its owner: give a
+    folder of that name, or another checkpoint; presets do."""
     use_local: bool = True
     """Look for a local folder before the hub."""
     unnorm_key: str | None = None

@@ -18,7 +18,6 @@ __all__ = [
     "RenderingUnavailable",
     "check_wanted_backend",
     "configure_rendering",
-    "draws_in_software",
     "egl_devices",
     "has_gpu",
     "make_gl_context",
@@ -179,14 +178,6 @@ def _draws_on(gpu: int) -> bool:
         return not _in_software(renderer_name("egl", gpu))
     except RuntimeError:
         return False
-
-
-def draws_in_software() -> bool:
-    """Whether the OpenGL context that is current in this thread draws on the CPU."""
-    # Not before a context was made: importing PyOpenGL chooses its backend.
-    from OpenGL import GL
-
-    return _in_software(GL.glGetString(GL.GL_RENDERER).decode())
 
 
 def has_gpu() -> bool:
