@@ -15,6 +15,7 @@ from torchrl.modules import ValueOperator
 from torchrl.objectives import ClipPPOLoss
 
 from torchrl_vla.objectives import AsymmetricClipPPOLoss
+from torchrl_vla.objectives.combining import combine
 
 # Ratios new/old of two decisions (K=2 control steps of 2 dimensions) and their advantages.
 RATIOS = torch.tensor([[[1.5, 0.5], [1.1, 1.2]], [[1.5, 0.5], [0.9, 1.0]]])
@@ -291,6 +292,38 @@ def test_gradient_does_not_depend_on_the_micro_batch(level, micro_batch):
     torch.testing.assert_close(gradient(len(data)), whole, atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("level", ["token", "action", "chunk"])
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_combined_terms_are_those_of_the_batch(level, micro_batch):
+    """The first micro-batch of one decision has nothing valid."""
+    table, data = random_batch()
+    data["value_target"] += 1000
+    critic = ValueOperator(nn.Linear(3, 1).double(), in_keys=[("vla_action", "hidden")])
+    loss = AsymmetricClipPPOLoss(
+        make_actor(table),
+        critic,
+        ratio_level=level,
+        entropy_coeff=0.1,
+        kl_coeff=0.2,
+        reference_context=table.disable_adapter,
+        clip_value=0.2,
+    )
+    whole = loss(data)
+    loss.set_normalizer(loss.count_valid(data))
+    combined = combine([loss(part) for part in data.split(micro_batch)])
+    assert set(combined) == set(whole.keys()) == set(loss.out_keys)
+    for key, value in combined.items():
+        torch.testing.assert_close(value, whole[key], rtol=1e-6, atol=1e-6, msg=key, check_dtype=False)
+
+
+def test_combined_terms_of_nothing_valid_are_finite():
+    table, data = make_batch()
+    data["mask"] = torch.zeros(2, 2, dtype=torch.bool)
+    loss = AsymmetricClipPPOLoss(make_actor(table))
+    loss.set_normalizer(loss.count_valid(data))
+    assert all(value == 0 for value in combine([loss(part) for part in data.split(1)]).values())
+
+
 def test_kl_to_the_reference_by_hand():
     table, data = make_batch()
     # The reference gives the token twice its probability of 1/2: k3 = 2 - log 2 - 1, d/d(log p) = 1 - 2.
@@ -327,6 +360,9 @@ def test_reconstruction_by_hand_and_its_gradient():
     term.backward()
     # d(e)/d(logit 1) = p1 (c1 - e) = 0.5 * 0.75; 2 * (e - t) * that / 8 * 0.1
     assert table.logits.grad[0, 0, 0, 1].item() == pytest.approx(2 * -1 * 0.375 / 8 * 0.1)
+    taken = data.exclude(("vla_action", "chunk"))
+    taken["vla_action", "tokens"] = torch.tensor([[[0, 0], [0, 0]], [[0, 0], [1, 1]]])  # errors 0.75 six times of eight
+    assert loss(taken)["loss_reconstruction"].item() == pytest.approx(0.1 * 0.75**2)
 
 
 def test_the_critic_reads_what_the_actor_wrote():
@@ -380,7 +416,9 @@ def test_no_host_synchronisation():
     ).to("meta")
     data = data.to("meta")
     loss.set_normalizer(loss.count_valid(data))
-    total(loss(data)).backward()
+    terms = loss(data)
+    total(terms).backward()
+    combine([terms, terms])
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ import torch
 from tensordict import TensorDictBase
 from test_openvla_update import make_decisions, make_policy
 from torch import Tensor, nn
+from torchrl.modules import ValueOperator
 
 from torchrl_vla.modules import OpenVLAActor
 from torchrl_vla.modules.openvla.lora import without_adapters
 from torchrl_vla.objectives import AsymmetricClipPPOLoss
+from torchrl_vla.objectives.combining import combine
 from torchrl_vla.training.backward_pass import BackwardPass, RecordedPass
 
 CPU = torch.device("cpu")
@@ -125,6 +127,25 @@ def test_the_counts_are_those_of_each_mini_batch() -> None:
     half = a_pass(data, rows=6, counts=counts.apply(lambda count: 2 * count))
     whole = a_pass(data, rows=6, counts=counts)
     assert float(whole["loss"]) == pytest.approx(2 * float(half["loss"]), rel=1e-5)
+
+
+def test_padding_does_not_change_the_combined_figures() -> None:
+    """Those of 6 decisions, 4 at a time, are those of the loss alone, the critic's too."""
+    actor = make_policy()
+    data = make_decisions(actor)
+    noise = torch.Generator().manual_seed(2)
+    data["vla_action", "log_probs"] += 0.3 * torch.randn(data["vla_action", "log_probs"].shape, generator=noise)
+    data["value_target"] = torch.randn(len(data), 1, generator=noise)
+    width = actor.backbone.model.config.hidden_size
+    critic = ValueOperator(nn.Linear(width, 1), in_keys=[("vla_action", "hidden")])
+    loss = AsymmetricClipPPOLoss(actor, critic)
+    expected = {name: value.item() for name, value in loss(data).items()}
+    optimizer = torch.optim.SGD([p for p in loss.parameters() if p.requires_grad], lr=0.0)
+    a_pass = RecordedPass(loss, optimizer, CPU, actor.backbone.prepare, Repeater())
+    figures = combine(accumulate(a_pass, data, 4))
+    assert {"ESS", "explained_variance"} < set(expected)
+    for name, value in expected.items():
+        assert figures[name].item() == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 def test_copies_of_the_adapters_follow_before_a_replay() -> None:

@@ -11,7 +11,9 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
 from torch import nn
+from torchrl.modules import ValueOperator
 from torchrl.objectives import ClipPPOLoss
+from torchrl.objectives.value import GAE
 
 from torchrl_vla.config import PPOConfig
 from torchrl_vla.modules.distributions import TokenCategorical
@@ -122,6 +124,41 @@ def test_the_update_does_not_depend_on_the_micro_batch(tmp_path: Path, traj_spli
         torch.testing.assert_close(result, results[0], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("ratio_level", ["token", "action", "chunk"])
+def test_the_figures_do_not_depend_on_the_micro_batch(tmp_path: Path, ratio_level: str) -> None:
+    """With GAE, a value head and masks, so that micro-batches have different shares of what the figures are of."""
+
+    def figures(batch_size: int) -> dict[str, float]:
+        actor = make_actor()
+        batch = make_batch(actor)
+        log_probs = batch["vla_action", "log_probs"]
+        log_probs += 0.3 * torch.randn_like(log_probs)
+        batch["vla_action", "reference_log_probs"] = log_probs - 0.1 * torch.rand_like(log_probs)
+        batch["mask"] = torch.rand(len(batch), K) > 0.3
+        batch["mask"][0] = False
+        batch["next", "observation", "state"] = torch.randn(len(batch), 4)
+        batch["next", "terminated"] = batch["next", "done"]
+        # Returns that are far from 0 beside their spread.
+        batch["next", "reward"] = torch.randn(len(batch), 1) + 30
+        critic = ValueOperator(nn.Linear(4, 1), in_keys=[("observation", "state")])
+        trainer = PPOTrainer(
+            PPOConfig(n_epochs=2, batch_size=batch_size, traj_split_num=1, traj_mini_batch_size=3, val_interval=0),
+            [],
+            AsymmetricClipPPOLoss(
+                actor, critic, ratio_level=ratio_level, entropy_coeff=0.01, kl_coeff=0.1, clip_value=0.2
+            ),
+            GAE(gamma=0.9, lmbda=0.9, value_network=critic),
+            torch.optim.SGD([*actor.parameters(), *critic.parameters()], lr=1e-2),
+            RunLogger(tmp_path / f"{batch_size}"),
+        )
+        return {name: value for name, value in trainer.update(batch).items() if name.startswith("train/")}
+
+    expected = figures(100)
+    assert {"train/max_ratio", "train/ESS", "train/explained_variance", "train/value_clip_fraction"} <= set(expected)
+    for batch_size in (1, 4):
+        assert figures(batch_size) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
 def test_first_gradient_is_the_policy_gradient(tmp_path: Path):
     """Before the first step the ratio is 1, so the gradient is that of -mean(advantage * log-probability)."""
     trainer, actor = make_trainer(tmp_path, n_epochs=1, traj_mini_batch_size=100, max_grad_norm=1e9)
@@ -216,6 +253,29 @@ def test_nothing_is_learned_from_groups_without_both_outcomes(tmp_path: Path, ca
     assert not any(name.startswith("train/") for name in metrics)
 
 
+def test_rows_of_several_environments(tmp_path: Path):
+    """A stock collector's batch: an estimator sees each row along its own time, GRPO takes rows of whole episodes."""
+    trainer, actor = make_trainer(tmp_path)
+    flat = make_batch(actor)
+    rows = flat.reshape(2, 6)
+    assert trainer.update(rows)["train/episodes"] == trainer.update(flat)["train/episodes"] == 6
+    cut = flat.clone()
+    cut["next", "done"][5] = False
+    with pytest.raises(
+        ValueError, match=r"of the collector's rows \[2\] some end within one. Collect whole ones: Group"
+    ):
+        trainer.update(cut.reshape(2, 6))
+
+    def estimate(batch: TensorDictBase) -> TensorDictBase:
+        return batch.set("advantage", torch.arange(6.0).expand(batch.shape).unsqueeze(-1))
+
+    trainer.advantage, learned = estimate, []
+    trainer.backward_pass = lambda micro, **options: learned.append(micro["advantage"]) or {"loss": torch.ones(())}
+    trainer.backward_pass.zero_grad = lambda: None
+    trainer.update(cut.reshape(2, 6))
+    assert sorted(torch.cat(learned).flatten().tolist()) == sorted(2 * 2 * list(range(6))), "2 rows, 2 epochs"
+
+
 def test_validates_and_saves_when_the_interval_is_passed(tmp_path: Path):
     """An update has 24 control steps, so the third reaches 72; validation is due every 40, saving every 50."""
     events: list[tuple[str, int]] = []
@@ -241,6 +301,31 @@ def test_every_validation_is_logged(tmp_path: Path) -> None:
     trainer, _ = make_trainer(tmp_path, total_timesteps=120, val_interval=40, log_interval=1000, calls=calls)
     trainer.train()
     assert [row["env_steps"] for row in trainer.logger.rows if "val/success_rate" in row] == [0.0, 48.0, 96.0, 120.0]
+
+
+@pytest.mark.parametrize("interval", [24, 1000])
+def test_the_end_of_the_collector_is_the_end_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture, interval: int
+) -> None:
+    """Two updates of 24 control steps of the 120 wanted: the last is validated, logged and saved, and only once."""
+    events: list[tuple[str, int]] = []
+    trainer, actor = make_trainer(
+        tmp_path,
+        total_timesteps=120,
+        val_interval=interval,
+        save_interval=interval,
+        log_interval=interval,
+        calls={
+            "validate": lambda: events.append(("validate", trainer.env_steps)) or {"val/success_rate": 0.5},
+            "save": lambda trainer: events.append(("save", trainer.env_steps)),
+        },
+    )
+    trainer.collector = [make_batch(actor), make_batch(actor)]
+    trainer.train()
+    assert [event for event in events if event[1] == 48] == [("validate", 48), ("save", 48)]
+    (last,) = [row for row in trainer.logger.rows if row["env_steps"] == 48]
+    assert last["val/success_rate"] == 0.5 and "train/loss" in last
+    assert "The collector ended after 48 of 120 control steps." in capsys.readouterr().out
 
 
 def test_a_broken_gradient_is_skipped_and_ends_the_run_if_it_stays(tmp_path: Path):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torchrl.objectives import ClipPPOLoss, distance_loss
 
+from torchrl_vla.objectives.combining import explained_variance
 from torchrl_vla.objectives.masking import effective_sample_size, expand_mask, masked_mean, zero_invalid
 
 RatioLevel = Literal["token", "action", "chunk"]
@@ -59,7 +60,8 @@ class AsymmetricClipPPOLoss(ClipPPOLoss):
         reference_context: makes a context in which the actor is the reference, such as a PEFT model's
             ``disable_adapter``; used where the data have no ``reference_log_prob``.
         reconstruction_coeff: weight of the mean squared error between the expected action (the bin centres under
-            the token distribution) and ``target_action`` ``[*B, K, 7]``, in the centres' units.
+            the token distribution) and ``target_action`` ``[*B, K, 7]``, in the centres' units; where the data have
+            no such entry, the action that was taken.
         bin_centers: the action value of each token, ``[V]``, or ``[7, V]``.
         critic_coeff: weight of the critic's loss; 1 if there is a critic.
         loss_critic_type: "l1", "l2" or "smooth_l1".
@@ -184,6 +186,9 @@ class AsymmetricClipPPOLoss(ClipPPOLoss):
 
     def set_normalizer(self, counts: TensorDictBase | None) -> None:
         """Divide the sums of the following calls by the counts of a larger batch, so that they add up to its loss.
+
+        :func:`~torchrl_vla.objectives.combining.combine` makes one of the calls' diagnostics; for it, a critic's calls
+        return more entries.
 
         Args:
             counts: what :meth:`count_valid` says of the whole batch; None returns to each call's own mean.
@@ -315,11 +320,11 @@ class AsymmetricClipPPOLoss(ClipPPOLoss):
         with torch.no_grad():
             ratio = zero_invalid(log_ratio.exp(), valid)
             diagnostics = {
-                "clip_fraction": masked_mean((clipped != log_ratio).to(log_ratio.dtype), valid),
-                "kl_approx": masked_mean(-log_ratio, valid),
+                "clip_fraction": masked_mean((clipped != log_ratio).to(log_ratio.dtype), valid, counts["ratios"]),
+                "kl_approx": masked_mean(-log_ratio, valid, counts["ratios"]),
                 "ESS": effective_sample_size(log_ratio, valid),
                 "max_ratio": ratio.amax(),
-                "mean_ratio": masked_mean(ratio, valid),
+                "mean_ratio": masked_mean(ratio, valid, counts["ratios"]),
                 "num_ratios": valid.sum(),
             }
         return {"loss_objective": -masked_mean(gain, valid, counts["ratios"]), **diagnostics}
@@ -327,9 +332,9 @@ class AsymmetricClipPPOLoss(ClipPPOLoss):
     def _entropy(self, dist: Distribution, valid: Tensor, counts: TensorDictBase) -> dict[str, Tensor]:
         with torch.set_grad_enabled(self.entropy_bonus and torch.is_grad_enabled()):
             entropy = zero_invalid(dist.entropy(), valid)
-        terms = {"entropy": masked_mean(entropy, valid)}
+        terms = {"entropy": masked_mean(entropy, valid, counts["tokens"])}
         if self.entropy_bonus:
-            terms["loss_entropy"] = -self.entropy_coeff * masked_mean(entropy, valid, counts["tokens"])
+            terms["loss_entropy"] = -self.entropy_coeff * terms["entropy"]
         return terms
 
     def _kl(
@@ -339,19 +344,19 @@ class AsymmetricClipPPOLoss(ClipPPOLoss):
         if reference is None:
             reference = self.reference_log_prob(tensordict)
         log_ratio = zero_invalid(reference - log_prob, valid)
-        kl = log_ratio.exp() - log_ratio - 1
-        return {
-            "loss_kl": self.kl_coeff * masked_mean(kl, valid, counts["tokens"]),
-            "kl_reference": masked_mean(kl, valid),
-        }
+        kl = masked_mean(log_ratio.exp() - log_ratio - 1, valid, counts["tokens"])
+        return {"loss_kl": self.kl_coeff * kl, "kl_reference": kl}
 
     def _reconstruction(
         self, tensordict: TensorDictBase, dist: Distribution, valid: Tensor, counts: TensorDictBase
     ) -> dict[str, Tensor]:
-        target = tensordict.get(self.tensor_keys.target_action)
         # The expectation, unlike the decoded sample, has a gradient.
         categorical: Any = getattr(dist, "base_dist", dist)
         expected = (categorical.probs * self.bin_centers).sum(-1)
+        target = tensordict.get(self.tensor_keys.target_action, None)
+        if target is None:
+            taken = tensordict.get(self.tensor_keys.action).unsqueeze(-1)
+            target = self.bin_centers.expand_as(categorical.probs).gather(-1, taken).squeeze(-1)
         error = zero_invalid(expected - target, valid).square()
         return {"loss_reconstruction": self.reconstruction_coeff * masked_mean(error, valid, counts["tokens"])}
 
@@ -372,10 +377,15 @@ class AsymmetricClipPPOLoss(ClipPPOLoss):
             clipped = change.clamp(-self.clip_value, self.clip_value)
             bounded = distance_loss(target, value - change + clipped, loss_function=self.loss_critic_type)
             loss = torch.maximum(loss, bounded)
-            terms["value_clip_fraction"] = masked_mean((change != clipped).to(value.dtype), valid)
+            clips = (change != clipped).to(value.dtype)
+            terms["value_clip_fraction"] = masked_mean(clips, valid, counts["decisions"])
         with torch.no_grad():
-            spread = masked_mean((target - masked_mean(target, valid)).square(), valid)
-            residual = target - value
-            unexplained = masked_mean((residual - masked_mean(residual, valid)).square(), valid)
-            terms["explained_variance"] = 1 - unexplained / (spread + torch.finfo(target.dtype).eps)
+            moments = {"num_values": valid.sum()}
+            for name, values in {"target": target, "residual": target - value}.items():
+                mean = masked_mean(values, valid)
+                moments[f"{name}_mean"] = mean
+                moments[f"{name}_variance"] = masked_mean((values - mean).square(), valid)
+            terms["explained_variance"] = explained_variance(moments)
+            if self._normalizer is not None:
+                terms |= moments
         return {"loss_critic": self.critic_coeff * masked_mean(loss, valid, counts["decisions"]), **terms}

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from torchrl_vla.config import PPOConfig
 from torchrl_vla.modules.openvla.graphs import GraphRecorder
 from torchrl_vla.objectives import AsymmetricClipPPOLoss, GRPOAdvantage
+from torchrl_vla.objectives.combining import combine
 from torchrl_vla.training.backward_pass import BackwardPass, RecordedPass
 from torchrl_vla.training.logging import RunLogger, format_table
 from torchrl_vla.training.micro_batch import MicroBatch, free_memory, trim_heap
@@ -37,9 +38,10 @@ class PPOTrainer:
 
     Args:
         config: the algorithm's parameters.
-        collector: yields one update's decisions; any batch shape, flattened with time last.
+        collector: yields one update's decisions ``[T]``, episode after episode, or ``[..., T]`` with one environment's
+            decisions per row. GRPO compares whole episodes: with it, a row must not end within one.
         loss: its terms named ``loss_*`` are summed and differentiated.
-        advantage: writes ``advantage`` into a flat batch, and may drop decisions that teach nothing.
+        advantage: writes ``advantage`` into a batch, and may drop decisions that teach nothing.
         optimizer: over the loss's trainable parameters; its learning rates are reached after `lr_warmup_steps`.
         logger: takes the figures.
 
@@ -110,7 +112,7 @@ class PPOTrainer:
         return values[-1] if values else default
 
     def train(self) -> None:
-        """Run to `total_timesteps`.
+        """Run to `total_timesteps`, or to the collector's end, with a last validation, log row and checkpoint.
 
         Raises:
             TrainingDiverged: `max_bad_updates` optimizer steps in a row were not finite.
@@ -119,10 +121,21 @@ class PPOTrainer:
         if self.updates == 0 and self._validate is not None:
             self._log(self._timed_validation(), "before training")
         batches = iter(self.collector)
+        metrics: dict[str, float] = {}  # those of the last update, until they are logged
+        validated = saved = True
         with tqdm(total=total, initial=self.env_steps, desc="training", unit="step", position=0) as bar:
             while self.env_steps < total:
                 started = time.perf_counter()
-                batch = next(batches)
+                batch = next(batches, None)
+                if batch is None:
+                    self.logger.print(f"The collector ended after {self.env_steps:,} of {total:,} control steps.")
+                    if self._validate is not None and not validated:
+                        metrics |= self._timed_validation()
+                    if metrics:
+                        self._log(metrics, f"update {self.updates}, {self.env_steps:,} of {total:,} control steps")
+                    if self._save is not None and not saved:
+                        self._save(self)
+                    break
                 seconds = time.perf_counter() - started
                 metrics = self._rollout_metrics(batch, seconds)
                 before = self.env_steps
@@ -140,7 +153,9 @@ class PPOTrainer:
                 bar.update(min(self.env_steps, total) - min(before, total))
                 if done or validated or _passed(config.log_interval, before, self.env_steps):
                     self._log(metrics, f"update {self.updates}, {self.env_steps:,} of {total:,} control steps")
-                if self._save is not None and (done or _passed(config.save_interval, before, self.env_steps)):
+                    metrics = {}
+                saved = done or _passed(config.save_interval, before, self.env_steps)
+                if self._save is not None and saved:
                     self._save(self)
 
     def update(self, batch: TensorDictBase) -> dict[str, float]:
@@ -151,14 +166,15 @@ class PPOTrainer:
 
         Returns:
             Figures named ``train/...``, averaged over the optimizer steps.
+
+        Raises:
+            ValueError: rows that end within an episode, for GRPO.
         """
         started = time.perf_counter()
-        data = batch.reshape(-1)
-        episodes = max(1, int(data["next", "done"].sum()))
-        scored, kept, metrics = self._score(data)
-        if scored is None:
+        episodes = max(1, int(batch["next", "done"].sum()))
+        data, kept, metrics = self._score(batch)
+        if data is None:
             return metrics
-        data = scored
         buffer = TensorDictReplayBuffer(
             storage=TensorStorage(data),
             sampler=SamplerWithoutReplacement(),
@@ -182,13 +198,20 @@ class PPOTrainer:
         }
         return metrics
 
-    def _score(self, data: TensorDictBase) -> tuple[TensorDictBase | None, int, dict[str, float]]:
-        """Write the advantages; None where no decision is left that teaches something. And of how many episodes."""
+    def _score(self, batch: TensorDictBase) -> tuple[TensorDictBase | None, int, dict[str, float]]:
+        """What to learn from, flat, with advantages, or None if nothing teaches something; and of how many episodes."""
         if not isinstance(self.advantage, GRPOAdvantage):
-            scored = self.advantage(data)
+            # Before rows are put one after the other: an estimator looks along time, and a row may be cut.
+            scored = self.advantage(batch).reshape(-1)
             return scored, max(1, int(scored["next", "done"].sum())), {}
+        if batch.ndim > 1 and not batch["next", "done"][..., -1, :].all():
+            raise ValueError(
+                f"GRPO compares whole episodes, and of the collector's rows {list(batch.shape[:-1])} some end within "
+                "one. Collect whole ones: GroupCollector, or TorchRL's Collector with trajs_per_batch=... and "
+                'traj_format="cat"; or use advantage_estimator=gae.'
+            )
         self.advantage.reset_stats()
-        scored = self.advantage.inv(data)
+        scored = self.advantage.inv(batch.reshape(-1))
         stats = self.advantage.get_stats()
         metrics = {"rollout/groups": stats["groups"], "rollout/groups_kept": stats["kept"]}
         metrics |= {f"rollout/groups_{name}": value for name, value in stats.items() if name.startswith("dropped_")}
@@ -196,7 +219,8 @@ class PPOTrainer:
             self.logger.print(
                 f"No group had both outcomes ({stats['dropped_all_failed']} failed throughout, "
                 f"{stats['dropped_all_succeeded']} succeeded throughout, {stats['dropped_out_of_bounds']} outside the "
-                "bounds): there is nothing to learn from in this update, and the policy stays as it is."
+                f"bounds, {stats['dropped_incomplete']} with too few whole episodes): there is nothing to learn "
+                "from in this update, and the policy stays as it is."
             )
         return scored, int(stats["kept_episodes"]), metrics
 
@@ -218,22 +242,23 @@ class PPOTrainer:
     ) -> dict[str, torch.Tensor] | None:
         """The gradient of a mini-batch, and its figures; None, and no gradient, if memory runs out."""
         self.backward_pass.zero_grad()
-        sums: dict[str, torch.Tensor] = {}
+        parts: list[dict[str, torch.Tensor]] = []
+        shares: list[float] = []
         rows, done = self.micro_batch.rows(len(minibatch), self.config.traj_split_num), 0
         try:
             for micro in minibatch.split(rows):
-                share = len(micro) / len(minibatch)
                 # Ours divides by the mini-batch's counts itself; a stock loss is a mean over the micro-batch.
-                scale = share if counts is None else 1.0
-                terms = self.backward_pass(micro, rows=rows, scale=scale, counts=counts)
-                for name, value in terms.items():
-                    sums[name] = sums.get(name, 0.0) + (scale if name.startswith("loss") else share) * value
+                shares.append(len(micro) / len(minibatch) if counts is None else 1.0)
+                parts.append(self.backward_pass(micro, rows=rows, scale=shares[-1], counts=counts))
                 done += len(micro)
                 bar.update(len(micro))
         except torch.OutOfMemoryError:
             bar.update(-done)
             return None
-        return sums
+        if isinstance(self.loss, AsymmetricClipPPOLoss):
+            return combine(parts)
+        weights = torch.tensor(shares, device=self.device)
+        return {name: weights @ torch.stack([part[name] for part in parts]) for name in parts[0]}
 
     def _choose_micro_batch(self, minibatch: TensorDictBase, counts: TensorDictBase | None) -> None:
         moments = 0 if self.optimizer.state else 2 * sum(p.nbytes for p in self.parameters)
