@@ -165,6 +165,18 @@ def test_base_checkpoints_keep_their_statistics_in_the_config(tmp_path: Path) ->
         tokenizer.normalize_proprio(torch.zeros(8))
 
 
+@pytest.mark.parametrize("trained", ["libero_goal", "libero_10"])
+def test_saved_statistics_hide_none_of_the_config(tmp_path: Path, trained: str) -> None:
+    """Whether the trained ones are among them or not."""
+    norm_stats = {key: STATISTICS | {"num_trajectories": 3} for key in ("libero_goal", "libero_object", "bridge_orig")}
+    (tmp_path / "config.json").write_text(json.dumps({"norm_stats": norm_stats}))
+    tokenizer = ActionTokenizer(STATISTICS)
+    path = tokenizer.save_statistics(tmp_path, trained)
+    assert json.loads(path.read_text()) == {trained: STATISTICS} | norm_stats
+    for key in (*norm_stats, trained):
+        assert ActionTokenizer.from_statistics(tmp_path, key).statistics() == STATISTICS
+
+
 def test_bad_statistics(tmp_path: Path) -> None:
     ActionTokenizer(STATISTICS).save_statistics(tmp_path, "libero_spatial_no_noops")
     with pytest.raises(ValueError, match="No statistics for 'libero_goal'.*libero_spatial_no_noops"):

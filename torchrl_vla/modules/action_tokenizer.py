@@ -140,20 +140,28 @@ class ActionTokenizer(nn.Module):
         """Write these statistics under ``key`` into ``dataset_statistics.json`` and return its path.
 
         What the file has of other data sets stays, and so does an entry of this one (or of ``key + "_no_noops"``) with
-        the same percentiles: upstream's entries have more than those.
+        the same percentiles: upstream's entries have more than those. A new file takes over the ``norm_stats`` of a
+        ``config.json`` in the folder, which are not read any more where there is a file.
 
         Args:
             folder: an existing folder, usually a checkpoint's.
             key: name of the data set, e.g. ``"libero_spatial"``.
         """
         path = Path(folder) / STATISTICS_FILE
-        stored = read_json(path) if path.is_file() else {}
+        config = path.with_name("config.json")
+        if path.is_file():
+            stored = read_json(path)
+        else:
+            stored = (read_json(config).get("norm_stats") if config.is_file() else None) or {}
         same = (
             name in stored and ActionTokenizer(stored[name]).statistics() == self.statistics()
             for name in (key, f"{key}_no_noops")
         )
         if not any(same):
-            path.write_text(json.dumps(stored | {key: self.statistics()}, indent=1))
+            stored = stored | {key: self.statistics()}
+        elif path.is_file():
+            return path
+        path.write_text(json.dumps(stored, indent=1))
         return path
 
     def encode(self, actions: Tensor) -> Tensor:

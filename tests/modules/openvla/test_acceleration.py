@@ -19,7 +19,7 @@ from torchrl_vla.modules.openvla.linear import (
     read_group,
     read_linear,
 )
-from torchrl_vla.modules.openvla.lora import add_lora, without_adapters
+from torchrl_vla.modules.openvla.lora import add_lora, merge_lora, without_adapters
 
 from .conftest import random_model, small_config
 
@@ -168,6 +168,16 @@ def test_bf16_copies_follow_the_adapters(fused: bool) -> None:
     assert copies_are_right()
 
 
+@pytest.mark.parametrize("compile_layers", [False, True])
+def test_merging_into_an_accelerated_model_adds_the_adapters_once(compile_layers: bool) -> None:
+    model = adapted()
+    model.accelerate(compile_layers=compile_layers)
+    with torch.no_grad():
+        expected = model(*inputs(3, padded=False)).action_logits
+        merge_lora(model)
+        torch.testing.assert_close(model(*inputs(3, padded=False)).action_logits, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_adapters_can_be_left_out_of_an_accelerated_model() -> None:
     model = adapted()
     expected = random_model(small_config())(*inputs(2, padded=False)).action_logits
@@ -294,3 +304,11 @@ def test_a_recording_is_of_one_state_of_the_weights() -> None:
     trained = next(p for p in model.parameters() if p.requires_grad)
     trained.data = trained.data.clone()
     assert acceleration._state() != with_adapters
+
+
+@pytest.mark.parametrize(("kernel", "recorded_up_to"), [("sdpa", 8), ("flash_attention_2", 0)])
+def test_what_asks_the_host_about_padding_is_not_recorded(kernel: str, recorded_up_to: int) -> None:
+    model = random_model(small_config())
+    model.language_model.config._attn_implementation = kernel
+    model.accelerate(compile_layers=False, graph_batch_size=8)
+    assert model._acceleration._graph_batch_size == recorded_up_to

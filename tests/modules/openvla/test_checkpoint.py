@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -88,6 +89,55 @@ def test_shards_are_bounded_indexed_and_replaced(checkpoint: Path, tmp_path: Pat
     assert_identical(OpenVLA.from_pretrained(tmp_path).state_dict(), model.state_dict())
     model.save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_checkpoint_of_another_model_is_replaced_whole(copied: Path) -> None:
+    (copied / "vision_backbone--150000_checkpoint.pt").touch()
+    (copied / "notes.txt").write_text("mine")
+    (copied / "lora_adapter").mkdir()
+    (copied / "lora_adapter" / "adapter_config.json").write_text("{}")
+    before = files_of(copied)
+    model = random_model(small_config(use_proprio=False))
+    model.save_pretrained(copied)
+    after = files_of(copied)
+    own = {"config.json", "generation_config.json", "model.safetensors", "vit_overrides.json"}
+    gone = {name for name in before if name.endswith(".pt") or name.startswith("model")} | {"dataset_statistics.json"}
+    assert set(after) == set(before) - gone | own
+    assert all(after[name] == before[name] for name in set(after) - own)
+    assert_identical(OpenVLA.from_pretrained(copied).state_dict(), model.state_dict())
+
+
+def test_a_checkpoint_stays_if_another_cannot_be_written(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    before = files_of(copied)
+    monkeypatch.setattr(torch, "save", full)  # the heads come last
+    with pytest.raises(OSError, match="no space left"):
+        random_model(small_config()).save_pretrained(copied)
+    assert files_of(copied) == before
+
+
+@pytest.mark.parametrize(
+    "said", [{"torch_dtype": "bfloat16"}, {"torch_dtype": None, "dtype": "bfloat16"}, {"torch_dtype": None}]
+)
+def test_stored_is_what_the_shards_say(tmp_path: Path, said: dict[str, str | None]) -> None:
+    """Not config.json, which conversions leave as it was."""
+    model = random_model(small_config())
+    model.save_pretrained(tmp_path, dtype=torch.float32)
+    before = weights(tmp_path)
+    path = tmp_path / "config.json"
+    raw = json.loads(path.read_text()) | said
+    path.write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
+    again = OpenVLA.from_pretrained(tmp_path, dtype="stored")
+    assert_identical(again.state_dict(), model.state_dict())
+    again.save_pretrained(tmp_path)
+    assert_identical(weights(tmp_path), before)
+    assert "dtype" not in json.loads(path.read_text())
 
 
 def test_a_model_of_ours_goes_out_and_in(tmp_path: Path) -> None:
@@ -277,6 +327,14 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "dataset_statistics.json").write_text("{"),
         "dataset_statistics.json is not valid JSON",
     ),
+    "FiLM": (
+        lambda f: torch.save({}, f / "vision_backbone--150000_checkpoint.pt"),
+        "vision_backbone--150000_checkpoint.pt says that this checkpoint was trained with FiLM, which this package",
+    ),
+    "diffusion": (
+        lambda f: torch.save({}, f / "noisy_action_projector--150000_checkpoint.pt"),
+        "noisy_action_projector--150000_checkpoint.pt says that this checkpoint was trained with a diffusion head",
+    ),
     "head has another": (
         lambda f: save_head(f, lambda s: s.update({"module.extra": torch.zeros(1)})),
         "has extra, which this head has no place for",
@@ -331,6 +389,16 @@ def test_a_hub_id_without_network_says_how_to_go_on() -> None:
 def test_a_hub_that_cannot_be_reached_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match="cannot be had .*hf download OWNER/NAME --local-dir"):
+        resolve_checkpoint("nobody/nothing-here")
+
+
+@pytest.mark.parametrize("error", [HTTPError("peer closed connection"), RuntimeError("Data processing error")])
+def test_a_network_lost_on_the_way_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr("torchrl_vla.modules.openvla.checkpoint.snapshot_download", download)
+    with pytest.raises(ValueError, match=f"cannot be had .*{error}.*hf download OWNER/NAME --local-dir"):
         resolve_checkpoint("nobody/nothing-here")
 
 

@@ -97,6 +97,18 @@ def test_upstream_config_survives_a_round_trip(checkpoint: Path, tmp_path: Path)
         assert json.loads((tmp_path / name).read_text()) == json.loads((checkpoint / name).read_text())
 
 
+def test_transformers_5_has_another_name_for_the_dtype(checkpoint: Path, tmp_path: Path) -> None:
+    raw = json.loads((checkpoint / "config.json").read_text())
+    for part in (raw, raw["text_config"]):
+        part["dtype"] = {"bfloat16": "float16"}[part.pop("torch_dtype")]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = OpenVLAConfig.from_folder(tmp_path)
+    assert config.torch_dtype == "float16"
+    replace(config, torch_dtype="float32").save(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert all(part["torch_dtype"] == "float32" and "dtype" not in part for part in (saved, saved["text_config"]))
+
+
 @pytest.mark.parametrize("config", [OpenVLAConfig.tiny(num_images=2), OpenVLAConfig.seven_b(), small_config()])
 def test_presets_survive_a_round_trip(config: OpenVLAConfig, tmp_path: Path) -> None:
     config.save(tmp_path)

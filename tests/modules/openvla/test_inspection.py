@@ -73,6 +73,13 @@ def test_summary_of_upstreams_checkpoint(checkpoint: Path) -> None:
     assert sorted(summary.config.statistics) == ["bridge_orig", "libero_spatial_no_noops"]
 
 
+def test_parts_that_there_are_not_are_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "policy")
+    (folder / "vision_backbone--50000_checkpoint.pt").touch()
+    with pytest.raises(ValueError, match="vision_backbone--50000_checkpoint.pt says .* trained with FiLM"):
+        inspect_checkpoint(folder)
+
+
 def test_a_merged_adapter_is_told(checkpoint: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -166,6 +166,18 @@ def test_upstreams_adapter_has_layers_that_never_run(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(load_adapter(random_model(), tmp_path)), logits(model), atol=0, rtol=0)
 
 
+def test_upstreams_adapter_has_the_weight_under_the_head(tmp_path: Path) -> None:
+    """peft's save_pretrained writes it wherever lm_head is among the targets."""
+    model = adapted()
+    save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    head = "language_model.lm_head.base_layer.weight"
+    tensors[f"base_model.model.{head}"] = torch.zeros_like(model.get_parameter(head))
+    save_file(tensors, path)
+    torch.testing.assert_close(logits(load_adapter(random_model(), tmp_path)), logits(model), atol=0, rtol=0)
+
+
 def test_foreign_adapters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no adapter_config.json"):
         load_adapter(random_model(), tmp_path)
@@ -180,9 +192,10 @@ def test_foreign_adapters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lora_A.weight is \[4, 2\] in .*, but this model needs \[4, 16\]"):
         load_adapter(random_model(), tmp_path)
     save_file(tensors, path)
-    config.write_text(json.dumps(settings | {"use_dora": True}))
-    with pytest.raises(ValueError, match="has use_dora: only plain LoRA"):
-        load_adapter(random_model(), tmp_path)
+    for option in ({"use_dora": True}, {"alpha_pattern": {"q_proj": 32}}, {"lora_bias": True}):
+        config.write_text(json.dumps(settings | option))
+        with pytest.raises(ValueError, match=f"has {next(iter(option))}: only plain LoRA"):
+            load_adapter(random_model(), tmp_path)
     config.write_text(json.dumps(settings | {"peft_type": "IA3"}))
     with pytest.raises(ValueError, match="peft_type 'IA3'"):
         load_adapter(random_model(), tmp_path)

@@ -61,6 +61,15 @@ class Acceleration:
         """Give the memory of recorded calls back; the next one of each shape is recorded again."""
         self._graphs.clear()
 
+    def forget_adapters(self) -> None:
+        """Read the layers anew, once their adapters are merged: what was kept of them would add the adapters again."""
+        for stack in self._stacks:
+            stack.forget_weights()
+        merged = {id(parameter) for parameter in self._adapters}
+        self._trained = [parameter for parameter in self._trained if id(parameter) not in merged]
+        self._adapters, self._switch = [], None
+        self.forget_graphs()
+
     def _state(self) -> Hashable:
         """What a call depends on beside its inputs: where the trained weights lie, adapters on or off."""
         off = self._switch is not None and self._switch.disable_adapters

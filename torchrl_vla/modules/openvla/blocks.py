@@ -247,6 +247,11 @@ class LayerStack:
             # Its method: what is compiled should be a plain function.
             self._block = torch.compile(self.block.__call__, fullgraph=True)  # type: ignore[operator]
 
+    def forget_weights(self) -> None:
+        """Read the weights anew on the next call, from layers that have no adapters any more."""
+        self._cache = {}
+        self._switch = None
+
     def adapters(self) -> Iterable[Adapters]:
         """The adapters that are kept, once :meth:`accelerate` was called."""
         for layers, _ in (self._cache or {}).values():

@@ -8,13 +8,14 @@ import os
 import pickle
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -24,7 +25,18 @@ from torchrl_vla.modules.openvla.config import OpenVLAConfig
 from torchrl_vla.modules.openvla.layout import parameter_names, unused_shapes, unused_weight
 from torchrl_vla.modules.openvla.lora import merged_weight
 from torchrl_vla.modules.openvla.quantization import check_4bit, prepare_4bit, quantize_weight
-from torchrl_vla.modules.openvla.shards import INDEX, SINGLE, check_shards, find_shards, head_file, head_step, listed
+from torchrl_vla.modules.openvla.shards import (
+    FOREIGN_HEADS,
+    INDEX,
+    SINGLE,
+    check_shards,
+    find_shards,
+    head_file,
+    head_step,
+    listed,
+    refuse_foreign_heads,
+    stored_dtype,
+)
 from torchrl_vla.releases import TOKEN_CHECKPOINTS
 
 if TYPE_CHECKING:
@@ -34,6 +46,12 @@ _logger = logging.getLogger(__name__)
 
 # The code is never run here: it says which upstream wrote the checkpoint, and goes along with an export.
 _HUB_FILES = ["*.json", "*.safetensors", "*_checkpoint.pt", "tokenizer*", "*.model", "*.py"]
+
+# Files that a checkpoint may have and another one not; left beside another's weights they would be taken for its own.
+_OWN_FILES = [
+    SINGLE, INDEX, "model-*-of-*.safetensors", "dataset_statistics.json", "vit_overrides.json",
+    *(f"{kind}--*_checkpoint.pt" for kind in ("proprio_projector", "action_head", *FOREIGN_HEADS)),
+]  # fmt: skip
 
 
 def resolve_checkpoint(path_or_hub_id: str | Path, *, local_files_only: bool = False, use_local: bool = True) -> Path:
@@ -62,8 +80,9 @@ def resolve_checkpoint(path_or_hub_id: str | Path, *, local_files_only: bool = F
         )
     try:
         return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES, local_files_only=local_files_only))
+    # A network lost on the way: an HTTPError of what huggingface_hub downloads with, or a RuntimeError of hf_xet.
     except (
-        HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError,
+        HTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, RuntimeError,
     ) as error:  # fmt: skip
         raise ValueError(
             f"{repo_id!r} is no folder here, and the Hugging Face repository of that name cannot be had "
@@ -87,7 +106,11 @@ def load_pretrained(
 
     folder = resolve_checkpoint(path_or_hub_id, local_files_only=local_files_only, use_local=use_local)
     config = OpenVLAConfig.from_folder(folder)
+    refuse_foreign_heads(folder)
     device = _check_device("cpu" if device is None else device, load_in_4bit)
+    shards = find_shards(folder)
+    # Not what config.json says: converted shards often keep the configuration of those they were made from.
+    config = replace(config, torch_dtype=stored_dtype(shards) or config.torch_dtype)
     heads_as_stored = dtype == "stored"
     if dtype == "stored" or (dtype is None and device.type != "cpu"):
         dtype = getattr(torch, config.torch_dtype)
@@ -111,7 +134,6 @@ def load_pretrained(
         model = OpenVLA(config, attn_implementation=attention, use_l1_head=use_l1_head)
     if load_in_4bit:
         prepare_4bit(model, device, dtype)
-    shards = find_shards(folder)
     unused = unused_shapes(config)
     ours = parameter_names(model)
     check_shards(shards, {name: tuple(model.get_parameter(own).shape) for name, own in ours.items()} | unused)
@@ -218,7 +240,8 @@ def save_pretrained(
 
     Args:
         model: the model; it is not changed.
-        folder: where to write; made if it is not there. A checkpoint in it is replaced.
+        folder: where to write; made if it is not there. A checkpoint in it, its statistics included, is replaced once
+            everything is written; other files stay.
         dtype: dtype of the weights; None for ``config.torch_dtype``.
         max_shard_bytes: most bytes in one file.
         merge_in_float32: add an adapter to its weight in float32 and round once, not in the weight's dtype.
@@ -231,33 +254,50 @@ def save_pretrained(
             "a 4-bit model cannot be exported, its weights are rounded: save the adapter, load the checkpoint without "
             "load_in_4bit, load the adapter there and export that."
         )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     dtype = getattr(torch, model.config.torch_dtype) if dtype is None else dtype
     config = replace(model.config, torch_dtype=str(dtype).removeprefix("torch."))
-    config.save(folder)
     generation = {
         "_from_model_config": True,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
     }
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    _save_shards(upstream_tensors(model, merge_in_float32=merge_in_float32), folder, dtype, max_shard_bytes)
-    # Upstream keeps the projector in float32 and casts the action head.
-    for kind, head_dtype in (("proprio_projector", torch.float32), ("action_head", dtype)):
-        for stale in folder.glob(f"{kind}--*_checkpoint.pt"):
-            stale.unlink()
-        module = getattr(model, kind)
-        if module is not None:
-            state = {f"module.{name}": tensor.cpu().to(head_dtype) for name, tensor in module.state_dict().items()}
-            torch.save(state, folder / f"{kind}--{model.checkpoint_step}_checkpoint.pt")
+    with _replacing(Path(folder)) as partial:
+        config.save(partial)
+        (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        _save_shards(upstream_tensors(model, merge_in_float32=merge_in_float32), partial, dtype, max_shard_bytes)
+        # Upstream keeps the projector in float32 and casts the action head.
+        for kind, head_dtype in (("proprio_projector", torch.float32), ("action_head", dtype)):
+            module = getattr(model, kind)
+            if module is not None:
+                state = {f"module.{name}": tensor.cpu().to(head_dtype) for name, tensor in module.state_dict().items()}
+                torch.save(state, partial / f"{kind}--{model.checkpoint_step}_checkpoint.pt")
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A folder to write a checkpoint in, whose files then take the place of those of a checkpoint in ``folder``.
+
+    If writing fails, ``folder`` is left as it was. Files in it that are no checkpoint's stay.
+    """
+    partial = folder / "checkpoint.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        written = sorted(path.name for path in partial.iterdir())
+        for name in written:
+            os.replace(partial / name, folder / name)
+        for pattern in _OWN_FILES:
+            for path in folder.glob(pattern):
+                if path.name not in written:
+                    path.unlink()
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _save_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype, max_bytes: int) -> None:
     """Write tensors to numbered shards and an index, with one shard in memory at a time."""
-    for stale in [*folder.glob("model-*-of-*.safetensors"), folder / SINGLE, folder / INDEX]:
-        stale.unlink(missing_ok=True)
     parts: list[list[str]] = []
     shard: dict[str, Tensor] = {}
     size = total = 0

@@ -321,7 +321,8 @@ class OpenVLAConfig:
         values |= raw.get(_EXTENSION_KEY, {})
         values["image_size"] = sizes[0]
         values["use_proprio"] = any(Path(folder).glob("proprio_projector--*_checkpoint.pt"))
-        values["torch_dtype"] = raw.get("torch_dtype", "bfloat16")
+        # Its name in transformers 4 and in 5.
+        values["torch_dtype"] = raw.get("torch_dtype", raw.get("dtype", "bfloat16"))
         values["norm_stats"] = raw.get("norm_stats") or {}
         values["dataset_statistics"] = _read_if_there(Path(folder) / "dataset_statistics.json")
         vit = _read_if_there(Path(folder) / "vit_overrides.json")
@@ -344,6 +345,8 @@ class OpenVLAConfig:
             if value is not None and not implied:
                 text[name] = value
         text |= {"model_type": "llama", "pad_token_id": self.pad_token_id, "torch_dtype": self.torch_dtype}
+        # The other name of torch_dtype, which is written instead: it could say another one.
+        text.pop("dtype", None)
         text["vocab_size"] = self.vocab_size
         defaults = {f.name: f.default for f in fields(self)}
         extension = {name: getattr(self, name) for name in _EXTENSION_FIELDS if getattr(self, name) != defaults[name]}
@@ -358,7 +361,7 @@ class OpenVLAConfig:
             "timm_override_act_layers": [None, None],
             "use_fused_vision_backbone": True,
             "vision_backbone_id": "dinosiglip-vit-so-224px",
-            **{key: value for key, value in self.upstream.items() if key != _EXTENSION_KEY},
+            **{key: value for key, value in self.upstream.items() if key not in (_EXTENSION_KEY, "dtype")},
             "image_sizes": [self.image_size, self.image_size],
             "model_type": "openvla",
             "n_action_bins": self.n_action_bins,

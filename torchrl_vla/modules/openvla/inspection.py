@@ -16,7 +16,13 @@ from torchrl_vla.modules.openvla.checkpoint import read_head
 from torchrl_vla.modules.openvla.config import OpenVLAConfig
 from torchrl_vla.modules.openvla.layout import parameter_names, unused_shapes
 from torchrl_vla.modules.openvla.model import OpenVLA
-from torchrl_vla.modules.openvla.shards import check_shards, find_shards, head_file, head_step
+from torchrl_vla.modules.openvla.shards import (
+    check_shards,
+    find_shards,
+    head_file,
+    head_step,
+    refuse_foreign_heads,
+)
 from torchrl_vla.releases import TOKEN_CHECKPOINTS
 
 ActionMode = Literal["tokens", "l1", "hybrid", "autoregressive"]
@@ -155,6 +161,7 @@ def inspect_checkpoint(folder: str | Path, *, finetuned_on_discrete_actions: boo
     """
     folder = Path(folder)
     config = OpenVLAConfig.from_folder(folder)
+    refuse_foreign_heads(folder)
     heads = {kind: path for kind in ("proprio_projector", "action_head") if (path := head_file(folder, kind))}
     with torch.device("meta"):
         model = OpenVLA(config, use_l1_head="action_head" in heads)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _ADAPTER = "default"
 _PREFIX = "base_model.model."  # peft's name for the model that an adapter file belongs to
 _BACKBONE = ("vision_backbone", "projector", "language_model")
+# Options of peft's that make an adapter more than ``scale * B A`` of one rank and scale.
+_UNSUPPORTED = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
 
 
 def adaptable_modules(model: OpenVLA) -> list[str]:
@@ -211,6 +213,8 @@ def merge_lora(model: OpenVLA, *, in_float32: bool = True) -> OpenVLA:
         base = layer.get_base_layer()
         base.weight.copy_(merged_weight(model, f"{name}.base_layer.weight", in_float32=in_float32))
         model.set_submodule(name, base)
+    if model._acceleration is not None:
+        model._acceleration.forget_adapters()
     return model
 
 
@@ -265,7 +269,7 @@ def load_adapter(model: OpenVLA, folder: str | Path, *, dtype: torch.dtype = tor
         if not file.is_file():
             raise ValueError(f"{folder} has no {file.name}: name a folder that an adapter was saved in.")
     settings = read_json(config_file)
-    unsupported = [key for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern") if settings.get(key)]
+    unsupported = [key for key in _UNSUPPORTED if settings.get(key)]
     if settings.get("peft_type") != "LORA" or unsupported:
         what = ", ".join(unsupported) or f"peft_type {settings.get('peft_type')!r}"
         raise ValueError(f"{config_file} has {what}: only plain LoRA adapters can be added.")
@@ -278,10 +282,11 @@ def load_adapter(model: OpenVLA, folder: str | Path, *, dtype: torch.dtype = tor
     except SafetensorError as error:
         raise ValueError(f"{weights_file} is truncated or no safetensors file ({error}): copy it again.") from error
     dead = {name.rpartition(".")[0] for name in unused_shapes(model.config)}
+    # Where an adapter is on lm_head, as upstream's are, peft writes the weight under it too: the base model has that.
     tensors = {
         name: tensor
         for key, tensor in stored.items()
-        if (name := key.removeprefix(_PREFIX)).split(".lora_")[0] not in dead
+        if (name := key.removeprefix(_PREFIX)).split(".lora_")[0] not in dead and ".base_layer." not in name
     }
     candidates = {upstream_name(f"{name}.").removesuffix("."): name for name in adaptable_modules(model)}
     modules = sorted({name.split(".lora_")[0] for name in tensors})

@@ -335,8 +335,11 @@ class OpenVLA(nn.Module):
 
         Args:
             compile_layers: compile the layers.
-            graph_batch_size: up to this batch size, forwards without gradient on a GPU are replayed as CUDA graphs.
+            graph_batch_size: up to this batch size, forwards without gradient on a GPU are replayed as CUDA graphs;
+                flash-attention 2 asks the host about padding, which cannot be recorded.
         """
+        if self.language_model.config._attn_implementation != "sdpa":
+            graph_batch_size = 0
         self._acceleration = Acceleration(
             self, self._stacks, compile_layers=compile_layers, graph_batch_size=graph_batch_size
         )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +17,10 @@ _logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+FOREIGN_HEADS = {"vision_backbone": "FiLM", "noisy_action_projector": "a diffusion head"}
+"""What upstream trained a checkpoint with, by the kind of the ``KIND--N_checkpoint.pt`` that it left."""
+
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,43 @@ def check_shards(shards: dict[Path, list[str]], expected: dict[str, tuple[int, .
     if unknown:
         raise ValueError(f"the checkpoint has {listed(unknown)}, which an OpenVLA has no place for.")
     return found
+
+
+def stored_dtype(shards: Iterable[Path]) -> str | None:
+    """The dtype of most weights, as ``config.json`` calls it, from the headers of the shards.
+
+    Args:
+        shards: their paths.
+
+    Returns:
+        ``float32``, ``bfloat16`` or ``float16``; None where no tensor is of one of these.
+
+    Raises:
+        ValueError: if a file is truncated or none of safetensors'.
+    """
+    sizes: Counter[str] = Counter()
+    for path in shards:
+        for info in read_header(path).values():
+            if info.dtype in _DTYPES:
+                sizes[_DTYPES[info.dtype]] += math.prod(info.shape)
+    return max(sizes, key=sizes.__getitem__, default=None)
+
+
+def refuse_foreign_heads(folder: Path) -> None:
+    """Refuse a checkpoint whose policy needs a part that this package does not have; without it, it acts otherwise.
+
+    Args:
+        folder: a checkpoint folder.
+
+    Raises:
+        ValueError: if it has a file of such a part.
+    """
+    for kind, what in FOREIGN_HEADS.items():
+        for path in sorted(folder.glob(f"{kind}--*_checkpoint.pt")):
+            raise ValueError(
+                f"{path} says that this checkpoint was trained with {what}, which this package does not have: take a "
+                "checkpoint that was trained without it."
+            )
 
 
 def listed(names: list[str]) -> str:
