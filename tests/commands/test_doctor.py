@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError
 
 from torchrl_vla.cli import main
 from torchrl_vla.modules import OpenVLA, OpenVLAConfig
@@ -36,7 +37,7 @@ def test_the_bundled_policy_fits(tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert found["memory"]["rollout"]["weights"] == 4 * (8_055_680 - 595_456)
     assert found["steps"] == {"proprio_projector": "0"}
     assert {check["name"] for check in found["checks"]} == {
-        "mode", "tokenizer", "statistics", "memory", "dtype", "attention", "renderer", "versions",
+        "mode", "tokenizer", "cameras", "statistics", "memory", "dtype", "attention", "renderer", "versions",
     }  # fmt: skip
 
 
@@ -75,6 +76,59 @@ def test_base_openvla_can_be_evaluated_and_must_be_fine_tuned_for_rl(
     assert "it acts by its tokens, one after the other, one control step at a time" in capsys.readouterr().out
 
 
+def test_too_few_cameras_are_a_problem(
+    copy_release: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """As loading says; a release notes no number, so that doctor can only say what such releases have."""
+    folder = copy_release(tmp_path / "l1")
+    options = [str(folder), "--purpose", "evaluate", "--device", "cpu"]
+    assert diagnose(*options) == 0
+    assert "note     cameras: it does not say how many" in capsys.readouterr().out
+    assert diagnose(*options, "--num-images-in-input", "2") == 0
+    assert "ok       cameras: 2" in capsys.readouterr().out
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"torchrl_vla": {"num_images": 2}}))
+    assert diagnose(*options) == 1
+    assert "problem  cameras: num_images_in_input is 1, but" in (table := capsys.readouterr().out)
+    assert "use --num-images-in-input 2" in table
+    assert diagnose(*options, "--num-images-in-input", "2") == 0
+    (folder / "config.json").write_text(json.dumps(config | {"torchrl_vla": {"trained_for": "l1"}}))
+    capsys.readouterr()
+    assert diagnose(*options) == 0
+    assert "ok       cameras: 1" in capsys.readouterr().out
+
+
+def test_statistics_without_a_suite_must_be_liberos(
+    copy_release: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = copy_release(tmp_path / "l1")
+    path = folder / "dataset_statistics.json"
+    entry = json.loads(path.read_text())["libero_spatial_no_noops"]
+
+    def check(statistics: dict[str, object]) -> tuple[int, str]:
+        path.write_text(json.dumps(statistics))
+        code = diagnose(str(folder), "--finetuned-on-discrete-actions", "--device", "cpu")
+        return code, next(line for line in capsys.readouterr().out.splitlines() if " statistics: " in line)
+
+    assert check({"libero_goal": entry, "libero_spatial_no_noops": entry}) == (
+        0, "ok       statistics: it has those of libero_spatial, libero_goal"
+    )  # fmt: skip
+    assert check({"libero_goal": entry}) == (
+        0,
+        "note     statistics: it has those of libero_goal, not of libero_spatial, the default: pass --task-suite "
+        "libero_goal",
+    )
+    # config.json's are not looked at where there is a file: loading does not either.
+    config = json.loads((folder / "config.json").read_text())
+    config["norm_stats"]["libero_spatial"] = entry
+    (folder / "config.json").write_text(json.dumps(config))
+    code, line = check({"bridge_orig": entry})
+    assert code == 1 and line.startswith("problem  statistics: there are none of LIBERO's, only bridge_orig")
+    assert "moojink/openvla-7b-oft-finetuned-libero-*" in line and "--local-dir FOLDER" in line
+    code, line = check({"libero_spatial": {"action": entry["action"]}})
+    assert code == 1 and "it reads the robot's state, but its statistics have none" in line
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -101,7 +155,11 @@ def test_a_7b_model_without_memory_is_a_problem(monkeypatch: pytest.MonkeyPatch)
     needs = {"rollout": MemoryEstimate(14 * gib, 0, 0, gib), "training": MemoryEstimate(14 * gib, gib, 2 * gib, gib)}
     check = doctor._check_memory(torch.device("cpu"), needs)
     assert check.status == "problem" and "training needs 18.0 GiB" in check.message and "has 16.0" in check.message
+    assert "--batch-size" in check.message and "--load-in-4bit" in check.message
     assert doctor._check_memory(torch.device("cpu"), {"rollout": needs["rollout"]}).status == "ok"
+    # `evaluate` has none of train's options.
+    check = doctor._check_memory(torch.device("cpu"), {"rollout": needs["training"]})
+    assert check.status == "problem" and check.message.endswith(": lower --num-envs, or take a larger machine")
 
 
 def test_weights_that_learn_are_counted_in_float32(copy_release: Callable[[Path], Path], tmp_path: Path) -> None:
@@ -149,6 +207,21 @@ def test_4bit_without_cuda_is_a_problem(capsys: pytest.CaptureFixture) -> None:
 def test_bad_options(capsys: pytest.CaptureFixture) -> None:
     assert diagnose(BUNDLED, "--batch-size", "0") == 2
     assert "batch_size must be at least 1" in capsys.readouterr().err
+    assert diagnose(BUNDLED, "--purpose", "evaluate", "--load-in-4bit") == 2
+    assert "load_in_4bit is for --purpose train" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("name", ["./nothing", "owner/name"])
+@pytest.mark.parametrize("error", [HTTPError, ConnectionResetError])
+def test_a_checkpoint_that_cannot_be_had_has_its_own_code(
+    name: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def break_off(*_: object, **__: object) -> None:
+        raise error("peer closed the connection")
+
+    monkeypatch.setattr("torchrl_vla.modules.openvla.checkpoint.snapshot_download", break_off)
+    assert diagnose(name, "--device", "cpu") == 2
+    assert "hf download OWNER/NAME --local-dir FOLDER" in capsys.readouterr().err
 
 
 def test_a_runs_folder_stands_for_its_policy(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

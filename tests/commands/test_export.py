@@ -17,6 +17,7 @@ from torchrl_vla.config import OpenVLAActorConfig, TrainConfig
 from torchrl_vla.modules import OpenVLA
 from torchrl_vla.modules.openvla import upstream_tensors
 from torchrl_vla.training.checkpoint import RunCheckpoints, TrainableState
+from torchrl_vla.training.finetune_config import FinetuneConfig
 from torchrl_vla.training.policy import load_policy
 
 SUITE = "libero_spatial"
@@ -168,9 +169,44 @@ def test_nothing_is_overwritten_without_being_told(base: Path, run: tuple[Path, 
     (tmp_path / "thesis" / "chapter.txt").write_text("mine")
     with pytest.raises(SystemExit, match="neither a checkpoint nor an adapter, and is not replaced"):
         main(["export", str(base), str(tmp_path / "thesis"), "--overwrite"])
+    shutil.copytree(run[0], out / "run")
     with pytest.raises(SystemExit, match="holds the run that is exported"):
-        main(["export", str(run[0]), str(run[0]), "--overwrite"])
-    assert (run[0] / "checkpoints").is_dir()
+        main(["export", str(out / "run"), str(out), "--overwrite"])
+    assert (out / "run" / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize("command", ["train", "finetune"])
+@pytest.mark.parametrize("extra", ["nothing", "checkpoints", "adapter"])
+def test_a_run_is_never_replaced(command: str, extra: str, base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "a"
+    out.mkdir(parents=True)
+    config = TrainConfig() if command == "train" else FinetuneConfig(tmp_path / "demos", out)
+    config.save(out / "config.json")
+    if extra == "checkpoints":
+        (out / "checkpoints").mkdir()
+    elif extra == "adapter":
+        (out / "adapter_config.json").write_text("{}")
+    before = sorted(path.name for path in out.iterdir())
+    with pytest.raises(SystemExit, match=f"{out} is .* is not replaced: choose another folder"):
+        main(["export", str(base), str(out), "--overwrite"])
+    assert sorted(path.name for path in out.iterdir()) == before
+
+
+def test_a_policy_that_learns_further_in_its_folder_is_not_replaced(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    main(["export", str(base), str(out)])
+    (out / "checkpoints").mkdir()
+    with pytest.raises(SystemExit, match="is the folder of a run, and is not replaced"):
+        main(["export", str(base), str(out), "--overwrite"])
+    assert (out / "checkpoints").is_dir()
+
+
+def test_an_adapter_is_replaced(run: tuple[Path, OpenVLA], tmp_path: Path) -> None:
+    arguments = ["export", str(run[0]), str(tmp_path / "adapter"), "--adapter-only"]
+    main(arguments)
+    (tmp_path / "adapter" / "notes.txt").write_text("mine")
+    main([*arguments, "--overwrite"])
+    assert not (tmp_path / "adapter" / "notes.txt").exists()
 
 
 def test_a_failed_export_leaves_the_old_one(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

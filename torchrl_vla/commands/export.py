@@ -30,7 +30,7 @@ class ExportArguments:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the weights; auto: the checkpoint's."""
     overwrite: bool = False
-    """Replace a checkpoint or adapter in the folder."""
+    """Replace a checkpoint or adapter in the folder; a run is never replaced."""
 
 
 def main(arguments: Sequence[str]) -> None:

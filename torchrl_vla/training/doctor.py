@@ -11,8 +11,10 @@ from typing import Any, Literal
 import torch
 from packaging.requirements import Requirement
 
+from torchrl_vla.config import EnvironmentConfig
 from torchrl_vla.envs import get_suite
 from torchrl_vla.envs.rendering import configure_rendering, renderer_name
+from torchrl_vla.envs.tasks import SUITES
 from torchrl_vla.modules import load_tokenizer
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
 from torchrl_vla.modules.openvla.attention import resolve_attention
@@ -21,8 +23,9 @@ from torchrl_vla.modules.openvla.inspection import CheckpointSummary, TrainedMod
 from torchrl_vla.modules.openvla.memory import MemoryEstimate
 from torchrl_vla.modules.openvla.quantization import check_4bit
 from torchrl_vla.modules.openvla.tokenizer import empty_token_id
-from torchrl_vla.releases import TOKEN_CHECKPOINTS
+from torchrl_vla.releases import OFT_CHECKPOINTS, TOKEN_CHECKPOINTS
 from torchrl_vla.training.folder import NOT_A_PACKAGE, package_version
+from torchrl_vla.training.policy import require_cameras
 
 __all__ = ["Check", "Diagnosis", "check_checkpoint", "check_machine", "fits_memory"]
 
@@ -115,30 +118,66 @@ class Diagnosis:
 
 
 def check_checkpoint(
-    summary: CheckpointSummary, *, purpose: Literal["train", "evaluate"], task_suite: str | None
+    summary: CheckpointSummary, *, purpose: Literal["train", "evaluate"], task_suite: str | None, num_images: int = 1
 ) -> list[Check]:
     """Compare a checkpoint with a job.
 
     Args:
         summary: what is in it.
         purpose: ``train`` (RL on its tokens) or ``evaluate``.
-        task_suite: the suite of the job; None: any.
+        task_suite: the suite of the job; None: any of LIBERO's.
+        num_images: cameras to look through.
     """
-    checks = [_check_mode(summary.mode, purpose), _check_tokenizer(summary.folder, summary.config)]
-    keys = sorted(summary.config.statistics)
-    if not keys:
-        advice = "take dataset_statistics.json of a release fine-tuned on the same data"
-        checks.append(Check("statistics", "problem", f"there are none, so actions have no units: {advice}"))
-    elif task_suite is not None:
-        try:
-            actions = ActionTokenizer.from_statistics(summary.folder, get_suite(task_suite).base or task_suite)
-        except ValueError as error:
-            checks.append(Check("statistics", "problem", str(error)))
-        else:
-            blind = summary.config.use_proprio and actions.proprio_q01 is None
-            text = "it reads the robot's state, but its statistics have none" if blind else f"it has {task_suite}'s"
-            checks.append(Check("statistics", "problem" if blind else "ok", text))
-    return checks
+    return [
+        _check_mode(summary.mode, purpose),
+        _check_tokenizer(summary.folder, summary.config),
+        _check_cameras(summary, num_images),
+        _check_statistics(summary, task_suite),
+    ]
+
+
+def _check_cameras(summary: CheckpointSummary, num_images: int) -> Check:
+    config = summary.config
+    try:
+        require_cameras(config, num_images, summary.folder)
+    except ValueError as error:
+        return Check("cameras", "problem", str(error))
+    # What this package trained notes more than one camera, and how it was trained: then one is what it has.
+    unknown = config.trained_for is None and config.num_images == 1
+    if unknown and config.use_proprio and "action_head" in summary.steps and num_images == 1:
+        text = (
+            f"it does not say how many it was trained with. {OFT_CHECKPOINTS}, which have an L1 head and read the "
+            "robot's state as it does, were trained with two: --num-images-in-input 2"
+        )
+        return Check("cameras", "note", text)
+    return Check("cameras", "ok", str(num_images))
+
+
+def _check_statistics(summary: CheckpointSummary, task_suite: str | None) -> Check:
+    config = summary.config
+    # As loading does: the file goes before what config.json has.
+    keys = sorted(config.dataset_statistics or config.norm_stats)
+    libero = [suite for suite in SUITES if {suite, f"{suite}_no_noops"} & set(keys)]
+    if not keys or (task_suite is None and not libero):
+        found = f"there are none of LIBERO's, only {', '.join(keys)}" if keys else "there are none"
+        text = (
+            f"{found}, so actions have no units: put dataset_statistics.json of the release fine-tuned on the same "
+            f"data, one of {OFT_CHECKPOINTS}, into a local copy (hf download OWNER/NAME --local-dir FOLDER) and name "
+            "that folder, or name those that it was trained with (--unnorm-key)"
+        )
+        return Check("statistics", "problem", text)
+    try:
+        suites = libero if task_suite is None else [get_suite(task_suite).base or task_suite]
+        actions = [ActionTokenizer.from_statistics(summary.folder, suite) for suite in suites]
+    except ValueError as error:
+        return Check("statistics", "problem", str(error))
+    if config.use_proprio and any(each.proprio_q01 is None for each in actions):
+        return Check("statistics", "problem", "it reads the robot's state, but its statistics have none")
+    text = f"it has those of {task_suite or ', '.join(libero)}"
+    default = EnvironmentConfig().task_suite
+    if task_suite is None and default not in libero:
+        return Check("statistics", "note", f"{text}, not of {default}, the default: pass --task-suite {libero[0]}")
+    return Check("statistics", "ok", text)
 
 
 def _check_mode(mode: TrainedMode, purpose: str) -> Check:
@@ -218,12 +257,10 @@ def _check_memory(device: torch.device, needs: dict[str, MemoryEstimate]) -> Che
     text = f"{phase} needs {_with_overhead(device, need) / 2**30:.1f} GiB, {name} has {have / 2**30:.1f}"
     if fits_memory(device, need):
         return Check("memory", "ok", text)
-    return Check(
-        "memory",
-        "problem",
-        f"{text}: lower --batch-size or --num-envs, use adapters (--use-lora), --recompute 1 or --load-in-4bit, or "
-        "take a larger machine",
-    )
+    advice = "lower --num-envs"
+    if "training" in needs:
+        advice = "lower --batch-size or --num-envs, use adapters (--use-lora), --recompute 1 or --load-in-4bit"
+    return Check("memory", "problem", f"{text}: {advice}, or take a larger machine")
 
 
 def _check_dtype(device: torch.device, dtype: torch.dtype) -> Check:
