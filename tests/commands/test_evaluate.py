@@ -36,7 +36,8 @@ def test_an_l1_policy_on_sampled_states_of_a_perturbed_suite(tmp_path: Path):
         (5, 1, 8),
     ]
     page = (tmp_path / "a" / "report.html").read_text()
-    assert "sampled from the tasks&#x27; regions with seed 3, none of them official" in page and "<video" not in page
+    assert "sampled from the tasks&#x27; regions with seed 3, from the first on; none is official" in page
+    assert "they are those of demos --sampled-init-states 3" in page and "<video" not in page
 
 
 def test_base_openvla_decides_every_control_step(
@@ -127,6 +128,14 @@ def test_the_checkpoint_to_compare_with_is_run_too_and_is_the_baseline(tmp_path:
         assert report.settings["checkpoint"] == name
         assert [(e.task_id, e.init_state_id, e.control_steps) for e in report.episodes] == [(3, 4, 8)]
     assert "random:tiny" in (tmp_path / "report.html").read_text()
+
+
+def test_the_states_that_demonstrations_may_have_shown_are_not_said_to_be_new(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "none is official, but they are those of `demos --sampled-init-states` with the same seed" in text
+    assert "trained on them" not in text
 
 
 def test_bad_options(capsys: pytest.CaptureFixture) -> None:

@@ -108,6 +108,14 @@ def test_learning_curves_of_the_run(tmp_path: Path):
     assert "validation: 75.0% after 2,000 control steps" in page.text
 
 
+def test_a_checkpoint_that_is_no_folder_has_no_learning_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In the folder of a run: a path of that name would lie below it."""
+    (tmp_path / "metrics.csv").write_text("update,env_steps,val/success_rate\n1,1000,0.25\n")
+    monkeypatch.chdir(tmp_path)
+    assert run_charts("bundled:tiny") == [] and run_charts("someone/openvla") == []
+    assert len(run_charts(".")) == 1
+
+
 @pytest.mark.parametrize(("values", "labels"), [((0.02, 0.3), ["0", "0.1", "0.2", "0.3"]), ((0.0,), ["0"])])
 def test_axes_of_figures_that_are_no_shares(tmp_path: Path, values: tuple[float, ...], labels: list[str]):
     rows = "".join(f"{step},{step},{value}\n" for step, value in enumerate(values))

@@ -16,7 +16,9 @@ import torch
 from small_openvla import small_openvla_config
 from tensordict import TensorDict
 from torch import nn
+from torchrl.checkpoint import CheckpointError
 
+from torchrl_vla.commands.finetune import main
 from torchrl_vla.config import OpenVLAActorConfig
 from torchrl_vla.datasets import DemonstrationDataset, DemonstrationIndex, Episode, write_episode
 from torchrl_vla.modules import ActionTokenizer, OpenVLA, OpenVLAConfig, build_tokenizer
@@ -29,6 +31,7 @@ from torchrl_vla.training.finetune_config import FinetuneConfig
 from torchrl_vla.training.finetune_data import InputBuilder, load_samples
 from torchrl_vla.training.finetune_policy import load_student
 from torchrl_vla.training.policy import load_policy
+from torchrl_vla.training.trainer import TrainingDiverged
 
 SUITE = "libero_spatial"
 INSTRUCTIONS = {0: "push left", 3: "push the bowl right"}  # prompts of two lengths
@@ -215,6 +218,51 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config: FinetuneConfig, tmp_p
         finetune(part)
     resumed = finetune(replace(part, resume=True))
     assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+
+
+def test_a_run_that_diverges_between_two_log_entries_keeps_its_last_checkpoint(
+    config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer_step = Finetuner._optimizer_step
+
+    def poisoned(self: Finetuner) -> dict[str, torch.Tensor]:
+        if self.step == 4:
+            self.parameters[0].data.fill_(torch.nan)
+        return optimizer_step(self)
+
+    run = replace(config, steps=12, warmup_steps=2, log_interval=10, save_interval=3)
+    with monkeypatch.context() as patch, pytest.raises(TrainingDiverged, match="not finite at step 6"):
+        patch.setattr(Finetuner, "_optimizer_step", poisoned)
+        finetune(run)
+    assert [path.name for path in (run.out / "checkpoints").glob("checkpoint-*")] == ["checkpoint-000000000003"]
+    finetune(replace(run, resume=True, learning_rate=1e-3))
+    assert np.isfinite(rows(run)[-1]["train/loss"])
+
+
+def test_options_of_a_resumed_run_hold_for_the_next_one(
+    config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = replace(config, steps=4, warmup_steps=1)
+    finetune(run)
+    noted, about = run.out / "config.json", run.out / "about.json"
+    first, first_about = noted.read_text(), about.read_text()
+    resume = ["--resume", "--out", str(run.out)]
+    with pytest.raises(CheckpointError):
+        main([*resume, "--use-lora"])  # what the checkpoint does not fit is not noted
+    main(resume)
+    assert noted.read_text() == first and about.read_text() == first_about
+    for steps in ("6", "8"):
+        monkeypatch.setattr("sys.argv", ["finetune", *resume, "--steps", steps])
+        main([*resume, "--steps", steps])
+    main(resume)
+    assert (run.out / "config-1.json").read_text() == first and (run.out / "about-1.json").read_text() == first_about
+    assert FinetuneConfig.load(run.out / "config-2.json") == replace(run, steps=6)
+    assert FinetuneConfig.load(noted) == replace(run, steps=8)
+    assert json.loads(about.read_text())["command"][-1] == "8" and not (run.out / "config-3.json").exists()
+    assert rows(run)[-1]["update"] == 8
+    moved = run.out.rename(run.out.with_name("moved"))
+    main(["--resume", "--out", str(moved)])
+    assert not (moved / "config-3.json").exists()
 
 
 def test_micro_batches_add_up_to_their_batch(config: FinetuneConfig, tmp_path: Path):

@@ -93,6 +93,10 @@ def test_wandb_writes_to_the_run_folder(tmp_path: Path, monkeypatch: pytest.Monk
         time.sleep(0.1)  # a process of wandb's writes it
     for part in (b"val/success_rate", b"0.8125", b"1760", b"episodes", b"4321"):
         assert part in records.read_bytes(), part
+    identity = (tmp_path / "wandb_id").read_text()
+    assert records.name == f"run-{identity}.wandb"
+    RunLogger(tmp_path, use_wandb=True).close()
+    assert (tmp_path / "wandb_id").read_text() == identity, "a resumed run is the same one"
 
 
 def test_videos_are_files_and_go_to_loggers_that_can_encode_them(

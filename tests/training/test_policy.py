@@ -25,7 +25,8 @@ from torchrl_vla.modules import (
     make_l1_actor,
 )
 from torchrl_vla.training.devices import choose_head_device
-from torchrl_vla.training.policy import Policy, find_policy, load_policy, policy_mode, weights_dtype
+from torchrl_vla.training.learning import weights_dtype
+from torchrl_vla.training.policy import BUNDLED, Policy, find_policy, load_policy, policy_mode
 
 DATA = Path(__file__).parents[1] / "data"
 INSTRUCTION = "pick up the black bowl"
@@ -234,7 +235,22 @@ def test_a_missing_second_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_head_device(torch.device("cpu"), use_multi_gpu=False, secondary_gpu_id=7) == torch.device("cpu")
 
 
-def test_guides_modes_are_the_configurations(release: Path) -> None:
+def test_adapters_drop_nothing_out_while_ppo_acts_and_learns(caplog: pytest.LogCaptureFixture) -> None:
+    actor = OpenVLAActorConfig(BUNDLED, lora_rank=2, lora_dropout=0.5)
+    policy = load_policy(actor, task_suite="libero_spatial")
+    assert any(isinstance(module, torch.nn.Dropout) for module in policy.model.modules())
+    assert not any(module.training for module in policy.actor.modules())
+    assert "lora_dropout=0.5 is for `torchrl-vla finetune`" in caplog.text
+
+
+def test_random_policies_honour_what_they_can_and_refuse_the_rest() -> None:
+    deaf = OpenVLAActorConfig("random:tiny", use_proprio=False, use_lora=False)
+    assert load_policy(deaf, task_suite="libero_spatial").model.proprio_projector is None
+    with pytest.raises(ValueError, match="load_in_4bit reads a checkpoint in 4 bits, and random:7b has none"):
+        load_policy(OpenVLAActorConfig("random:7b", load_in_4bit=True), task_suite="libero_spatial", device="meta")
+
+
+def test_modes_that_cannot_act_or_learn_are_refused(release: Path) -> None:
     assert asdict(OpenVLAActorConfig())["load_l1_action_head"] is False
     with pytest.raises(ValueError, match="leave no way to act"):
         OpenVLAActorConfig(use_tokenized_actions=False)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +75,7 @@ def test_train_resume_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture, mo
     simulations, films_made = (watch(name, monkeypatch) for name in ("make_envs", "film"))
     run = tmp_path / "run"
     options = ["--advantage-estimator", "gae", "--val-interval", "60", "--fidelity", "fast", "--seed", "9"]
+    options += ["--reconstruction-coef", "0.01"]
     main(["train", *SMALL, *options, "--num-envs", "2", "--run-dir", str(run), "--timesteps", "40"])
     output = capsys.readouterr().out
     assert f"results go to {run}" in output and f"Policy: {run / 'policy'}" in output
@@ -93,6 +97,10 @@ def test_train_resume_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture, mo
     main(["train", "--resume", "--run-dir", str(run), "--timesteps", "70", "--num-envs", "1", "--no-val-videos"])
     assert "Going on from" in capsys.readouterr().out
     assert [float(row["update"]) for row in rows(run)] == [0.0, 1.0, 2.0, 3.0]
+    # What it was resumed with is what it is resumed with the next time.
+    steps = [TrainConfig.load(run / name).ppo.total_timesteps for name in ("config.json", "config-1.json")]
+    assert steps == [70, 40] and not TrainConfig.load(run / "config.json").resume
+    assert json.loads((run / "about-1.json").read_text())["preset"] == "tiny" and (run / "about.json").is_file()
 
     out = tmp_path / "evaluation"
     main(
@@ -177,7 +185,8 @@ def test_every_choice_about_learning_reaches_its_part(tmp_path: Path):
     }  # fmt: skip
     assert {name: float(getattr(loss, name)) for name in coefficients} == pytest.approx(coefficients)
     assert loss.ratio_level == "action" and loss.reference_context is not None
-    assert torch.equal(loss.bin_centers, policy.processor.action_tokenizer.bin_centers)
+    tokens = torch.tensor([0, 17, 255])
+    assert torch.equal(loss.bin_centers[tokens], policy.processor.action_tokenizer.decode(tokens))
     assert isinstance(advantage, GAE)
     assert (float(advantage.gamma), float(advantage.lmbda)) == pytest.approx((0.9, 0.8))
     rates = {parameter: group["lr"] for group in trainer.optimizer.param_groups for parameter in group["params"]}
@@ -202,6 +211,22 @@ def test_what_a_save_writes(in_4bit: bool, tmp_path: Path):
     trainer._save(trainer)
     assert len(list((tmp_path / "checkpoints").glob("checkpoint-*"))) == 1
     assert (tmp_path / "policy").exists() is not in_4bit
+
+
+def test_a_policy_is_saved_as_it_learned(tmp_path: Path):
+    """In bfloat16, as the bundled one is stored, most of a short run's steps would be lost."""
+    actor = OpenVLAActorConfig(BUNDLED, use_lora=False)
+    trainer, policy = assemble(TrainConfig(PPOConfig(val_interval=0), actor=actor), tmp_path)
+    with torch.no_grad():
+        for parameter in trainer.parameters:
+            parameter += 1e-4 * torch.randn_like(parameter)
+    trainer._save(trainer)
+    saved = load_policy(replace(actor, pretrained_checkpoint=str(tmp_path / "policy")), task_suite="libero_spatial")
+    assert all(map(torch.equal, saved.model.state_dict().values(), policy.model.state_dict().values()))
+    merged = OpenVLAActorConfig(BUNDLED, lora_rank=2)
+    trainer, _ = assemble(TrainConfig(PPOConfig(val_interval=0), actor=merged), tmp_path / "adapters")
+    trainer._save(trainer)
+    assert json.loads((tmp_path / "adapters" / "policy" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
@@ -290,6 +315,22 @@ def test_an_existing_folder_is_not_written_over(tmp_path: Path):
     with pytest.raises(SystemExit, match="exists already. Choose another --run-dir, or go on with the run in it"):
         main(["train", *SMALL, "--run-dir", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_error_before_the_first_rollout_is_the_one_that_is_seen(tmp_path: Path):
+    main(["train", *SMALL, "--run-dir", str(tmp_path / "run")])
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    # Workers start with their first use: these were never used, and have nothing to close.
+    with pytest.raises(SystemExit, match="holds no checkpoint to resume from"):
+        main(["train", "--resume", "--run-dir", str(tmp_path / "run"), "--num-envs", "4"])
+    assert TrainConfig.load(tmp_path / "run" / "config.json").env.num_envs == 1, "it did not go on with 4"
+
+
+def test_help_whose_reader_has_seen_enough():
+    command = f"{sys.executable} -c 'from torchrl_vla.cli import main; main()' train --help | head -n 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: torchrl-vla train")
 
 
 def test_unknown_command():

@@ -30,7 +30,7 @@ class DoctorArguments:
     purpose: Literal["train", "evaluate"] = "train"
     """train: RL on its action tokens; evaluate: acting alone."""
     task_suite: str | None = None
-    """Suite to look for in the action statistics; None: any will do."""
+    """Suite to look for in the action statistics; None: any of LIBERO's will do."""
     num_envs: int = 8
     """Decisions at a time in a rollout."""
     batch_size: int = 1
@@ -41,7 +41,7 @@ class DoctorArguments:
     """Dtype of the weights; auto: the checkpoint's on a GPU, float32 on the CPU and where the weights themselves learn,
     as loading does."""
     load_in_4bit: bool = False
-    """Quantise the frozen weights to 4 bits."""
+    """Quantise the frozen weights to 4 bits, as `train` can; `evaluate` cannot."""
     use_lora: bool = True
     """Train LoRA adapters instead of the weights."""
     lora_rank: int = 32
@@ -66,6 +66,11 @@ class DoctorArguments:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.recompute != "auto" and not 0 <= self.recompute <= 1:
             raise ValueError(f"recompute must be auto or from 0 to 1, got {self.recompute}.")
+        if self.load_in_4bit and self.purpose == "evaluate":
+            raise ValueError(
+                "load_in_4bit is for --purpose train: `evaluate` loads the weights as they are, so leave out "
+                "--load-in-4bit."
+            )
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -84,7 +89,8 @@ def main(arguments: Sequence[str]) -> None:
     from torchrl_vla.modules.openvla.memory import estimate_memory
     from torchrl_vla.training.devices import choose_device
     from torchrl_vla.training.doctor import Diagnosis, check_checkpoint, check_machine, fits_memory
-    from torchrl_vla.training.policy import find_policy, weights_dtype
+    from torchrl_vla.training.learning import weights_dtype
+    from torchrl_vla.training.policy import find_policy
 
     try:
         device = choose_device(options.device)
@@ -128,7 +134,9 @@ def main(arguments: Sequence[str]) -> None:
         needs["training"] = training(recompute=0.0 if options.recompute == "auto" else options.recompute)
         if options.recompute == "auto" and not fits_memory(device, needs["training"]):
             needs["training"] = training(recompute=1.0)
-    checks = check_checkpoint(summary, purpose=options.purpose, task_suite=options.task_suite)
+    checks = check_checkpoint(
+        summary, purpose=options.purpose, task_suite=options.task_suite, num_images=options.num_images_in_input
+    )
     checks += check_machine(device, dtype, needs, load_in_4bit=options.load_in_4bit)
     diagnosis = Diagnosis(summary, needs, checks)
     print(diagnosis)

@@ -47,7 +47,7 @@ class EvaluateConfig:
     """Initial states to use; None: all of the task's."""
     init_states: Literal["official", "sampled"] = "official"
     """official: those of the benchmark; sampled: as many others, drawn from the tasks' regions with the seed and
-    numbered from 0 too, so that nobody has trained on them."""
+    numbered from 0 too: none is official, but they are those of `demos --sampled-init-states` with the same seed."""
     compare_with: str | None = None
     """Evaluation to compare with, on the same initial states: a folder with a report.json, or another checkpoint, which
     is then evaluated too."""
@@ -112,7 +112,10 @@ class EvaluateConfig:
             else "numbers " + ", ".join(map(str, self.init_state_ids))
         )
         if self.init_states == "sampled":
-            return f"sampled from the tasks' regions with seed {self.seed}, none of them official, {which}"
+            return (
+                f"sampled from the tasks' regions with seed {self.seed}, {which}; none is official, and they are those "
+                f"of demos --sampled-init-states {self.seed}"
+            )
         return f"the official ones, {which}"
 
 
@@ -302,7 +305,7 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
         )
     finally:
         for env in envs:
-            env.close()
+            env.close(raise_if_closed=False)  # an error before its first use is the one to see
 
 
 def _film(config: EvaluateConfig, report: EvaluationReport, folder: Path) -> list[tuple[Any, Path]]:

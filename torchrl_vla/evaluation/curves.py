@@ -53,12 +53,14 @@ class Chart:
 
 
 def run_charts(checkpoint: str) -> list[Chart]:
-    """Charts of the run in whose folder a checkpoint lies; none where it lies in no run's folder.
+    """Charts of the run in whose folder a checkpoint lies; none where it lies in no run's folder, or is no folder.
 
     Args:
         checkpoint: as `torchrl-vla evaluate` takes it, such as `RUN/policy`.
     """
     folder = Path(checkpoint).resolve()
+    if not folder.is_dir():  # bundled:tiny or a hub id: the run in the current folder is not its own
+        return []
     file = next((place / _METRICS for place in (folder, *folder.parents[:2]) if (place / _METRICS).is_file()), None)
     if file is None:
         return []

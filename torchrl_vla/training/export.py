@@ -42,7 +42,7 @@ def export(
         merge_dtype: ``float32`` adds an adapter to its weight in float32 and rounds once; ``weights`` rounds the
             adapter's part to the weight's dtype first, as peft does.
         dtype: dtype of the shards; None for the checkpoint's.
-        overwrite: replace a checkpoint or adapter in `out`.
+        overwrite: replace a checkpoint or adapter in `out`; never the folder of a run.
 
     Raises:
         ValueError: `out` must not be written to, the source cannot be read, or it has no adapters.
@@ -91,7 +91,7 @@ def load_run(folder: Path, checkpoint: Path, *, dtype: torch.dtype | None = None
     Args:
         folder: of the run.
         checkpoint: one of its checkpoints.
-        dtype: of the weights; None for the dtype they are stored in.
+        dtype: of the weights; None for the dtype they are stored in, and float32 for weights that learned themselves.
 
     Raises:
         ValueError: the run's policy cannot be had, or the checkpoint is not of it.
@@ -107,7 +107,9 @@ def load_run(folder: Path, checkpoint: Path, *, dtype: torch.dtype | None = None
     # Adapters are added to whole weights, wherever the run kept its own.
     actor = replace(config.actor, load_in_4bit=False, use_multi_gpu=False, force=True)
     torch.manual_seed(config.ppo.seed)  # random:tiny is made from it
-    policy = load_policy(actor, task_suite=config.env.task_suite, dtype=dtype or "stored")
+    # Weights that learned themselves did so in float32, whatever those they started from are stored in.
+    stored: Literal["stored"] | None = "stored" if actor.use_lora or actor.freeze_vla_backbone else None
+    policy = load_policy(actor, task_suite=config.env.task_suite, dtype=dtype or stored)
     try:
         Checkpoint(policy=TrainableState(policy.model)).load(checkpoint, components=["policy"], map_location="cpu")
     except CheckpointError as error:
@@ -139,7 +141,13 @@ def _check_out(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"{out} exists already: choose another folder, or pass --overwrite to replace it.")
-    if not out.is_dir() or not any((out / name).is_file() for name in ("config.json", "adapter_config.json")):
+    config = read_json(out / "config.json") if (out / "config.json").is_file() else {}
+    # Days of work: runs have a config.json too, that of their options.
+    if (out / CHECKPOINTS).exists() or "ppo" in config:
+        raise ValueError(f"{out} is the folder of a run, and is not replaced: choose another folder.")
+    # A fine-tuning without a checkpoint so far: its config.json has options too, and no model_type.
+    adapter = not config and (out / "adapter_config.json").is_file()
+    if config.get("model_type") != "openvla" and not adapter:
         raise ValueError(f"{out} is neither a checkpoint nor an adapter, and is not replaced: choose another folder.")
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -28,7 +26,7 @@ from torchrl_vla.training.ema import ParameterAverage
 from torchrl_vla.training.finetune_config import FinetuneConfig
 from torchrl_vla.training.finetune_data import InputBuilder, load_samples, sample_buffer
 from torchrl_vla.training.finetune_policy import load_student, save_student
-from torchrl_vla.training.folder import versions
+from torchrl_vla.training.folder import describe_run
 from torchrl_vla.training.logging import RunLogger
 from torchrl_vla.training.policy import Policy
 from torchrl_vla.training.trainer import TrainingDiverged
@@ -139,10 +137,12 @@ class Finetuner:
                 if self.step == first + 1:
                     self.logger.print(f"first step (compilation included): {time.perf_counter() - started:.1f} s")
                 done = self.step == config.steps
+                log, save = (done or self.step % every == 0 for every in (config.log_interval, config.save_interval))
+                if log or save:
+                    self._check_finite(sums)
                 row: dict[str, float] = {}
-                if done or self.step % config.log_interval == 0:
+                if log:
                     row = {f"train/{name}": float(value) / (self.step - logged) for name, value in sums.items()}
-                    self._check_finite(row)
                     row["train/learning_rate"] = self._learning_rate()
                     row["time/steps_per_second"] = (self.step - logged) / (time.perf_counter() - started)
                     sums, logged, started = {}, self.step, time.perf_counter()
@@ -154,7 +154,7 @@ class Finetuner:
                     started = time.perf_counter()
                 if row:
                     self.logger.log(row, update=self.step, env_steps=self.step)
-                if done or self.step % config.save_interval == 0:
+                if save:
                     self.checkpoints.save(step=self.step, success=self._accuracy)
         return figures
 
@@ -205,8 +205,8 @@ class Finetuner:
         device = self.model.device.type
         return torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
 
-    def _check_finite(self, row: Mapping[str, float]) -> None:
-        if not math.isfinite(row["train/loss"]) or not math.isfinite(row["train/grad_norm"]):
+    def _check_finite(self, sums: Mapping[str, Tensor]) -> None:
+        if not math.isfinite(float(sums["loss"])) or not math.isfinite(float(sums["grad_norm"])):
             raise TrainingDiverged(
                 f"The loss or its gradient is not finite at step {self.step}. Lower learning_rate "
                 f"({self.config.learning_rate:g}); the last checkpoint is untouched, --resume goes on from it."
@@ -262,13 +262,14 @@ def finetune(config: FinetuneConfig) -> Path:
     if config.compile or (config.compile is None and device.type == "cuda"):
         policy.model.compile(dynamic=False)
     buffer = sample_buffer(samples, config.batch_size)
-    _describe(config)
+    config.out.mkdir(parents=True, exist_ok=True)
     logger = RunLogger(config.out)
     trainer = Finetuner(config, policy, inputs, buffer, validation, logger)
     if config.resume:
         trainer.checkpoints.load_latest()
         logger.restore(trainer.step)
         tqdm.write(f"going on after step {trainer.step}")
+    describe_run(config, config.out)  # only now: options that the checkpoint does not fit are none to resume with
     started = time.perf_counter()
     trainer.train()
     tqdm.write(f"training took {time.perf_counter() - started:.1f} s")
@@ -287,13 +288,3 @@ def _check_folder(config: FinetuneConfig) -> None:
     folder = config.out
     if not config.resume and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists already: choose another --out, or go on with the run in it with --resume.")
-
-
-def _describe(config: FinetuneConfig) -> None:
-    """Make the run's folder, and note in it what is run."""
-    if config.resume:
-        return
-    config.out.mkdir(parents=True, exist_ok=True)
-    config.save(config.out / "config.json")
-    about = {"command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"), **versions()}
-    (config.out / "about.json").write_text(json.dumps(about, indent=2) + "\n")

@@ -16,6 +16,7 @@ from torchrl_vla.modules.heads import L1ActionHead
 from torchrl_vla.modules.openvla import add_lora, freeze_backbone
 from torchrl_vla.modules.openvla.inspection import require_trained_tokens
 from torchrl_vla.training.finetune_config import FinetuneConfig
+from torchrl_vla.training.learning import weights_dtype
 from torchrl_vla.training.policy import (
     RANDOM,
     Policy,
@@ -24,7 +25,6 @@ from torchrl_vla.training.policy import (
     read_image_settings,
     require_cameras,
     save_policy,
-    weights_dtype,
 )
 
 __all__ = ["load_student", "save_student"]

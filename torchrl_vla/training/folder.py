@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -12,10 +13,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torchrl_vla.config import TrainConfig
+from torchrl_vla.training.finetune_config import FinetuneConfig
 
-__all__ = ["NOT_A_PACKAGE", "log_to", "open_run_folder", "package_version", "versions", "written_whole"]
+__all__ = [
+    "NOT_A_PACKAGE",
+    "describe_run",
+    "log_to",
+    "open_run_folder",
+    "package_version",
+    "versions",
+    "written_whole",
+]
 
 #: In the place of a version.
 NOT_A_PACKAGE = "not installed as a package"
@@ -61,10 +72,48 @@ def open_run_folder(config: TrainConfig, preset: str) -> Path:
         )
     folder.mkdir(parents=True, exist_ok=True)
     if not config.resume:
-        config.save(folder / "config.json")
-        about = {"command": sys.argv, "preset": preset, "started": time.strftime("%Y-%m-%d %H:%M:%S"), **versions()}
-        (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+        describe_run(config, folder, preset=preset)
     return folder
+
+
+def describe_run(config: TrainConfig | FinetuneConfig, folder: Path, **about: Any) -> None:
+    """Note in a run's folder with which options, which command and which versions it runs, or goes on.
+
+    A run that is resumed goes on with these options, and so it does when it is resumed once more; older notes stay
+    beside the new ones.
+
+    Args:
+        config: the options.
+        folder: of the run.
+        about: what else to note.
+    """
+    path = folder / "config.json"
+    if path.exists() and _options(type(config).load(path)) == _options(config):
+        return
+    for name in ("config.json", "about.json"):
+        _keep_old(folder / name)
+    dataclasses.replace(config, resume=False).save(path)
+    about |= {"command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"), **versions()}
+    (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def _options(config: TrainConfig | FinetuneConfig) -> dict[str, Any]:
+    """All but where the run lies, which may have been moved."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in ("resume", "run_dir", "out")}
+
+
+def _keep_old(path: Path) -> None:
+    """Move a file that is about to be written anew aside, to `NAME-1.json`, or the next number that is free.
+
+    Args:
+        path: the file; nothing happens if there is none.
+    """
+    if not path.exists():
+        return
+    number = 1
+    while (aside := path.with_stem(f"{path.stem}-{number}")).exists():
+        number += 1
+    path.rename(aside)
 
 
 @contextmanager

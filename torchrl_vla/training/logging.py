@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import math
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -139,14 +140,19 @@ class RunLogger:
         if use_wandb:
             from torchrl.record.loggers.wandb import WandbLogger
 
+            # A resumed run goes on as the same run on W&B.
+            identity = run_dir / "wandb_id"
+            if not identity.exists():
+                identity.write_text(secrets.token_hex(4))
             self.loggers.append(
                 WandbLogger(
                     exp_name=run_dir.name,
                     save_dir=str(run_dir),
+                    id=identity.read_text(),
                     project="torchrl-vla",
                     entity=wandb_entity,
                     config=dict(config or {}),
-                )  # fmt: skip
+                )
             )
 
     def restore(self, update: int) -> None:

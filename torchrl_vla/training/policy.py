@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -33,12 +32,13 @@ from torchrl_vla.modules import (
 from torchrl_vla.modules.files import read_json
 from torchrl_vla.modules.openvla.checkpoint import resolve_checkpoint
 from torchrl_vla.modules.openvla.companions import save_companions
-from torchrl_vla.modules.openvla.inspection import TrainedMode, require_trained_tokens, trained_mode
-from torchrl_vla.modules.openvla.lora import add_lora, freeze_backbone, without_adapters
+from torchrl_vla.modules.openvla.inspection import TrainedMode, trained_mode
+from torchrl_vla.modules.openvla.lora import without_adapters
 from torchrl_vla.modules.openvla.tokenizer import empty_token_id
 from torchrl_vla.training.folder import written_whole
+from torchrl_vla.training.learning import check_tokens, prepare_for_ppo, weights_dtype
 
-__all__ = ["BUNDLED", "RANDOM", "Policy", "build_policy", "load_policy", "save_policy", "weights_dtype"]
+__all__ = ["BUNDLED", "RANDOM", "Policy", "build_policy", "load_policy", "save_policy"]
 
 #: What names of untrained policies begin with.
 RANDOM = "random:"
@@ -56,8 +56,6 @@ GRAPH_BATCH_SIZE = 32
 _PROMPT_MULTIPLE = 16
 #: Suites that the small tokenizer knows the words of; their LIBERO-PRO variants use few others.
 _VOCABULARY_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -93,34 +91,6 @@ class Policy:
         return without_adapters(self.model)
 
 
-def weights_dtype(
-    config: OpenVLAConfig,
-    device: torch.device,
-    *,
-    trainable: bool = False,
-    use_lora: bool = False,
-    freeze_vla_backbone: bool = False,
-) -> torch.dtype:
-    """The dtype of a policy's weights where none is asked for: as they are stored, and float32 on a CPU.
-
-    Weights that learn themselves are float32 everywhere: steps of usual learning rates are smaller than what bfloat16
-    can add to a weight.
-
-    Args:
-        config: of the checkpoint.
-        device: where the weights are to be.
-        trainable: whether something learns.
-        use_lora: adapters do.
-        freeze_vla_backbone: heads do.
-
-    Examples:
-        >>> weights_dtype(OpenVLAConfig.seven_b(), torch.device("cuda"), trainable=True, use_lora=True)
-        torch.bfloat16
-    """
-    learn = trainable and not (use_lora or freeze_vla_backbone)
-    return torch.float32 if learn or device.type == "cpu" else getattr(torch, config.torch_dtype)
-
-
 def build_policy(
     name: str,
     *,
@@ -130,6 +100,7 @@ def build_policy(
     dtype: torch.dtype | None = None,
     use_l1_head: bool = False,
     num_images: int = 1,
+    use_proprio: bool = True,
     instructions: Mapping[int, str] | None = None,
 ) -> Policy:
     """Make an untrained policy.
@@ -142,12 +113,14 @@ def build_policy(
         dtype: of its weights; None for :func:`weights_dtype`'s.
         use_l1_head: with an L1 head too.
         num_images: cameras it looks through.
+        use_proprio: read the robot's state, if the preset does.
         instructions: as for :func:`~torchrl_vla.modules.make_actor`.
 
     Raises:
         ValueError: there is no such preset.
     """
     config, device = replace(OpenVLAConfig.preset(name), num_images=num_images), torch.device(device)
+    config = replace(config, use_proprio=config.use_proprio and use_proprio)
     # Words of every suite, so that a policy can go on to another one.
     words = [task.instruction for suite in _VOCABULARY_SUITES for task in get_suite(suite).tasks]
     tokenizer = build_tokenizer(words, vocab_size=config.tokenizer_vocab_size, n_bins=config.n_action_bins)
@@ -272,6 +245,11 @@ def load_policy(
     instructions = {index: task.instruction for index, task in enumerate(tasks)} or None
     if actor.pretrained_checkpoint.startswith(RANDOM):
         name = actor.pretrained_checkpoint.removeprefix(RANDOM)
+        if actor.load_in_4bit:
+            raise ValueError(
+                f"load_in_4bit reads a checkpoint in 4 bits, and {actor.pretrained_checkpoint} has none: leave it out, "
+                "or save the policy and name its folder."
+            )
         policy = build_policy(
             name,
             statistics_key=task_suite,
@@ -280,12 +258,13 @@ def load_policy(
             dtype=None if dtype == "stored" else dtype or choose_dtype(OpenVLAConfig.preset(name)),
             use_l1_head=actor.load_l1_action_head,
             num_images=actor.num_images_in_input,
+            use_proprio=actor.use_proprio,
             instructions=instructions,
         )
     else:
         folder = find_policy(actor.pretrained_checkpoint, use_local=actor.use_local)
         if trainable and not actor.force:
-            _check_tokens(folder, actor)
+            check_tokens(folder, actor)
         # Small files first: what does not fit is said before gigabytes are read.
         config = OpenVLAConfig.from_folder(folder)
         if config.use_proprio and not actor.use_proprio:
@@ -334,7 +313,8 @@ def load_policy(
     elif not actor.use_tokenized_actions:
         policy.actor = make_l1_actor(policy.model, policy.processor, instructions=instructions)
     if trainable:
-        _prepare(policy.model, actor)
+        prepare_for_ppo(policy.model, actor)
+        policy.actor.eval()  # adapters too: PPO compares probabilities of one network
     else:
         policy.model.requires_grad_(False)
     if actor.compile and device.type == "cuda":
@@ -392,41 +372,3 @@ def _assemble(
     processor = OpenVLAProcessor(tokenizer, actions, image_size=model.config.image_size, **settings)
     actor = make_actor(model, processor, actions, temperature=temperature, instructions=instructions).to(device)
     return Policy(model, processor, actor.eval(), key)
-
-
-def _check_tokens(folder: Path, actor: OpenVLAActorConfig) -> None:
-    believed = actor.finetuned_on_discrete_actions
-    require_trained_tokens(
-        folder,
-        finetuned_on_discrete_actions=believed,
-        advice="--force starts from it all the same.",
-    )
-    mode = trained_mode(folder, finetuned_on_discrete_actions=believed)
-    if not mode.has_trained_tokens:
-        logger.warning(
-            "%s is taken for base OpenVLA (%s): its tokens were trained one after the other, and are decoded in "
-            "parallel here. `torchrl-vla finetune` teaches it that.",
-            folder,
-            mode.reason,
-        )
-
-
-def _prepare(model: OpenVLA, actor: OpenVLAActorConfig) -> None:
-    if actor.freeze_vla_backbone:
-        freeze_backbone(model)
-    elif actor.use_lora:
-        targets: str | list[str] = actor.lora_target_modules
-        if targets != "all-linear":
-            targets = actor.lora_target_modules.split(",")
-        add_lora(
-            model, rank=actor.lora_rank, alpha=actor.lora_alpha, dropout=actor.lora_dropout, target_modules=targets
-        )
-    model.config = replace(model.config, trained_for="tokens")
-    if model.action_head is not None:
-        logger.warning("The L1 head is loaded for comparison: PPO acts through the tokens and leaves it as it is.")
-        model.action_head.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            "freeze_vla_backbone leaves nothing that PPO could train: this checkpoint has no proprio projector. Leave "
-            "it out, and adapters (use_lora) or all weights learn."
-        )

@@ -23,13 +23,13 @@ from torchrl_vla.envs.layout import make_envs
 from torchrl_vla.envs.rendering import configure_rendering
 from torchrl_vla.evaluation.protocol import evaluate, initial_states, spread_episodes
 from torchrl_vla.evaluation.videos import choose_episodes, film
-from torchrl_vla.modules import OpenVLAActor, ValueHead, make_value_operator
+from torchrl_vla.modules import ActionTokenizer, OpenVLAActor, ValueHead, make_value_operator
 from torchrl_vla.modules.openvla.lora import has_lora
 from torchrl_vla.objectives import AsymmetricClipPPOLoss, GRPOAdvantage
 from torchrl_vla.training.backward_pass import can_be_recorded
 from torchrl_vla.training.checkpoint import RunCheckpoints, TrainableState
 from torchrl_vla.training.devices import choose_device, choose_head_device
-from torchrl_vla.training.folder import log_to, open_run_folder
+from torchrl_vla.training.folder import describe_run, log_to, open_run_folder
 from torchrl_vla.training.logging import RunLogger, check_wandb
 from torchrl_vla.training.policy import Policy, load_policy, save_policy
 from torchrl_vla.training.progress import EpisodeBar
@@ -90,6 +90,8 @@ def train(config: TrainConfig, preset: str) -> Path:
     tqdm.write(f"preset {preset}, policy {config.actor.pretrained_checkpoint} on {device}, results go to {folder}")
     attention = policy.model.language_model.config._attn_implementation
     with log_to(folder / "train.log"), build_trainer(config, policy, folder, device, head_device) as trainer:
+        # Not before its checkpoint is read: options that do not fit it are not to stay.
+        describe_run(config, folder, preset=preset)
         logger.info("preset %s, device %s, OpenGL through %s, attention through %s", preset, device, backend, attention)
         trainer.train()
         # Weights in 4 bits are rounded: adapters are merged into those of the checkpoint.
@@ -135,7 +137,7 @@ def build_trainer(
         yield _assemble(config, folder, device, head_device, policy, value_head, envs, horizon)
     finally:
         for env in envs:
-            env.close()
+            env.close(raise_if_closed=False)  # an error before its first use is the one to see
 
 
 def _assemble(
@@ -162,7 +164,7 @@ def _assemble(
         kl_coeff=ppo.kl_coef,
         reference_context=_reference(policy) if ppo.kl_coef else None,
         reconstruction_coeff=ppo.reconstruction_coef,
-        bin_centers=policy.processor.action_tokenizer.bin_centers if ppo.reconstruction_coef else None,
+        bin_centers=_token_values(policy.processor.action_tokenizer) if ppo.reconstruction_coef else None,
         critic_coeff=None if value_head is None else ppo.value_loss_coef,
     ).to(device)
     if value_head is not None:
@@ -174,7 +176,7 @@ def _assemble(
         groups.append({"params": list(value_head.parameters()), "lr": ppo.critic_lr})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=device.type == "cuda")
 
-    run_logger = RunLogger(folder, use_wandb=ppo.use_wandb, wandb_entity=ppo.wandb_entity, config=vars(ppo))
+    run_logger = RunLogger(folder, use_wandb=ppo.use_wandb, wandb_entity=ppo.wandb_entity, config=_described(config))
     rollout: TensorDictModuleBase = actor
     if value_operator is not None:
         # The actor keeps its hidden state to itself; the value head reads it here, in the same pass.
@@ -226,6 +228,16 @@ def _assemble(
         run_logger.restore(trainer.updates)
         run_logger.print(f"Going on from {path}: update {trainer.updates}, {trainer.env_steps:,} control steps.")
     return trainer
+
+
+def _described(config: TrainConfig) -> dict[str, Any]:
+    """The options for W&B, where TorchRL writes under "env" what it runs on."""
+    return {"ppo": vars(config.ppo), "environment": vars(config.env), "actor": vars(config.actor)}
+
+
+def _token_values(tokenizer: ActionTokenizer) -> torch.Tensor:
+    """The normalised action of each token `[V]`; the tokenizer's centres are one fewer, and rise where tokens fall."""
+    return tokenizer.decode(torch.arange(tokenizer.n_bins))
 
 
 def _reference(policy: Policy) -> Callable[[], AbstractContextManager[Any]]:
