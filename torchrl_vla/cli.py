@@ -43,6 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         # What a user typed wrong deserves a sentence, not a traceback.
         sys.exit(f"torchrl-vla {arguments[0]}: {error}")
+    except BrokenPipeError:
+        # `--help | head`: its reader has seen enough. Any other command has lost a pipe that it needs.
+        if not {"-h", "--help"} & set(arguments):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except RuntimeError as error:
         from torchrl_vla.envs.rendering import RenderingUnavailable
 

@@ -52,7 +52,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {"tiny": _tiny, "24gb": _24gb, "
 
 
 def choose_preset(name: str = "auto") -> str:
-    """The preset's name; auto chooses by the GPU's memory, and tiny where there is no GPU.
+    """The preset's name; auto chooses by the GPU's memory, and tiny where there is no GPU or 7B does not fit.
 
     Args:
         name: auto, or one of `PRESETS`.
@@ -73,4 +73,4 @@ def choose_preset(name: str = "auto") -> str:
     if not torch.cuda.is_available():
         return "tiny"
     gibibytes = torch.cuda.get_device_properties(0).total_memory / 2**30
-    return "80gb" if gibibytes > 60 else "24gb"
+    return "80gb" if gibibytes > 60 else "24gb" if gibibytes > 22 else "tiny"

@@ -1,4 +1,4 @@
-"""`torchrl-vla bench gpu`: rollout, update and decoding on one GPU, beside the guide's loop and the floor."""
+"""`torchrl-vla bench gpu`: rollout, update and decoding on one GPU, beside a plain loop over samples and the floor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECTIONS = ("floor", "naive", "rollout", "update", "profile", "autoregressive", 
 @dataclass
 class GpuBench:
     """Speed and memory of a policy with random weights and the real shapes: every figure beside what is wanted, the
-    guide's one-sample loop, and the floor that this card's own products and copies set.
+    plain loop over samples, and the floor that this card's own products and copies set.
 
     Raises:
         ValueError: a value is out of range, or there is no GPU for the 7B model.

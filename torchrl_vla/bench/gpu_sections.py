@@ -76,7 +76,7 @@ def peft_layers() -> Iterator[None]:
 
 
 def measure_naive(bench: Bench) -> None:
-    """What the guide's loop does: peft's layers, one sample at a time, everything recomputed, the cache emptied."""
+    """The plain loop: peft's layers, one sample at a time, everything recomputed, the cache emptied."""
     if bench.model.accelerated:
         raise ValueError("naive has to be measured before the fast paths are on")
     model = bench.model
@@ -113,7 +113,7 @@ def measure_naive(bench: Bench) -> None:
 
 
 def bench_empty_cache(bench: Bench) -> None:
-    """Empty the cache, as the guide's loop does after every sample."""
+    """Empty the cache, as the plain loop does after every sample."""
     if bench.on_gpu:
         torch.cuda.empty_cache()
 
