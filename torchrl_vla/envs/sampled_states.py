@@ -1,4 +1,4 @@
-"""Initial states drawn anew from the regions that a task's definition names, for evaluation on states never shown."""
+"""Initial states drawn anew from the regions that a task's definition names, none of which is official."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchrl.checkpoint import Checkpoint, CheckpointRotation, GlobalRNGState
+from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation, GlobalRNGState
 
 __all__ = ["RunCheckpoints", "TrainableState"]
 
@@ -113,7 +113,7 @@ class RunCheckpoints:
         """Go on from the newest one.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is none, or it does not fit what is to go on.
         """
         path = self.rotation.latest()
         if path is None:
@@ -122,5 +122,11 @@ class RunCheckpoints:
                 "Start it anew in another run_dir."
             )
         # To the CPU first, from where they are copied: the GPU that they were on may not be there, or be full.
-        self.checkpoint.load(path, map_location="cpu")
+        try:
+            self.checkpoint.load(path, map_location="cpu")
+        except CheckpointError as error:
+            raise ValueError(
+                f"{path} is not of a run with these options: {error} Leave out those that say what learns, or start "
+                "another run."
+            ) from error
         return path
