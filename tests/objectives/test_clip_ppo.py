@@ -262,14 +262,10 @@ def test_a_batch_with_nothing_valid_is_zero_and_finite():
     assert (table.logits.grad == 0).all()
 
 
-@pytest.mark.parametrize("level", ["token", "action", "chunk"])
-@pytest.mark.parametrize("micro_batch", [1, 2, 4])
-def test_gradient_does_not_depend_on_the_micro_batch(level, micro_batch):
-    table, data = random_batch()
-    critic = ValueOperator(nn.Linear(3, 1).double(), in_keys=[("vla_action", "hidden")])
-    loss = AsymmetricClipPPOLoss(
+def with_every_term(table: nn.Module, level: str) -> AsymmetricClipPPOLoss:
+    return AsymmetricClipPPOLoss(
         make_actor(table),
-        critic,
+        ValueOperator(nn.Linear(3, 1).double(), in_keys=[("vla_action", "hidden")]),
         ratio_level=level,
         entropy_coeff=0.1,
         kl_coeff=0.2,
@@ -278,6 +274,13 @@ def test_gradient_does_not_depend_on_the_micro_batch(level, micro_batch):
         bin_centers=torch.linspace(-1, 1, 5).double(),
         clip_value=0.2,
     )
+
+
+@pytest.mark.parametrize("level", ["token", "action", "chunk"])
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_gradient_does_not_depend_on_the_micro_batch(level, micro_batch):
+    table, data = random_batch()
+    loss = with_every_term(table, level)
 
     def gradient(micro_batch: int) -> Tensor:
         loss.zero_grad()
@@ -298,16 +301,7 @@ def test_combined_terms_are_those_of_the_batch(level, micro_batch):
     """The first micro-batch of one decision has nothing valid."""
     table, data = random_batch()
     data["value_target"] += 1000
-    critic = ValueOperator(nn.Linear(3, 1).double(), in_keys=[("vla_action", "hidden")])
-    loss = AsymmetricClipPPOLoss(
-        make_actor(table),
-        critic,
-        ratio_level=level,
-        entropy_coeff=0.1,
-        kl_coeff=0.2,
-        reference_context=table.disable_adapter,
-        clip_value=0.2,
-    )
+    loss = with_every_term(table, level)
     whole = loss(data)
     loss.set_normalizer(loss.count_valid(data))
     combined = combine([loss(part) for part in data.split(micro_batch)])
@@ -362,6 +356,9 @@ def test_reconstruction_by_hand_and_its_gradient():
     assert table.logits.grad[0, 0, 0, 1].item() == pytest.approx(2 * -1 * 0.375 / 8 * 0.1)
     taken = data.exclude(("vla_action", "chunk"))
     taken["vla_action", "tokens"] = torch.tensor([[[0, 0], [0, 0]], [[0, 0], [1, 1]]])  # errors 0.75 six times of eight
+    assert loss(taken)["loss_reconstruction"].item() == pytest.approx(0.1 * 0.75**2)
+    taken["mask"] = torch.tensor([[True, True], [True, False]])
+    taken["vla_action", "tokens"][1, 1] = -100
     assert loss(taken)["loss_reconstruction"].item() == pytest.approx(0.1 * 0.75**2)
 
 

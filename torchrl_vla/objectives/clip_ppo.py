@@ -355,8 +355,8 @@ class AsymmetricClipPPOLoss(ClipPPOLoss):
         expected = (categorical.probs * self.bin_centers).sum(-1)
         target = tensordict.get(self.tensor_keys.target_action, None)
         if target is None:
-            taken = tensordict.get(self.tensor_keys.action).unsqueeze(-1)
-            target = self.bin_centers.expand_as(categorical.probs).gather(-1, taken).squeeze(-1)
+            taken = zero_invalid(tensordict.get(self.tensor_keys.action), valid)
+            target = self.bin_centers.expand_as(categorical.probs).gather(-1, taken.unsqueeze(-1)).squeeze(-1)
         error = zero_invalid(expected - target, valid).square()
         return {"loss_reconstruction": self.reconstruction_coeff * masked_mean(error, valid, counts["tokens"])}
 
