@@ -102,7 +102,9 @@ def test_presets():
         choose_preset("huge")
 
 
-@pytest.mark.parametrize(("gibibytes", "preset"), [(None, "tiny"), (15.6, "tiny"), (23.5, "24gb"), (79.2, "80gb")])
+@pytest.mark.parametrize(
+    ("gibibytes", "preset"), [(None, "tiny"), (15.6, "tiny"), (21.9, "24gb"), (23.5, "24gb"), (79.2, "80gb")]
+)
 def test_the_preset_is_chosen_by_the_memory_of_the_gpu(
     gibibytes: float | None, preset: str, monkeypatch: pytest.MonkeyPatch
 ):

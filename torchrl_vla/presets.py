@@ -73,4 +73,4 @@ def choose_preset(name: str = "auto") -> str:
     if not torch.cuda.is_available():
         return "tiny"
     gibibytes = torch.cuda.get_device_properties(0).total_memory / 2**30
-    return "80gb" if gibibytes > 60 else "24gb" if gibibytes > 22 else "tiny"
+    return "80gb" if gibibytes > 60 else "24gb" if gibibytes > 20 else "tiny"

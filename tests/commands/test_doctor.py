@@ -159,7 +159,8 @@ def test_a_7b_model_without_memory_is_a_problem(monkeypatch: pytest.MonkeyPatch)
     assert doctor._check_memory(torch.device("cpu"), {"rollout": needs["rollout"]}).status == "ok"
     # `evaluate` has none of train's options.
     check = doctor._check_memory(torch.device("cpu"), {"rollout": needs["training"]})
-    assert check.status == "problem" and check.message.endswith(": lower --num-envs, or take a larger machine")
+    assert check.status == "problem" and "--batch-size" not in check.message
+    assert "lower --num-envs" in check.message and "export --dtype bfloat16" in check.message
 
 
 def test_weights_that_learn_are_counted_in_float32(copy_release: Callable[[Path], Path], tmp_path: Path) -> None:

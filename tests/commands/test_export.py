@@ -170,7 +170,7 @@ def test_nothing_is_overwritten_without_being_told(base: Path, run: tuple[Path, 
     with pytest.raises(SystemExit, match="neither a checkpoint nor an adapter, and is not replaced"):
         main(["export", str(base), str(tmp_path / "thesis"), "--overwrite"])
     shutil.copytree(run[0], out / "run")
-    with pytest.raises(SystemExit, match="holds the run that is exported"):
+    with pytest.raises(SystemExit, match="is the folder of a run, or holds one, and is not replaced"):
         main(["export", str(out / "run"), str(out), "--overwrite"])
     assert (out / "run" / "checkpoints").is_dir()
 
@@ -196,7 +196,7 @@ def test_a_policy_that_learns_further_in_its_folder_is_not_replaced(base: Path, 
     out = tmp_path / "out"
     main(["export", str(base), str(out)])
     (out / "checkpoints").mkdir()
-    with pytest.raises(SystemExit, match="is the folder of a run, and is not replaced"):
+    with pytest.raises(SystemExit, match="is the folder of a run, or holds one, and is not replaced"):
         main(["export", str(base), str(out), "--overwrite"])
     assert (out / "checkpoints").is_dir()
 

@@ -23,6 +23,7 @@ from torchrl_vla.envs.toy import ToyTrackingEnv
 from torchrl_vla.modules import ValueHead
 from torchrl_vla.training import run
 from torchrl_vla.training.devices import choose_device
+from torchrl_vla.training.folder import noted_preset
 from torchrl_vla.training.logging import RunLogger
 from torchrl_vla.training.policy import BUNDLED, Policy, build_policy, load_policy, save_policy
 from torchrl_vla.training.run import _advantage, _assemble, _validation
@@ -100,7 +101,9 @@ def test_train_resume_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture, mo
     # What it was resumed with is what it is resumed with the next time.
     steps = [TrainConfig.load(run / name).ppo.total_timesteps for name in ("config.json", "config-1.json")]
     assert steps == [70, 40] and not TrainConfig.load(run / "config.json").resume
-    assert json.loads((run / "about-1.json").read_text())["preset"] == "tiny" and (run / "about.json").is_file()
+    (run / "about.json").write_text(json.dumps({"preset": "24gb"}))
+    assert noted_preset(run) == "24gb" and (run / "about-1.json").is_file()
+    assert not list(run.glob("*.partial"))
 
     out = tmp_path / "evaluation"
     main(
@@ -318,7 +321,7 @@ def test_an_existing_folder_is_not_written_over(tmp_path: Path):
 
 
 def test_an_error_before_the_first_rollout_is_the_one_that_is_seen(tmp_path: Path):
-    main(["train", *SMALL, "--run-dir", str(tmp_path / "run")])
+    main(["train", *SMALL, "--run-dir", str(tmp_path / "run"), "--timesteps", "30", "--val-interval", "0"])
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     # Workers start with their first use: these were never used, and have nothing to close.
     with pytest.raises(SystemExit, match="holds no checkpoint to resume from"):

@@ -70,6 +70,8 @@ class EvaluateConfig:
     after the other, one control step at a time (base OpenVLA); auto: as the checkpoint was trained."""
     device: str = "auto"
     """Device of the policy."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the weights; auto: as they are stored, and float32 on a CPU. Runs without adapters store float32."""
     worker_timeout: float = 120.0
     """Seconds after which a simulating process that does not answer is replaced and its episodes run again; five times
     as long while it starts and resets."""
@@ -256,6 +258,7 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
         task_suite=config.task_suite,
         temperature=config.temperature or 1.0,
         device=device,
+        dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
         trainable=False,
         autoregressive=acting.mode == "autoregressive",
         read_task_ids=True,
@@ -283,6 +286,7 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
     settings |= {
         "action_mode": acting.mode,
         "device": str(device),
+        "dtype": str(policy.model.language_model.dtype).removeprefix("torch."),
         "planned_episodes": len(plan),
         "episodes_per_task": per_task,
     }

@@ -28,6 +28,9 @@ def main(arguments: Sequence[str]) -> None:
                 f"{run_dir} is not the folder of a run: it has no config.json. Leave out --resume to start one."
             )
         default, origin = TrainConfig.load(Path(run_dir) / "config.json"), f"those of the run in {run_dir}"
+        from torchrl_vla.training.folder import noted_preset
+
+        preset = noted_preset(Path(run_dir)) or preset
     else:
         default, origin = PRESETS[preset](), f"preset {preset}: {PRESETS[preset].__doc__}"
     default.run_dir = Path(run_dir) if run_dir is not None else None

@@ -126,7 +126,7 @@ class RunCheckpoints:
             self.checkpoint.load(path, map_location="cpu")
         except CheckpointError as error:
             raise ValueError(
-                f"{path} is not of a run with these options: {error} Leave out those that say what learns, or start "
-                "another run."
+                f"{path} cannot be gone on from: {error} If options that say what learns have changed, leave them out; "
+                "if the checkpoint is damaged, move it away, and the one before it is taken."
             ) from error
         return path

@@ -257,7 +257,7 @@ def _check_memory(device: torch.device, needs: dict[str, MemoryEstimate]) -> Che
     text = f"{phase} needs {_with_overhead(device, need) / 2**30:.1f} GiB, {name} has {have / 2**30:.1f}"
     if fits_memory(device, need):
         return Check("memory", "ok", text)
-    advice = "lower --num-envs"
+    advice = "lower --num-envs, halve float32 weights (`torchrl-vla export --dtype bfloat16`)"
     if "training" in needs:
         advice = "lower --batch-size or --num-envs, use adapters (--use-lora), --recompute 1 or --load-in-4bit"
     return Check("memory", "problem", f"{text}: {advice}, or take a larger machine")

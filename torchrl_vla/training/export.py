@@ -53,8 +53,6 @@ def export(
     if run is not None:
         if adapter is not None:
             raise ValueError("a run has its own adapters: leave out the adapter, or name the policy to add it to.")
-        if out.resolve() in [run[1].resolve(), *run[1].resolve().parents]:
-            raise ValueError(f"{out} holds the run that is exported: choose another folder.")
         policy = load_run(*run, dtype=dtype)
         if adapter_only:
             _require_adapters(policy.model, source)
@@ -143,8 +141,8 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise ValueError(f"{out} exists already: choose another folder, or pass --overwrite to replace it.")
     config = read_json(out / "config.json") if (out / "config.json").is_file() else {}
     # Days of work: runs have a config.json too, that of their options.
-    if (out / CHECKPOINTS).exists() or "ppo" in config:
-        raise ValueError(f"{out} is the folder of a run, and is not replaced: choose another folder.")
+    if any(out.rglob(CHECKPOINTS)) or "ppo" in config:
+        raise ValueError(f"{out} is the folder of a run, or holds one, and is not replaced: choose another folder.")
     # A fine-tuning without a checkpoint so far: its config.json has options too, and no model_type.
     adapter = not config and (out / "adapter_config.json").is_file()
     if config.get("model_type") != "openvla" and not adapter:

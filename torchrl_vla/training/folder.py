@@ -22,6 +22,7 @@ __all__ = [
     "NOT_A_PACKAGE",
     "describe_run",
     "log_to",
+    "noted_preset",
     "open_run_folder",
     "package_version",
     "versions",
@@ -90,11 +91,24 @@ def describe_run(config: TrainConfig | FinetuneConfig, folder: Path, **about: An
     path = folder / "config.json"
     if path.exists() and _options(type(config).load(path)) == _options(config):
         return
-    for name in ("config.json", "about.json"):
-        _keep_old(folder / name)
-    dataclasses.replace(config, resume=False).save(path)
     about |= {"command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"), **versions()}
-    (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+    fresh = {name: folder / f"{name}.partial" for name in ("config.json", "about.json")}
+    dataclasses.replace(config, resume=False).save(fresh["config.json"])
+    fresh["about.json"].write_text(json.dumps(about, indent=2) + "\n")
+    for name, partial in fresh.items():
+        # A run without these notes could not be resumed: the old ones go when the new ones are written.
+        _keep_old(folder / name)
+        partial.replace(folder / name)
+
+
+def noted_preset(folder: Path) -> str | None:
+    """The preset that a run was started with, as its folder says.
+
+    Args:
+        folder: of the run.
+    """
+    about = folder / "about.json"
+    return json.loads(about.read_text()).get("preset") if about.is_file() else None
 
 
 def _options(config: TrainConfig | FinetuneConfig) -> dict[str, Any]:

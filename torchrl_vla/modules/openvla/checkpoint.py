@@ -35,7 +35,6 @@ from torchrl_vla.modules.openvla.shards import (
     head_step,
     listed,
     refuse_foreign_heads,
-    stored_dtype,
 )
 from torchrl_vla.releases import TOKEN_CHECKPOINTS
 
@@ -109,8 +108,6 @@ def load_pretrained(
     refuse_foreign_heads(folder)
     device = _check_device("cpu" if device is None else device, load_in_4bit)
     shards = find_shards(folder)
-    # Not what config.json says: converted shards often keep the configuration of those they were made from.
-    config = replace(config, torch_dtype=stored_dtype(shards) or config.torch_dtype)
     heads_as_stored = dtype == "stored"
     if dtype == "stored" or (dtype is None and device.type != "cpu"):
         dtype = getattr(torch, config.torch_dtype)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from transformers import LlamaConfig
 
 from torchrl_vla.modules.files import read_json
+from torchrl_vla.modules.openvla.shards import stored_dtype
 
 TOWER_IDS = ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224")
 """timm names of the two towers; upstream's ``config.json`` and ``vit_overrides.json`` speak of them so."""
@@ -290,7 +291,8 @@ class OpenVLAConfig:
     def from_folder(cls, folder: str | Path, **overrides: Any) -> OpenVLAConfig:
         """Read upstream's ``config.json``, with ``dataset_statistics.json`` and ``vit_overrides.json`` where present.
 
-        The robot's state is read where the folder has a ``proprio_projector--N_checkpoint.pt``.
+        The dtype is that of the shards, where there are some. The robot's state is read where the folder has a
+        ``proprio_projector--N_checkpoint.pt``.
 
         Args:
             folder: a checkpoint folder.
@@ -321,8 +323,9 @@ class OpenVLAConfig:
         values |= raw.get(_EXTENSION_KEY, {})
         values["image_size"] = sizes[0]
         values["use_proprio"] = any(Path(folder).glob("proprio_projector--*_checkpoint.pt"))
-        # Its name in transformers 4 and in 5.
-        values["torch_dtype"] = raw.get("torch_dtype", raw.get("dtype", "bfloat16"))
+        # Converted shards often keep the configuration of those they were made from. Its name in transformers 4 and 5.
+        noted = raw.get("torch_dtype", raw.get("dtype", "bfloat16"))
+        values["torch_dtype"] = stored_dtype(Path(folder).glob("*.safetensors")) or noted
         values["norm_stats"] = raw.get("norm_stats") or {}
         values["dataset_statistics"] = _read_if_there(Path(folder) / "dataset_statistics.json")
         vit = _read_if_there(Path(folder) / "vit_overrides.json")
