@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections import namedtuple
@@ -117,6 +118,17 @@ def test_damage_is_named(tmp_path: Path, damage, message: str):
     with pytest.raises(CorruptEpisodeError, match=message) as caught:
         read_episode(tmp_path / "000007")
     assert "000007" in str(caught.value)
+
+
+def test_any_byte_of_the_metadata_may_be_wrong(tmp_path: Path):
+    write_episode(tmp_path / "000007", make_episode())
+    for path in (tmp_path / "000007").rglob("meta.json"):
+        content = path.read_bytes()
+        for position in range(0, len(content), 3):
+            path.write_bytes(content[:position] + bytes([content[position] ^ 0x84]) + content[position + 1 :])
+            with contextlib.suppress(CorruptEpisodeError):
+                read_episode(tmp_path / "000007")
+        path.write_bytes(content)
 
 
 def zero_bytes(path: Path, position: int) -> None:

@@ -51,6 +51,9 @@ def test_several_environments_in_each_of_two_processes():
     env = make_env("libero_spatial", num_envs=4, workers=2, task_ids=[0, 1], image_size=32, max_episode_steps=16)
     try:
         assert env.batch_size == torch.Size([2, 2])
+        starts = env.reset()
+        chosen = torch.cat([starts["task_id"], starts["init_state_id"]], -1).flatten(0, 1).tolist()
+        assert sorted(chosen) == [[0, 0], [0, 1], [1, 0], [1, 1]], "no episode in two workers"
 
         def policy(tensordict):
             return tensordict.set("action", torch.zeros(*tensordict.shape, 8, 7))
@@ -67,7 +70,9 @@ def test_several_environments_in_each_of_two_processes():
 
 
 def test_parts_share_the_workers_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "_in_processes", lambda suite, numbers, per_worker, *rest: (numbers, per_worker))
+    monkeypatch.setattr(
+        layout, "_in_processes", lambda suite, numbers, workers, each, *rest: (numbers, each)
+    )
     parts = {
         workers: layout.make_envs("libero_spatial", num_envs=num_envs, workers=workers)
         for workers, num_envs in ((2, 8), (6, 6), (7, 14), (8, 32))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from torchrl_vla.envs import model_cache, scene_builder
-from torchrl_vla.envs.model_cache import cache_folder, load_scene
+from torchrl_vla.envs.model_cache import cache_folder, keep_file, load_scene, read_states, write_states
 from torchrl_vla.envs.tasks import get_suite
 
 TASK = get_suite("libero_object").task(0)
@@ -162,3 +162,28 @@ def test_other_code_that_makes_scenes_makes_new_ones(tmp_path: Path, monkeypatch
         source.write_text(text)
         keys.append(model_cache.environment_key.__wrapped__())
     assert keys[0] == keys[2] != keys[1]
+
+
+def test_what_may_not_be_read_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that somebody else filled: his files are whole, and are not to be built again in their place."""
+    path = tmp_path / "states.npz"
+    write_states(path, np.zeros(3))
+    monkeypatch.setattr(model_cache, "_warned", set())
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(model_cache.np, "load", refuse)
+    with pytest.warns(UserWarning, match="cannot be kept in .* or read there .*Permission denied"):
+        assert read_states(path) is None
+    assert path.is_file()
+
+
+def test_others_may_read_what_is_kept(tmp_path: Path) -> None:
+    umask = os.umask(0o022)
+    try:
+        keep_file(tmp_path, lambda path: path.write_bytes(b"x"), lambda _: "kept")
+    finally:
+        os.umask(umask)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert (tmp_path / "kept").stat().st_mode & 0o777 == 0o644

@@ -167,7 +167,7 @@ def collect_demonstrations(
     index.instructions |= {task.task_id: task.instruction for task in tasks}
     index.versions |= {**(versions or {}), "renderer": backend}
     jobs = [job for plan in plans.values() for job in plan if index.outcomes.get(job.name) not in ("success", "failed")]
-    count = min(num_workers or os.cpu_count() or 1, len(jobs))
+    count = min(num_workers or len(os.sched_getaffinity(0)), len(jobs))
     tqdm.write(
         f"{len(jobs)} episodes to record, {sum(map(len, plans.values())) - len(jobs)} there already; {count} workers, "
         f"OpenGL through {backend}"

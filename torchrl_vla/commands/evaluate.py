@@ -245,7 +245,7 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
     plan = _plan(config, acting)
     tasks = sorted({episode.task_id for episode in plan})
     device = choose_device(config.device)
-    configure_rendering()  # what is missing is told before a policy is loaded
+    renderer = configure_rendering()  # what is missing is told before a policy is loaded
     torch.manual_seed(config.seed)
     policy = load_policy(
         OpenVLAActorConfig(
@@ -285,6 +285,7 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
     settings = _settings(config, checkpoint)
     settings |= {
         "action_mode": acting.mode,
+        "renderer": renderer,
         "device": str(device),
         "dtype": str(policy.model.language_model.dtype).removeprefix("torch."),
         "planned_episodes": len(plan),

@@ -146,7 +146,7 @@ def read_episode(folder: Path) -> TensorDict:
             data.get(name)
     except CorruptEpisodeError as error:
         raise CorruptEpisodeError(f"{folder}: {error}.") from None
-    except (KeyError, OSError, RuntimeError, json.JSONDecodeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, OSError, RuntimeError) as error:  # any byte may be wrong
         raise CorruptEpisodeError(f"{folder}: {error}.") from error
     return data
 

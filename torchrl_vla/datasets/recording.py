@@ -144,6 +144,7 @@ def run_worker(connection: Connection, options: DemonstrationOptions, folder: Pa
         cameras=options.cameras,
         seed=options.seed,
         sampled_init_states=options.sampled_init_states,
+        max_models=1,  # 0.4 to 1.1 GB each, and jobs come task by task
     )
     experts: dict[int, ScriptedExpert] = {}
     try:
@@ -174,6 +175,7 @@ def _work(
     try:
         simulator.reset(0, job.task_id, job.init_state_id)
         if job.task_id not in experts:
+            experts.clear()  # with the model that the last task's holds
             goals = read_goals(get_suite(options.task_suite).task(job.task_id).bddl_file)
             experts[job.task_id] = ScriptedExpert(simulator.model(0), goals)
         experts[job.task_id].reset(simulator.data(0))

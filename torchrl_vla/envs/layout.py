@@ -74,7 +74,7 @@ def make_env(
     workers, options = _checked(task_suite, num_envs, workers, options)
     if workers == 1:
         return LiberoEnv(task_suite, num_envs=num_envs, **options)
-    env = _in_processes(task_suite, range(workers), num_envs // workers, worker_timeout, options)
+    env = _in_processes(task_suite, range(workers), workers, num_envs // workers, worker_timeout, options)
     return TransformedEnv(env, InstructionFromTaskId(task_suite))
 
 
@@ -105,7 +105,7 @@ def make_envs(
         return [LiberoEnv(task_suite, num_envs=num_envs, include_instruction=False, **options)]
     parts = max(parts for parts in range(1, _MOST_PARTS + 1) if workers % parts == 0)
     numbers = [range(first, first + workers // parts) for first in range(0, workers, workers // parts)]
-    return [_in_processes(task_suite, each, num_envs // workers, worker_timeout, options) for each in numbers]
+    return [_in_processes(task_suite, each, workers, num_envs // workers, worker_timeout, options) for each in numbers]
 
 
 def _checked(
@@ -126,12 +126,17 @@ def _checked(
 
 
 def _in_processes(
-    task_suite: str, numbers: range, per_worker: int, worker_timeout: float, options: dict[str, Any]
+    task_suite: str, numbers: range, workers: int, per_worker: int, worker_timeout: float, options: dict[str, Any]
 ) -> EnvBase:
     """Workers, by their numbers among all; they draw on the GPUs in turns, as one GPU draws only so many pictures."""
     worker = functools.partial(LiberoEnv, task_suite, num_envs=per_worker, include_instruction=False, **options)
     gpus = egl_devices()
     variables = [{"MUJOCO_EGL_DEVICE_ID": str(gpus[number % len(gpus)])} for number in numbers] if gpus else None
     return WatchedParallelEnv(
-        len(numbers), worker, mp_start_method="spawn", worker_timeout=worker_timeout, worker_variables=variables
+        len(numbers),
+        worker,
+        create_env_kwargs=[{"shard": (number, workers)} for number in numbers],
+        mp_start_method="spawn",
+        worker_timeout=worker_timeout,
+        worker_variables=variables,
     )

@@ -41,7 +41,8 @@ class LiberoEnv(EnvBase):
     The chunk runs inside the step, stops at the control step at which the task succeeds and is cut at the horizon, so
     the terminal reward is never lost. ``terminated`` means success, ``truncated`` that the horizon was reached
     without. The reward is ``reward_scale`` at success, else 0. A slot that is done, or that a ``"_step"`` mask leaves
-    out, does nothing: its observation stays, its reward and ``"num_control_steps"`` are 0.
+    out, does nothing: its observation stays, its reward and ``"num_control_steps"`` are 0. (Where a mask leaves out a
+    whole worker of a ``ParallelEnv``, TorchRL repeats what stood there instead.)
 
     With ``B`` the batch size (``[]``, or ``[num_envs]``), ``K`` the chunk size and ``H`` the image size:
 
@@ -66,7 +67,8 @@ class LiberoEnv(EnvBase):
     batched environments). What is not given is chosen by ``task_ids`` and ``init_state_mode``.
 
     Nothing is simulated and no OpenGL context is made before the first reset, so the environment can be made anywhere
-    and pickled to a worker: ``ParallelEnv(4, functools.partial(LiberoEnv, "libero_spatial"))``.
+    and pickled to a worker: ``ParallelEnv(4, functools.partial(LiberoEnv, "libero_spatial"),
+    create_env_kwargs=[{"shard": (i, 4)} for i in range(4)])``.
 
     Args:
         task_suite: name of a suite of LIBERO or LIBERO-PRO, see :func:`~torchrl_vla.envs.tasks.suite_names`.
@@ -93,6 +95,8 @@ class LiberoEnv(EnvBase):
             official ones and numbered from 0 too, none of them official; ``None`` for the official ones.
         max_models: compiled models, 0.4 to 1.1 GB each with its render context, that are kept; ``None`` for all that
             tasks have needed. :func:`~torchrl_vla.envs.layout.make_env` chooses it.
+        shard: number of this environment among so many that share the episodes that are not named at reset: without
+            it, all workers of a ``ParallelEnv`` run the same ones. :func:`~torchrl_vla.envs.layout.make_env` sets it.
         device: device of the tensordicts.
 
     Raises:
@@ -128,6 +132,7 @@ class LiberoEnv(EnvBase):
         seed: int | None = None,
         sampled_init_states: int | None = None,
         max_models: int | None = None,
+        shard: tuple[int, int] = (0, 1),
         device: torch.device | str | None = None,
     ) -> None:
         suite = get_suite(task_suite)
@@ -158,6 +163,7 @@ class LiberoEnv(EnvBase):
             init_state_mode=init_state_mode,
             init_state_id=init_state_id,
             seed=seed,
+            shard=shard,
         )
         warn_about_mujoco_version()
         configure_rendering()

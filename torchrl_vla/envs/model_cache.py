@@ -9,7 +9,8 @@ import hashlib
 import importlib.metadata
 import os
 import sys
-import tempfile
+import tokenize
+import uuid
 import warnings
 import weakref
 import zipfile
@@ -43,7 +44,10 @@ _FORMAT = 2
 _MAKERS = ("scene_builder.py", "scene.py", "sampled_states.py")
 _CHUNK = 1 << 24
 #: What reading an archive raises that is cut off or changed.
-_DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zlib.error, zipfile.BadZipFile)
+_DAMAGED = (
+    OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, SyntaxError, tokenize.TokenError, zlib.error,
+    zipfile.BadZipFile,
+)  # fmt: skip
 
 
 class CompiledModel:
@@ -114,6 +118,9 @@ def _load(path: Path) -> tuple[Scene, CompiledModel] | None:
         scene = Scene.load(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except PermissionError as error:
+        _warn_once(cache_folder(), error)
+        return None
     except _DAMAGED as error:
         discard_file(path, error)
         return None
@@ -166,6 +173,8 @@ def _load_model(key: str) -> mujoco.MjModel | None:
             if f"{_checksum(path):08x}" != path.stem.rpartition("-")[2]:
                 raise ValueError("its checksum is wrong")
             return mujoco.MjModel.from_binary_path(str(path))
+        except PermissionError as error:
+            _warn_once(cache_folder(), error)
         except (OSError, ValueError) as error:
             discard_file(path, error)
     return None
@@ -191,9 +200,8 @@ def keep_file(folder: Path, write: Callable[[Path], None], name: Callable[[Path]
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        os.close(descriptor)
-        path = Path(temporary)
+        # Not of `tempfile`, whose files nobody else may read: a cache may be shared, or made for others.
+        path = folder / f"{uuid.uuid4().hex}.tmp"
         try:
             write(path)
             path.replace(folder / name(path))
@@ -217,6 +225,9 @@ def read_states(path: Path) -> np.ndarray | None:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return archive["states"]
     except (FileNotFoundError, NotADirectoryError):
+        return None
+    except PermissionError as error:
+        _warn_once(cache_folder(), error)
         return None
     except _DAMAGED as error:
         discard_file(path, error)
@@ -242,8 +253,8 @@ def _warn_once(folder: Path, reason: OSError) -> None:
         return
     _warned.add(folder)
     warnings.warn(
-        f"Compiled models cannot be kept in {folder} ({reason}): every process builds its own, some seconds per "
-        "task. Set TORCHRL_VLA_CACHE to a folder that can be written.",
+        f"Compiled models cannot be kept in {folder}, or read there ({reason}): every process builds its own, some "
+        "seconds per task. Set TORCHRL_VLA_CACHE to a folder of your own.",
         stacklevel=2,
     )
 

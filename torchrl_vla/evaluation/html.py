@@ -216,8 +216,7 @@ def _protocol(report: EvaluationReport) -> str:
         "of 1/20 s; objects settle for 10 steps first.",
         "Simulation and pictures are stock LIBERO's to the bit."
         if settings.get("fidelity") == "exact"
-        else "Simulation and software-rendered pictures are cheaper than stock LIBERO's: rates are not comparable with "
-        "published ones.",
+        else "Simulation and pictures are cheaper than stock LIBERO's: rates are not comparable with published ones.",
         "Intervals are Wilson's, 95%.",
         *([] if report.caveat is None else [report.caveat]),
     ]
