@@ -70,9 +70,7 @@ def test_several_environments_in_each_of_two_processes():
 
 
 def test_parts_share_the_workers_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        layout, "_in_processes", lambda suite, numbers, workers, each, *rest: (numbers, each)
-    )
+    monkeypatch.setattr(layout, "_in_processes", lambda suite, numbers, workers, each, *rest: (numbers, each))
     parts = {
         workers: layout.make_envs("libero_spatial", num_envs=num_envs, workers=workers)
         for workers, num_envs in ((2, 8), (6, 6), (7, 14), (8, 32))
