@@ -19,11 +19,11 @@ from torchrl.objectives.value import GAE
 from torchrl_vla.cli import main
 from torchrl_vla.config import EnvironmentConfig, OpenVLAActorConfig, PPOConfig, TrainConfig
 from torchrl_vla.envs import get_suite
+from torchrl_vla.envs.rendering import configure_rendering
 from torchrl_vla.envs.toy import ToyTrackingEnv
 from torchrl_vla.modules import ValueHead
 from torchrl_vla.training import run
 from torchrl_vla.training.devices import choose_device
-from torchrl_vla.training.folder import noted_preset
 from torchrl_vla.training.logging import RunLogger
 from torchrl_vla.training.policy import BUNDLED, Policy, build_policy, load_policy, save_policy
 from torchrl_vla.training.run import _advantage, _assemble, _validation
@@ -95,20 +95,20 @@ def test_train_resume_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture, mo
     assert films_made == [{"fidelity": "fast", "seed": 0, "settle_steps": 1}] * 2
     assert films_made[0].items() <= simulations[0].items()
 
+    (run / "about.json").write_text(json.dumps({"preset": "24gb"}))  # not what this machine would choose
     main(["train", "--resume", "--run-dir", str(run), "--timesteps", "70", "--num-envs", "1", "--no-val-videos"])
     assert "Going on from" in capsys.readouterr().out
     assert [float(row["update"]) for row in rows(run)] == [0.0, 1.0, 2.0, 3.0]
     # What it was resumed with is what it is resumed with the next time.
     steps = [TrainConfig.load(run / name).ppo.total_timesteps for name in ("config.json", "config-1.json")]
     assert steps == [70, 40] and not TrainConfig.load(run / "config.json").resume
-    (run / "about.json").write_text(json.dumps({"preset": "24gb"}))
-    assert noted_preset(run) == "24gb" and (run / "about-1.json").is_file()
+    assert json.loads((run / "about.json").read_text())["preset"] == "24gb" and (run / "about-1.json").is_file()
     assert not list(run.glob("*.partial"))
 
     out = tmp_path / "evaluation"
     main(
         ["evaluate", "--checkpoint", str(run / "policy"), "--task-ids", "0", "3", "--episodes-per-task", "1",
-         "--max-episode-steps", "16", "--num-envs", "1", "--out", str(out)]
+         "--max-episode-steps", "16", "--num-envs", "1", "--dtype", "bfloat16", "--out", str(out)]
     )  # fmt: skip
     report = json.loads((out / "report.json").read_text())
     assert [(e["task_id"], e["init_state_id"], e["control_steps"]) for e in report["episodes"]] == [
@@ -121,6 +121,7 @@ def test_train_resume_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture, mo
         "task0-state0-failure.mp4",
         "task3-state0-failure.mp4",
     ]
+    assert [report["settings"][name] for name in ("dtype", "renderer")] == ["bfloat16", configure_rendering()]
     assert report["success"].endswith("(0/2)") and report["settings"]["versions"]["mujoco"] == "3.3.2"
 
 

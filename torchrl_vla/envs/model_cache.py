@@ -118,9 +118,6 @@ def _load(path: Path) -> tuple[Scene, CompiledModel] | None:
         scene = Scene.load(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except PermissionError as error:
-        _warn_once(cache_folder(), error)
-        return None
     except _DAMAGED as error:
         discard_file(path, error)
         return None
@@ -173,8 +170,6 @@ def _load_model(key: str) -> mujoco.MjModel | None:
             if f"{_checksum(path):08x}" != path.stem.rpartition("-")[2]:
                 raise ValueError("its checksum is wrong")
             return mujoco.MjModel.from_binary_path(str(path))
-        except PermissionError as error:
-            _warn_once(cache_folder(), error)
         except (OSError, ValueError) as error:
             discard_file(path, error)
     return None
@@ -225,9 +220,6 @@ def read_states(path: Path) -> np.ndarray | None:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return archive["states"]
     except (FileNotFoundError, NotADirectoryError):
-        return None
-    except PermissionError as error:
-        _warn_once(cache_folder(), error)
         return None
     except _DAMAGED as error:
         discard_file(path, error)
@@ -303,12 +295,15 @@ def _checksum(path: Path) -> int:
 
 
 def discard_file(path: Path, error: Exception) -> None:
-    """Removes a file that cannot be read, and warns of it.
+    """Removes a file that is damaged, and warns of it; one that may not be read is somebody else's, and stays.
 
     Args:
         path: the file.
         error: what is wrong with it.
     """
+    if isinstance(error, PermissionError):
+        _warn_once(cache_folder(), error)
+        return
     warnings.warn(f"{path} is damaged and will be built again: {error}", stacklevel=2)
     with contextlib.suppress(OSError):
         path.unlink()
