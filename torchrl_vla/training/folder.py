@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrl_vla.config import TrainConfig
+from torchrl_vla.modules.files import read_json
 from torchrl_vla.training.finetune_config import FinetuneConfig
 
 __all__ = [
@@ -108,7 +109,7 @@ def noted_preset(folder: Path) -> str | None:
         folder: of the run.
     """
     about = folder / "about.json"
-    return json.loads(about.read_text()).get("preset") if about.is_file() else None
+    return read_json(about).get("preset") if about.is_file() else None
 
 
 def _options(config: TrainConfig | FinetuneConfig) -> dict[str, Any]:
