@@ -9,6 +9,8 @@ from pathlib import Path
 
 import tyro
 
+from torchrl_vla.envs.processes import prepare_processes
+
 __all__ = ["DemosArguments", "main", "parse_ids"]
 
 
@@ -83,6 +85,7 @@ def main(arguments: Sequence[str]) -> None:
         arguments: its options.
     """
     options = tyro.cli(DemosArguments, prog="torchrl-vla demos", args=arguments)
+    prepare_processes()
     from torchrl_vla.collectors.demonstrations import collect_demonstrations
     from torchrl_vla.training.folder import versions
 

@@ -9,6 +9,7 @@ import tyro
 
 from torchrl_vla.commands.options import read_first
 from torchrl_vla.config import TrainConfig
+from torchrl_vla.envs.processes import prepare_processes
 from torchrl_vla.presets import PRESETS, choose_preset
 
 __all__ = ["main"]
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str]) -> None:
         default=default,
         args=rest,
     )
+    if config.env.num_envs > 1:
+        prepare_processes()
     from torchrl_vla.training.run import train
 
     train(config, preset)

@@ -12,6 +12,7 @@ from torchrl.envs import EnvBase, TransformedEnv
 from torchrl_vla.envs.instruction import InstructionFromTaskId
 from torchrl_vla.envs.libero import LiberoEnv
 from torchrl_vla.envs.memory import available_memory, check_memory, count_models, memory_needed, models_that_fit
+from torchrl_vla.envs.processes import prepare_processes
 from torchrl_vla.envs.rendering import configure_rendering, egl_devices
 from torchrl_vla.envs.watchdog import WatchedParallelEnv
 
@@ -136,7 +137,7 @@ def _in_processes(
         len(numbers),
         worker,
         create_env_kwargs=[{"shard": (number, workers)} for number in numbers],
-        mp_start_method="spawn",
+        mp_start_method=prepare_processes(),
         worker_timeout=worker_timeout,
         worker_variables=variables,
     )

@@ -16,6 +16,7 @@ from torchrl.data.utils import CloudpickleWrapper
 from torchrl.envs import EnvBase, EnvCreator, ParallelEnv
 from torchrl.envs.utils import clear_mpi_env_vars
 
+from torchrl_vla.envs.processes import make_process
 from torchrl_vla.envs.worker import Channel, serve
 
 __all__ = ["WatchedParallelEnv"]
@@ -167,8 +168,15 @@ class WatchedParallelEnv(ParallelEnv):
             "filter_warnings": self._filter_warnings_subprocess(),
             "worker_idx": index,
         }
-        arguments = (worker_connection, worker_bell, self._variables[index])
-        process = self._context.Process(target=serve, args=arguments, kwargs=options, daemon=self.daemon)
+        process = make_process(
+            serve,
+            worker_connection,
+            worker_bell,
+            method=self._mp_start_method,
+            variables=self._variables[index],
+            **options,
+        )
+        process.daemon = self.daemon
         with clear_mpi_env_vars():
             process.start()
         worker_connection.close()

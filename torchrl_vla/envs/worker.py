@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -98,16 +97,14 @@ class _LastWords:
         self.words = (isinstance(error, ValueError), str(error), "".join(traceback.format_exception(error)))
 
 
-def serve(connection: Connection, bell: Connection, variables: Mapping[str, str], **options: Any) -> None:
+def serve(connection: Connection, bell: Connection, **options: Any) -> None:
     """A worker's life: TorchRL's loop, and last words if it ends in an error.
 
     Args:
         connection: brings commands, takes answers.
         bell: says that a command is done.
-        variables: of the process's environment, set before the worker makes its own environment.
         options: of TorchRL's loop.
     """
-    os.environ.update(variables)
     # Ctrl-C reaches all processes of a terminal: the parent closes its workers when it is ready.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
