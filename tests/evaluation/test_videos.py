@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import time
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
+from torchrl_vla.envs import processes, simulator
 from torchrl_vla.envs.simulator import LiberoSimulator
 from torchrl_vla.evaluation.report import EpisodeResult, EvaluationReport
 from torchrl_vla.evaluation.videos import choose_episodes, film, write_mp4
@@ -51,12 +55,40 @@ def test_an_episode_is_filmed_as_it_was_run():
         (video,) = film(report, [0, 1], image_size=32, **options)
     # Before the first step and after steps 4, 8 and 10.
     assert video.episode == episodes[0] and video.frames.shape == (4, 32, 32, 3)
-    simulator = LiberoSimulator("libero_spatial", image_size=32, **options)
-    simulator.reset(0, 1, 2)
-    first = simulator.render(0, "agentview")[::-1, ::-1]
-    simulator.step(0, actions)
-    last = simulator.render(0, "agentview")[::-1, ::-1]
-    simulator.close()
+    ours = LiberoSimulator("libero_spatial", image_size=32, **options)
+    ours.reset(0, 1, 2)
+    first = ours.render(0, "agentview")[::-1, ::-1]
+    ours.step(0, actions)
+    last = ours.render(0, "agentview")[::-1, ::-1]
+    ours.close()
     np.testing.assert_array_equal(video.frames[0], first)
     np.testing.assert_array_equal(video.frames[-1], last)
     assert np.abs(last.astype(int) - first).max() > 50
+
+
+@pytest.mark.parametrize("grief", ["hangs", "dies", "fails"])
+def test_what_keeps_a_film_from_being_drawn_costs_no_more_than_the_film(grief: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(processes, "prepare_processes", lambda: "fork")
+    episodes = [EpisodeResult(1, state, False, 4, 1) for state in (2, 3, 4)]
+    report = EvaluationReport("libero_spatial", {1: "x"}, episodes, 1.0, {}, [np.zeros((4, 7), np.float32)] * 3)
+
+    class Simulator:
+        def __init__(self, *arguments: object, **options: object) -> None:
+            pass
+
+        def reset(self, slot: int, task_id: int, init_state_id: int) -> None:
+            if init_state_id == 3:
+                {"hangs": lambda: time.sleep(60), "dies": lambda: os._exit(3), "fails": lambda: 1 / 0}[grief]()
+
+        def step(self, slot: int, actions: np.ndarray) -> tuple[int, bool]:
+            return len(actions), False
+
+        def render(self, slot: int, camera: str) -> np.ndarray:
+            return np.zeros((4, 4, 3), np.uint8)
+
+    monkeypatch.setattr(simulator, "LiberoSimulator", Simulator)
+    reason = {"hangs": "more than 1.5 s", "dies": "exit code 3", "fails": "ZeroDivisionError: division"}[grief]
+    with pytest.warns(UserWarning, match=f"no film of task 1 from initial state 3, nor of what follows: .*{reason}"):
+        films = list(film(report, [0, 1, 2], timeout=1.5))
+    assert [video.episode for video in films] == episodes[:1]
+    assert not multiprocessing.active_children()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 
+from torchrl_vla.envs.processes import make_process
 from torchrl_vla.evaluation.report import EpisodeResult, EvaluationReport
 
 __all__ = ["EpisodeVideo", "choose_episodes", "film", "write_mp4"]
@@ -54,38 +58,44 @@ def choose_episodes(episodes: Sequence[EpisodeResult], *, per_task: bool = True)
 
 
 def film(
-    report: EvaluationReport, chosen: Sequence[int], *, image_size: int = 256, **options: Any
+    report: EvaluationReport, chosen: Sequence[int], *, image_size: int = 256, timeout: float = 600.0, **options: Any
 ) -> Iterator[EpisodeVideo]:
     """Run episodes again, action by action, and film them through the agentview.
 
     A simulator gives the same bits for the same actions, so that is the episode that was judged. The pictures are
-    those of ``fidelity="fast"``, whatever the policy saw.
+    those of ``fidelity="fast"``, whatever the policy saw. They are drawn in a process of their own, since a GPU
+    driver's EGL is known to hang: a training or a report should not be lost to a film.
 
     Args:
         report: an evaluation that was just made: a loaded one has no actions.
         chosen: which of its episodes.
         image_size: height and width of the pictures in pixels, even.
+        timeout: seconds that a film may take before the rest is given up.
         options: further arguments of :class:`~torchrl_vla.envs.simulator.LiberoSimulator`, those of the evaluation's
             environment: fidelity, seed, settle_steps, sampled_init_states.
 
     Yields:
-        The films, without any of an episode that ends otherwise than it did; a warning names it.
+        The films, without any of an episode that ends otherwise than it did; a warning names it, or says why the
+        remaining ones cannot be drawn.
     """
-    # Not before now: it imports MuJoCo, which needs its OpenGL chosen.
-    from torchrl_vla.envs.simulator import LiberoSimulator
-
-    simulator = LiberoSimulator(
-        report.task_suite, image_size=image_size, picture_fidelity="fast", max_models=1, **options
-    )
+    connection, theirs = multiprocessing.Pipe()
+    jobs = [(report.episodes[index], report.actions[index]) for index in chosen]
+    options |= {"image_size": image_size, "picture_fidelity": "fast", "max_models": 1}
+    process = make_process(_draw, theirs, report.task_suite, jobs, options)
+    process.start()
+    theirs.close()
     try:
-        for index in chosen:
-            episode, actions = report.episodes[index], report.actions[index]
-            simulator.reset(0, episode.task_id, episode.init_state_id)
-            frames, success, steps = [_picture(simulator)], False, 0
-            for start in range(0, len(actions), STEPS_PER_FRAME):
-                count, success = simulator.step(0, actions[start : start + STEPS_PER_FRAME])
-                steps += count
-                frames.append(_picture(simulator))
+        for episode, _ in jobs:
+            try:
+                drawn = connection.recv() if connection.poll(timeout) else f"it took more than {timeout:g} s"
+            except (EOFError, OSError):
+                process.join()
+                drawn = f"the process that draws ended with exit code {process.exitcode}"
+            if isinstance(drawn, str):
+                name = f"task {episode.task_id} from initial state {episode.init_state_id}"
+                warnings.warn(f"There is no film of {name}, nor of what follows: {drawn}.", stacklevel=2)
+                return
+            frames, success, steps = drawn
             if (success, steps) != (episode.success, episode.control_steps):
                 warnings.warn(
                     f"There is no film of task {episode.task_id} from initial state {episode.init_state_id}: run again "
@@ -94,9 +104,33 @@ def film(
                     stacklevel=2,
                 )
                 continue
-            yield EpisodeVideo(episode, np.stack(frames))
+            yield EpisodeVideo(episode, frames)
     finally:
-        simulator.close()
+        process.kill()
+        process.join()
+        connection.close()
+
+
+def _draw(
+    connection: Connection, task_suite: str, jobs: Sequence[tuple[EpisodeResult, np.ndarray]], options: dict[str, Any]
+) -> None:
+    """Sends the frames of each episode, its success and its control steps; or in words why there are none."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    try:
+        # Not before now: it imports MuJoCo, which needs its OpenGL chosen.
+        from torchrl_vla.envs.simulator import LiberoSimulator
+
+        simulator = LiberoSimulator(task_suite, **options)
+        for episode, actions in jobs:
+            simulator.reset(0, episode.task_id, episode.init_state_id)
+            frames, success, steps = [_picture(simulator)], False, 0
+            for start in range(0, len(actions), STEPS_PER_FRAME):
+                count, success = simulator.step(0, actions[start : start + STEPS_PER_FRAME])
+                steps += count
+                frames.append(_picture(simulator))
+            connection.send((np.stack(frames), success, steps))
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {error}")
 
 
 def _picture(simulator: Any) -> np.ndarray:
