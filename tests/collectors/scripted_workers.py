@@ -54,6 +54,12 @@ def disk_full_at_second(connection: Connection, options: DemonstrationOptions, f
         connection.send(record(job, folder) if job.name == "000000" else Report(job, "full disk", 0, {}))
 
 
+def refusing(connection: Connection, options: DemonstrationOptions, folder: Path) -> None:
+    """The expert cannot do the task."""
+    while (job := connection.recv()) is not None:
+        connection.send(Report(job, "refused", 0, {}, "the drawer is closed."))
+
+
 def always_failing(connection: Connection, options: DemonstrationOptions, folder: Path) -> None:
     """No episode is solved."""
     while (job := connection.recv()) is not None:

@@ -14,6 +14,8 @@ from torchrl_vla.collectors import demonstrations
 from torchrl_vla.collectors.demonstrations import collect_demonstrations
 from torchrl_vla.datasets import DemonstrationDataset
 from torchrl_vla.datasets.recording import Job
+from torchrl_vla.envs import processes
+from torchrl_vla.envs.memory import memory_needed
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
 
 SUITE = "libero_spatial"
@@ -47,7 +49,7 @@ def test_the_expert_solves_a_task(tmp_path: Path, options: dict):
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch):
     """Put one of the stand-ins in the worker's place; forked, since they touch no simulator."""
-    monkeypatch.setattr(demonstrations, "_START_METHOD", "fork")
+    monkeypatch.setattr(processes, "prepare_processes", lambda: "fork")
     return lambda worker: monkeypatch.setattr(demonstrations, "run_worker", worker)
 
 
@@ -83,11 +85,32 @@ def test_a_collection_goes_on_with_what_is_missing(tmp_path: Path, options: dict
         collect_demonstrations(tmp_path, episodes_per_task=2, **{**options, "camera_size": 64})
 
 
+def test_workers_that_would_not_fit_are_refused_before_any_is_started(
+    tmp_path: Path, options: dict, scripted, monkeypatch: pytest.MonkeyPatch
+):
+    scripted(scripted_workers.reliable)
+    monkeypatch.setattr(demonstrations, "available_memory", lambda: memory_needed(2, 2, 1))
+    out, wanted = tmp_path / "new", {**options, "num_workers": 4}
+    with pytest.raises(ValueError, match=r"4 environments in 4 process.* use fewer workers \(at most 2, "):
+        collect_demonstrations(out, episodes_per_task=6, **wanted)
+    assert not out.exists()
+    # Two are enough for what is left, however many there may be; and nothing is needed where nothing is left.
+    collect_demonstrations(out, episodes_per_task=2, **wanted)
+    monkeypatch.setattr(demonstrations, "available_memory", lambda: 0.0)
+    assert collect_demonstrations(out, episodes_per_task=2, **wanted).counts() == {0: {"success": 2}}
+
+
 def test_a_full_disk_stops_the_collection_and_leaves_it_readable(tmp_path: Path, options: dict, scripted):
     scripted(scripted_workers.disk_full_at_second)
     with pytest.raises(OSError, match="disk is full"):
         collect_demonstrations(tmp_path, episodes_per_task=3, **options)
     assert list(DemonstrationDataset(tmp_path).episodes) == ["000000"]
+
+
+def test_a_task_that_the_expert_cannot_do_ends_the_collection(tmp_path: Path, options: dict, scripted):
+    scripted(scripted_workers.refusing)
+    with pytest.raises(ValueError, match="task_ids must leave out task 0: the drawer is closed."):
+        collect_demonstrations(tmp_path, episodes_per_task=1, **options)
 
 
 def test_no_success_at_all_is_explained(tmp_path: Path, options: dict, scripted):
@@ -105,6 +128,10 @@ def test_no_success_at_all_is_explained(tmp_path: Path, options: dict, scripted)
         (dict(episodes_per_task=51), "record some episodes twice"),
         (dict(task_suite="libero_spacial"), "libero_spatial"),
         (dict(task_ids=[10]), "task_id=10"),
+        (
+            dict(task_suite="libero_goal", task_ids=[1, 7, 0]),
+            "tasks 7, 0 of libero_goal ask to open.*not: 1,2,3,4,5,6,8,9",
+        ),
     ],
 )
 def test_bad_options_are_explained_before_anything_is_written(

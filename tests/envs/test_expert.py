@@ -20,7 +20,7 @@ from torchrl_vla.envs.expert.geometry import (
 from torchrl_vla.envs.expert.goals import Goal, read_goals
 from torchrl_vla.envs.expert.grasps import plan_grasp
 from torchrl_vla.envs.expert.perturbation import Perturbation
-from torchrl_vla.envs.expert.placement import CarryPath, plan_carry, release_height
+from torchrl_vla.envs.expert.placement import CarryPath, clear_height, plan_carry, release_height
 from torchrl_vla.envs.simulator import LiberoSimulator
 from torchrl_vla.envs.tasks import get_suite
 
@@ -169,16 +169,49 @@ def test_heights_of_carrying_and_releasing() -> None:
     wall = np.array([[0.2, 0.0, 0.2], [0.2, 0.5, 0.9]])
     path = plan_carry(box, origin, wall, target, ground=0.0, lowest=0.0)
     reach = np.hypot(0.02, 0.02) + 0.015
-    assert not path.rise_first
     assert path.height(0.2) == path.height(0.2 - reach) == pytest.approx(0.2 + 0.025 + 0.01)
     assert path.height(0.2 + reach + 1e-6) == pytest.approx(0.025 + 0.01)
     # From 5 cm further back than the 3 cm of look-ahead, 0.7 of these 5 cm are left to climb.
     assert path.height(0.2 - reach - 0.08) == pytest.approx(0.235 - 0.7 * 0.05)
-    assert plan_carry(box, origin, wall - [0.12, 0.0, 0.0], target, ground=0.0, lowest=0.0).rise_first
+    # At 45 degrees it would be 15.7 cm higher where the wall begins to matter, and 3.7 cm where that is 12 cm nearer.
+    for moved, rise_first in (([0, 0, 0], True), ([0, 0, -0.08], False), ([-0.12, 0, -0.15], True)):
+        lower = plan_carry(box, origin, wall + moved, target, ground=0.0, lowest=0.0)
+        assert lower.rise_first == rise_first, moved
     assert isinstance(path, CarryPath)
     assert release_height(box, origin, wall, target, ground=0.3) == pytest.approx(0.3 + 0.01 + 0.008)
     plate = np.array([[0.41, 0.01, 0.33], [0.4, 0.06, 0.5]])
     assert release_height(box, origin, plate, target, ground=0.3) == pytest.approx(0.33 + 0.01 + 0.008)
+
+
+def test_the_empty_hand_passes_over_what_stands_in_its_way() -> None:
+    start, end = np.array([0.0, 0.0, 0.5]), np.array([0.4, 0.0, 0.3])
+    # Half-way the hand would be 40 cm high: 3 cm over one wall, beside another, into a third.
+    assert clear_height(start, end, np.array([[0.2, 0.0, 0.37], [0.2, 0.08, 0.9], [0.5, 0.0, 0.9]])) == -np.inf
+    assert clear_height(start, end, np.array([[0.2, 0.06, 0.38], [0.1, 0.0, 0.2]])) == pytest.approx(0.38 + 0.025)
+
+
+def test_the_ground_is_the_table_top_whichever_way_its_box_is_turned() -> None:
+    """Tables of the kitchen, the living room and the study, the latter two of boxes that stand on their sides."""
+    for suite, task_id, height in (("libero_goal", 8, 0.9), ("libero_10", 4, 0.437), ("libero_10", 5, 0.885)):
+        simulator = LiberoSimulator(suite, fidelity="fast")
+        simulator.reset(0, task_id, 0)
+        assert CollisionPoints(simulator.model(0)).ground(simulator.data(0)) == pytest.approx(height, abs=1e-3)
+        simulator.close()
+
+
+@pytest.mark.parametrize(
+    ("suite", "task_id", "state_id"),
+    [("libero_10", 4, 0), ("libero_10", 0, 2), ("libero_10", 7, 0), ("libero_90", 63, 0)],
+)
+def test_it_solves_tasks_with_two_objects(suite: str, task_id: int, state_id: int) -> None:
+    """Mugs put down upright, a can lifted over a basket's wall, a basket left standing, a bowl on a moved one."""
+    (episode,) = evaluate_expert(suite, [task_id], [state_id], fidelity="fast")
+    assert episode.success and episode.num_steps < 250
+
+
+def test_a_closed_drawer_is_refused() -> None:
+    with pytest.raises(ValueError, match="wooden_cabinet_1_top_region is covered, like a closed drawer"):
+        evaluate_expert("libero_goal", [3], [0], fidelity="fast")
 
 
 def test_it_solves_a_task_the_same_way_each_time(simulator: LiberoSimulator) -> None:

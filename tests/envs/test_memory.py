@@ -58,6 +58,8 @@ def test_a_refusal_names_the_numbers_and_what_fits() -> None:
         assert part in str(refused.value)
     with pytest.raises(ValueError, match="Not even one per process fits"):
         check_memory(8, 2, 1, memory_needed(2, 2, 1) - 1)
+    with pytest.raises(ValueError, match=r"use fewer workers \(at most 3, with one each\)"):
+        check_memory(16, 16, 1, memory_needed(3, 3, 1))
 
 
 def test_available_memory_is_less_than_the_machine_has() -> None:

@@ -10,7 +10,6 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,14 @@ from tqdm import tqdm
 
 from torchrl_vla.datasets import CorruptEpisodeError, DemonstrationDataset, DemonstrationIndex, read_episode
 from torchrl_vla.datasets.recording import DemonstrationOptions, Job, Report, run_worker
+from torchrl_vla.envs.expert.goals import can_reach, read_goals
+from torchrl_vla.envs.memory import available_memory, check_memory
+from torchrl_vla.envs.processes import make_process
 from torchrl_vla.envs.rendering import configure_rendering
-from torchrl_vla.envs.tasks import get_suite
+from torchrl_vla.envs.tasks import LiberoTask, TaskSuite, get_suite
 
 __all__ = ["collect_demonstrations"]
 
-# A forked process would share the parent's threads and OpenGL state.
-_START_METHOD = "spawn"
 _ATTEMPTS = 2
 _MOST_ERRORS_BEFORE_SUCCESS = 3
 
@@ -33,12 +33,9 @@ class _Worker:
     """A process with the job it works on."""
 
     def __init__(self, options: DemonstrationOptions, folder: Path) -> None:
-        context = multiprocessing.get_context(_START_METHOD)
         self.connection: Connection
-        self.connection, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(  # type: ignore[attr-defined]
-            target=run_worker, args=(theirs, options, folder), daemon=True
-        )
+        self.connection, theirs = multiprocessing.Pipe()
+        self.process = make_process(run_worker, theirs, options, folder)
         self.process.start()
         theirs.close()
         self.job: Job | None = None
@@ -135,7 +132,8 @@ def collect_demonstrations(
         What is in the data set now.
 
     Raises:
-        ValueError: an option is out of range, differs from those the data set was begun with, or no episode succeeded.
+        ValueError: an option is out of range, differs from those the data set was begun with, the expert cannot do a
+            task, the workers need more memory than is available, or no episode succeeded.
         OSError: the disk is full; what was written stays readable, and the collection can go on.
         RuntimeError: workers end with errors before any episode was recorded.
     """
@@ -151,6 +149,7 @@ def collect_demonstrations(
     )
     _check_options(episodes_per_task, noise, perturb_prob, camera_size, extra_steps, num_workers, timeout)
     tasks = [suite.task(task_id) for task_id in (range(len(suite.tasks)) if task_ids is None else task_ids)]
+    _check_goals(suite, tasks)
     plans = {}
     for task in tasks:
         states = _initial_states(init_state_ids, len(task.init_states), task.task_id)
@@ -168,6 +167,10 @@ def collect_demonstrations(
     index.versions |= {**(versions or {}), "renderer": backend}
     jobs = [job for plan in plans.values() for job in plan if index.outcomes.get(job.name) not in ("success", "failed")]
     count = min(num_workers or len(os.sched_getaffinity(0)), len(jobs))
+    if jobs:
+        check_memory(count, count, 1, available_memory())
+    out.mkdir(parents=True, exist_ok=True)
+    index.save(out)
     tqdm.write(
         f"{len(jobs)} episodes to record, {sum(map(len, plans.values())) - len(jobs)} there already; {count} workers, "
         f"OpenGL through {backend}"
@@ -201,6 +204,16 @@ def _check_options(
         raise ValueError(f"perturb_prob must lie in [0, 1], got {perturb_prob}.")
 
 
+def _check_goals(suite: TaskSuite, tasks: Sequence[LiberoTask]) -> None:
+    able = [task.task_id for task in suite.tasks if task.bddl_file.is_file() and can_reach(read_goals(task.bddl_file))]
+    unable = [task.task_id for task in tasks if task.task_id not in able]
+    if unable:
+        raise ValueError(
+            f"The scripted expert moves objects, and tasks {', '.join(map(str, unable))} of {suite.name} ask to open, "
+            f"close or turn on something: leave them out. Those of the suite that do not: {','.join(map(str, able))}."
+        )
+
+
 def _initial_states(wanted: Sequence[int] | None, available: int, task_id: int) -> list[int]:
     states = list(range(available)) if wanted is None else list(wanted)
     bad = [state for state in states if not 0 <= state < available]
@@ -224,10 +237,7 @@ def _plan(task_id: int, states: list[int], episodes: int, perturb_prob: float, s
 def _open(out: Path, suite_name: str, settings: dict) -> DemonstrationIndex:
     """The index of a new data set, or of the one to go on with, brought up to date with the episodes there are."""
     if not (out / "dataset.json").exists():
-        out.mkdir(parents=True, exist_ok=True)
-        index = DemonstrationIndex(suite_name, {}, settings)
-        index.save(out)
-        return index
+        return DemonstrationIndex(suite_name, {}, settings)
     index = DemonstrationIndex.load(out)
     for name, value in settings.items():
         if index.options.get(name) != value:
@@ -282,6 +292,8 @@ def _run(
                             queue.put_back(job)
                             continue
                         report = Report(job, "error", 0, {}, reason)
+                    if report.outcome == "refused":
+                        raise ValueError(f"task_ids must leave out task {job.task_id}: {report.error}")
                     if report.outcome == "full disk":
                         raise OSError(28, "the disk is full; the episodes written so far can be read", str(folder))
                     if report.outcome == "error":

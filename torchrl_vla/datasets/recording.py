@@ -62,7 +62,11 @@ class Job(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What became of a job: ``success``, ``failed``, or ``error``; control steps, and seconds by kind of work."""
+    """What became of a job, control steps, and seconds by kind of work.
+
+    The outcome is ``success``, ``failed``, ``refused`` by the expert, which cannot do the task, ``full disk`` or
+    ``error``.
+    """
 
     job: Job
     outcome: str
@@ -174,11 +178,14 @@ def _work(
 
     try:
         simulator.reset(0, job.task_id, job.init_state_id)
-        if job.task_id not in experts:
-            experts.clear()  # with the model that the last task's holds
-            goals = read_goals(get_suite(options.task_suite).task(job.task_id).bddl_file)
-            experts[job.task_id] = ScriptedExpert(simulator.model(0), goals)
-        experts[job.task_id].reset(simulator.data(0))
+        try:
+            if job.task_id not in experts:
+                experts.clear()  # with the model that the last task's holds
+                goals = read_goals(get_suite(options.task_suite).task(job.task_id).bddl_file)
+                experts[job.task_id] = ScriptedExpert(simulator.model(0), goals)
+            experts[job.task_id].reset(simulator.data(0))
+        except ValueError as error:
+            return Report(job, "refused", 0, dict(seconds), str(error))
         clock("reset")
         episode, steps = record_episode(simulator, experts[job.task_id], job, options, clock)
         if episode is not None:

@@ -54,7 +54,7 @@ def check_memory(num_envs: int, workers: int, models: int, available: float) -> 
         available: bytes.
 
     Raises:
-        ValueError: they need more; the message names the numbers, and the most environments that fit.
+        ValueError: they need more; the message names the numbers, and the most environments or workers that fit.
     """
     needed = memory_needed(num_envs, workers, models)
     if needed <= available:
@@ -66,11 +66,14 @@ def check_memory(num_envs: int, workers: int, models: int, available: float) -> 
     way_out = (
         f"At most {fitting[-1]} fit so: set num_envs={fitting[-1]}" if fitting else "Not even one per process fits"
     )
+    fewer = [count for count in range(1, workers) if memory_needed(count, count, models) <= available]
+    hint = f" (at most {fewer[-1]}, with one each)" if fewer and not fitting else ""
     raise ValueError(
         f"{num_envs} environments in {workers} process(es) need some {needed / 1e9:.1f} GB of memory and "
         f"{available / 1e9:.1f} GB are available. Of each process, the libraries take {_PROCESS / 1e9:.2f} GB and "
         f"{each} compiled model(s) with their render contexts {_MODEL / 1e9:.1f} GB each; an environment takes "
-        f"{_ENVIRONMENT / 1e6:.0f} MB. {way_out}, use fewer workers, run fewer tasks at a time, or free some memory."
+        f"{_ENVIRONMENT / 1e6:.0f} MB. {way_out}, use fewer workers{hint}, run fewer tasks at a time, or free "
+        "some memory."
     )
 
 

@@ -39,7 +39,10 @@ class ScriptedExpert:
             raise ValueError("goals must not be empty: pass what read_goals(task.bddl_file) returns.")
         arm, surfaces = Arm(model), CollisionPoints(model)
         self._model = model
-        self._parts = [PickAndPlace(model, arm, surfaces, goal) for goal in goals]
+        moved = {goal.subject for goal in goals}
+        # What something else belongs on has to be in its own place first.
+        ordered = sorted(goals, key=lambda goal: goal.target in moved)
+        self._parts = [PickAndPlace(model, arm, surfaces, goal) for goal in ordered]
         self._script: Generator[np.ndarray, None, None] | None = None
 
     def reset(self, data: mujoco.MjData) -> None:
@@ -48,10 +51,15 @@ class ScriptedExpert:
         Args:
             data: the simulation, settled; every later ``action`` reads it. The fixtures' poses in the model are this
                 episode's.
+
+        Raises:
+            ValueError: something belongs where the hand cannot put it from above.
         """
         # A state that was just simulated and the same one restored differ in how fresh poses and velocities are.
         for refresh in (mujoco.mj_kinematics, mujoco.mj_comPos, mujoco.mj_comVel):
             refresh(self._model, data)
+        for part in self._parts:
+            part.check(data)
         self._script = self._run(data)
 
     def action(self) -> np.ndarray:

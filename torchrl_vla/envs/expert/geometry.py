@@ -87,7 +87,9 @@ class CollisionPoints:
         is_plane = model.geom_type[geoms] == mujoco.mjtGeom.mjGEOM_PLANE
         is_ground = is_plane | (np.sort(model.geom_aabb[geoms, 3:], axis=1)[:, 1] > _GROUND_HALF_SIZE)
         self._ground = geoms[is_ground]
-        self._ground_height = np.where(is_plane, 0.0, model.geom_aabb[geoms, 5])[is_ground]
+        # A plane ends at its origin, however deep its bounding box.
+        boxes = np.where(is_plane[:, None], 0.0, model.geom_aabb[geoms])
+        self._ground_centre, self._ground_half = boxes[is_ground, :3], boxes[is_ground, 3:]
         points, owners = [], []
         for geom in geoms[~is_ground]:
             surface = model.geom_aabb[geom, :3] + _box_surface(model.geom_aabb[geom, 3:], spacing)
@@ -103,7 +105,9 @@ class CollisionPoints:
         Args:
             data: current poses.
         """
-        return float((data.geom_xpos[self._ground, 2] + self._ground_height).max())
+        up = data.geom_xmat[self._ground].reshape(-1, 3, 3)[:, 2]  # the vertical, in each geom's frame
+        above = (up * self._ground_centre + np.abs(up) * self._ground_half).sum(axis=1)
+        return float((data.geom_xpos[self._ground, 2] + above).max())
 
     def split(self, data: mujoco.MjData, body: int) -> tuple[np.ndarray, np.ndarray]:
         """World positions of one object's points and of everything else's.

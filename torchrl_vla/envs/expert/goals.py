@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Goal", "read_goals"]
+__all__ = ["Goal", "can_reach", "read_goals"]
 
 
 @dataclass(frozen=True)
@@ -46,3 +47,12 @@ def read_goals(bddl_file: str | Path) -> tuple[Goal, ...]:
             f"{bddl_file} states no goal: a BDDL task needs `(:goal (And (On object target)))` or the like."
         )
     return goals
+
+
+def can_reach(goals: Iterable[Goal]) -> bool:
+    """Whether all goals are of the kinds that the expert can make true: it moves objects.
+
+    Args:
+        goals: of a task.
+    """
+    return all(goal.predicate in ("on", "in") for goal in goals)

@@ -9,9 +9,9 @@ import numpy as np
 
 from torchrl_vla.envs.expert.arm import GRIPPER_CLOSE, GRIPPER_OPEN, Arm
 from torchrl_vla.envs.expert.geometry import CollisionPoints
-from torchrl_vla.envs.expert.goals import Goal
+from torchrl_vla.envs.expert.goals import Goal, can_reach
 from torchrl_vla.envs.expert.grasps import Grasp, plan_grasp
-from torchrl_vla.envs.expert.placement import hand_pose_for, plan_carry, release_height
+from torchrl_vla.envs.expert.placement import clear_height, hand_pose_for, plan_carry, release_height
 
 __all__ = ["PickAndPlace"]
 
@@ -27,6 +27,8 @@ _LOWER_SPEED, _LOWER_STEPS, _CARRY_STEPS, _SHORT_STEPS = 0.7, 40, 100, 15
 _MOVED = 0.008
 #: Control steps without both fingers' touch after which an object counts as lost.
 _LOST_STEPS = 3
+#: Where nothing may be above a region to put something in, in metres from its centre.
+_OPEN_RADIUS = 0.02
 #: How far below the top of a container's wall the grip site may go.
 _WALL_OVERLAP = 0.02
 
@@ -45,11 +47,12 @@ class PickAndPlace:
     """
 
     def __init__(self, model: mujoco.MjModel, arm: Arm, surfaces: CollisionPoints, goal: Goal) -> None:
-        if goal.predicate not in ("on", "in"):
+        if not can_reach([goal]):
             raise ValueError(
                 f"The scripted expert cannot reach the goal {goal}: it moves objects ('on', 'in'), it does not open, "
                 "close or turn on anything. Choose a task whose goal is where an object lies."
             )
+        self._goal = goal
         self._arm = arm
         self._surfaces = surfaces
         self._into = goal.predicate == "in"
@@ -62,6 +65,26 @@ class PickAndPlace:
         if self._body < 0 or self._target < 0:
             missing = goal.subject if self._body < 0 else goal.target
             raise ValueError(f"The model has no object or site {missing!r}, which the goal {goal} names.")
+
+    def check(self, data: mujoco.MjData) -> None:
+        """Refuses a region to put something in that is not open above, as that of a closed drawer.
+
+        Args:
+            data: current poses.
+
+        Raises:
+            ValueError: a part of what the region belongs to is above it.
+        """
+        if not self._into or self._site < 0:
+            return
+        place = self._target_position(data)
+        around, _ = self._surfaces.split(data, self._target)
+        above = around[:, 2] > place[2]
+        if (np.linalg.norm(around[above, :2] - place[:2], axis=1) < _OPEN_RADIUS).any():
+            raise ValueError(
+                f"The scripted expert cannot reach the goal {self._goal}: it puts objects down from above, and "
+                f"{self._goal.target} is covered, like a closed drawer or a shelf. Choose a task whose place is open."
+            )
 
     def script(self, data: mujoco.MjData) -> Generator[np.ndarray, None, None]:
         """Yields actions ``[7]`` until the object was put down at its place.
@@ -76,7 +99,7 @@ class PickAndPlace:
             carry = self._target_position(data) - origin
             avoid = [origin + offset for offset in failed]
             grasp = plan_grasp(self._arm, data, points, others, approach=_APPROACH, carry=carry, avoid=avoid)
-            if not (yield from self._pick(data, grasp)):
+            if not (yield from self._pick(data, grasp, others)):
                 failed.append(grasp.position - origin)
             elif (yield from self._place(data, grasp)):
                 return
@@ -88,20 +111,26 @@ class PickAndPlace:
     def _origin(self, data: mujoco.MjData) -> np.ndarray:
         return data.xpos[self._body].copy()
 
-    def _pick(self, data: mujoco.MjData, grasp: Grasp) -> Phase:
+    def _pick(self, data: mujoco.MjData, grasp: Grasp, others: np.ndarray) -> Phase:
         arm, above = self._arm, grasp.position + [0.0, 0.0, _APPROACH]
         start = self._origin(data)
 
         def in_place() -> bool:
             return bool(np.linalg.norm(self._origin(data) - start) < _MOVED)
 
+        here, _ = arm.pose(data)
+        clear = clear_height(here, above, others)
+        if clear > here[2]:
+            yield from self._rise(data, clear)
         for step in range(_HOVER_STEPS + 1):
             offset, turn = arm.offset(data, above, grasp.rotation)
             if np.linalg.norm(offset[:2]) < _HOVER_OFFSET and np.linalg.norm(turn) < _HOVER_TURN:
                 break
             if step == _HOVER_STEPS or not in_place():
                 return False
-            yield arm.towards(data, above, grasp.rotation, GRIPPER_OPEN)
+            far = np.linalg.norm(offset[:2]) > _HOVER_OFFSET
+            towards = np.array([*above[:2], max(above[2], clear)]) if far else above
+            yield arm.towards(data, towards, grasp.rotation, GRIPPER_OPEN)
         for _ in range(_DESCENT_STEPS):
             offset, _ = arm.offset(data, grasp.position, grasp.rotation)
             if abs(offset[2]) < _DESCENT_GAP and np.linalg.norm(offset[:2]) < _DESCENT_OFFSET:

@@ -9,10 +9,12 @@ import numpy as np
 
 from torchrl_vla.envs.expert.arm import Arm
 
-__all__ = ["CarryPath", "hand_pose_for", "plan_carry", "release_height"]
+__all__ = ["CarryPath", "clear_height", "hand_pose_for", "plan_carry", "release_height"]
 
 _RELEASE_GAP = 0.008
 _CARRY_CLEARANCE, _SIDE_CLEARANCE, _BLOCKED_WITHIN, _LOOK_AHEAD = 0.025, 0.015, 0.10, 0.03
+#: How far from its way, in metres, the open hand and its fingers reach.
+_HAND_RADIUS = 0.07
 #: How steeply the object climbs towards what is further ahead.
 _CLIMB_SLOPE = 0.7
 
@@ -27,7 +29,7 @@ class CarryPath:
         lowest: height that is enough where nothing is near.
         reach: how far ahead and behind the object is affected by a point.
         length: of the way.
-        rise_first: whether something so near is in the way that the object goes straight up to begin with.
+        rise_first: whether something so near, or so tall, is in the way that the object goes straight up to begin with.
     """
 
     along: np.ndarray
@@ -88,11 +90,29 @@ def plan_carry(
     along = (others[:, :2] - origin[:2]) @ path / length
     nearest = origin[:2] + np.clip(along, 0.0, length)[:, None] * path / length
     near = np.linalg.norm(others[:, :2] - nearest, axis=1) < radius
-    in_the_way = near & (along < _BLOCKED_WITHIN) & (others[:, 2] > bottom - 0.005)
     lift = _CARRY_CLEARANCE + origin[2] - bottom
+    close = (along < _BLOCKED_WITHIN) & (others[:, 2] > bottom - 0.005)
+    steep = others[:, 2] + lift - origin[2] > along - radius  # more than 45 degrees
+    in_the_way = near & (close | steep)
     return CarryPath(
         along[near], others[near, 2] + lift, max(lowest, ground + lift), radius, length, bool(in_the_way.any())
     )
+
+
+def clear_height(start: np.ndarray, end: np.ndarray, others: np.ndarray) -> float:
+    """Height at which the empty hand clears what stands in its straight way, in metres; -inf if nothing does.
+
+    Args:
+        start: where the grip site is, ``[3]`` in metres.
+        end: where it is to be, ``[3]``.
+        others: collision points, ``[m, 3]``.
+    """
+    path = end - start
+    share = (others[:, :2] - start[:2]) @ path[:2] / max(float(path[:2] @ path[:2]), 1e-9)
+    nearest = start + np.clip(share, 0.0, 1.0)[:, None] * path
+    offset = others - nearest
+    in_the_way = (np.linalg.norm(offset[:, :2], axis=1) < _HAND_RADIUS) & (offset[:, 2] > -_CARRY_CLEARANCE)
+    return float(others[in_the_way, 2].max(initial=-np.inf) + _CARRY_CLEARANCE)
 
 
 def hand_pose_for(
