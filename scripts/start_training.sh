@@ -4,14 +4,21 @@
 #   tail -f runs/spatial.log          kill "$(cat runs/spatial.pid)"
 # Log and process id lie beside the run folder; a second start on the same folder is refused while the first one lives.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+
+program=$(dirname "$0")/../.venv/bin/torchrl-vla
+[ -x "$program" ] || program=torchrl-vla
+command -v "$program" >/dev/null || {
+  echo "torchrl-vla is not installed here: run make install first." >&2
+  exit 1
+}
 
 run_dir=
 previous=
 for argument in "$@"; do
   case "$argument" in
-    --run-dir=*) run_dir=${argument#*=} ;;
-    *) if [ "$previous" = --run-dir ]; then run_dir=$argument; fi ;;
+    -h | --help) exec "$program" train --help ;;
+    --run[-_]dir=*) run_dir=${argument#*=} ;;
+    *) case "$previous" in --run[-_]dir) run_dir=$argument ;; esac ;;
   esac
   previous=$argument
 done
@@ -31,25 +38,25 @@ if ! flock -n 9; then
   exit 1
 fi
 
-program=.venv/bin/torchrl-vla
-[ -x "$program" ] || program=torchrl-vla
-command -v "$program" >/dev/null || {
-  echo "torchrl-vla is not installed here: run make install first." >&2
-  exit 1
-}
 : >>"$log"
 begin=$(wc -c <"$log")
 nohup setsid "$program" train "$@" >>"$log" 2>&1 </dev/null &
-echo $! >"$pid_file"
+process=$!
+echo "$process" >"$pid_file"
 # Bad arguments show before the run's folder is made; say so here instead of leaving a dead process id behind.
 for _ in $(seq 120); do
-  if ! kill -0 "$!" 2>/dev/null; then
-    wait "$!" && break
+  if ! kill -0 "$process" 2>/dev/null; then
+    : >"$pid_file"
+    if wait "$process"; then
+      echo "Training has ended already. The end of $log:"
+      tail -n 3 "$log"
+      exit
+    fi
     echo "Training stopped at once. The end of $log:" >&2
     tail -n 20 "$log" >&2
     exit 1
   fi
-  if tail -c "+$((begin + 1))" "$log" | grep -q "results go to"; then break; fi
+  if grep -q "results go to" <(tail -c "+$((begin + 1))" "$log"); then break; fi
   sleep 0.5
 done
-echo "Training in $run_dir, process $!. Watch it: tail -f $log   Stop it: kill \$(cat $pid_file)"
+echo "Training in $run_dir, process $process. Watch it: tail -f $log   Stop it: kill \$(cat $pid_file)"
