@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import HTTPError
 
 from torchrl_vla.cli import main
+from torchrl_vla.commands.evaluate import EvaluateConfig, _acting
 from torchrl_vla.modules import OpenVLA, OpenVLAConfig
 from torchrl_vla.training import doctor
 from torchrl_vla.training.policy import BUNDLED
@@ -61,6 +62,37 @@ def test_an_l1_checkpoint_can_be_evaluated_and_its_maker_believed(
     assert "it acts by its L1 head" in capsys.readouterr().out
     assert diagnose(str(folder), *options, "--finetuned-on-discrete-actions") == 0
     assert "hybrid: the user says" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("heads", "instead"), [(True, "its L1 head"), (False, "its tokens one after the other")])
+def test_what_evaluate_must_be_told_to_act_by_tokens(
+    heads: bool, instead: str, copy_release: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """`evaluate` has no --finetuned-on-discrete-actions: --action-mode tokens does what doctor then looked at."""
+    folder = copy_release(tmp_path / "openvla")
+    for head in folder.glob("*.pt"):
+        if not heads:
+            head.unlink()
+    options = [str(folder), "--purpose", "evaluate", "--finetuned-on-discrete-actions", "--device", "cpu"]
+    assert diagnose(*options) == 0
+    assert f"`evaluate` would act by {instead}; pass --action-mode tokens to it" in capsys.readouterr().out
+    modes = [_acting(EvaluateConfig(str(folder), action_mode=mode), str(folder)).mode for mode in ("auto", "tokens")]
+    assert modes == ["l1" if heads else "autoregressive", "tokens"]
+    assert diagnose(BUNDLED, *options[1:]) == 0
+    assert "ok       mode: its action tokens were trained" in capsys.readouterr().out
+
+
+def test_train_must_be_told_of_another_format_of_the_state_and_evaluate_need_not(
+    copy_release: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = copy_release(tmp_path / "quaternion")
+    config = json.loads((folder / "config.json").read_text())
+    noted = {"proprio_format": "quaternion", "trained_for": "tokens"}
+    (folder / "config.json").write_text(json.dumps(config | {"torchrl_vla": noted}))
+    assert diagnose(str(folder), "--device", "cpu") == 0
+    assert "note     proprio_format: it was trained with the robot's state as quaternion" in capsys.readouterr().out
+    assert diagnose(str(folder), "--device", "cpu", "--purpose", "evaluate") == 0
+    assert "proprio_format" not in capsys.readouterr().out
 
 
 def test_base_openvla_can_be_evaluated_and_must_be_fine_tuned_for_rl(

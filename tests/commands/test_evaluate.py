@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -110,11 +111,31 @@ def test_every_choice_about_the_simulator_reaches_it(
         "--fidelity", "fast", "--worker-timeout", "7", "--init-states", init_states, "--seed", "3",
     ]  # fmt: skip
     with pytest.raises(InterruptedError):
-        main(["evaluate", "--checkpoint", "bundled:tiny", "--unnorm-key", "libero_spatial", *chosen])
+        main(["evaluate", "--checkpoint", "random:tiny", *chosen])
     make_envs.assert_called_once_with(
         "libero_goal", task_ids=[2, 5], num_envs=3, chunk_size=8, cameras=("agentview", "robot0_eye_in_hand"),
         proprio_format="quaternion", max_episode_steps=16, worker_timeout=7.0, fidelity="fast", **drawn,
     )  # fmt: skip
+
+
+def test_the_state_is_shown_as_the_policy_was_trained_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its folder notes, and a folder of an older version, which notes nothing, as released checkpoints were."""
+    make_envs = Mock(side_effect=InterruptedError)
+    monkeypatch.setattr("torchrl_vla.envs.layout.make_envs", make_envs)
+    policy = build_policy("tiny")
+    for name, noted in (("older", None), ("quaternion", "quaternion")):
+        policy.model.config = replace(policy.model.config, proprio_format=noted)
+        save_policy(policy, tmp_path / name)
+    for name, option, shown in (
+        ("older", (), "axis_angle"),
+        ("older", ("--proprio-format", "quaternion"), "quaternion"),
+        ("quaternion", (), "quaternion"),
+    ):
+        with pytest.raises(InterruptedError):
+            main(["evaluate", "--checkpoint", str(tmp_path / name), *option])
+        assert make_envs.call_args.kwargs["proprio_format"] == shown
+    with pytest.raises(SystemExit, match="is axis_angle, but .* with quaternion: use --proprio-format quaternion"):
+        main(["evaluate", "--checkpoint", str(tmp_path / "quaternion"), "--proprio-format", "axis_angle"])
 
 
 def test_the_checkpoint_to_compare_with_is_run_too_and_is_the_baseline(tmp_path: Path) -> None:

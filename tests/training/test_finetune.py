@@ -195,6 +195,7 @@ def test_the_policy_folder_is_complete(config: FinetuneConfig, data: Path):
     folder = finetune(replace(config, steps=2, warmup_steps=1))
     loaded = OpenVLAConfig.from_folder(folder)
     assert (loaded.torch_dtype, loaded.image_size, loaded.use_proprio) == ("bfloat16", 28, True)
+    assert loaded.proprio_format == "axis_angle"
     assert loaded.dataset_statistics[SUITE] == DemonstrationDataset(data).statistics
     expected = DemonstrationDataset(data).statistics["action"]["q01"]
     assert ActionTokenizer.from_statistics(folder, SUITE).action_q01.tolist() == expected
@@ -230,9 +231,15 @@ def test_a_run_that_diverges_between_two_log_entries_keeps_its_last_checkpoint(
         return optimizer_step(self)
 
     run = replace(config, steps=12, warmup_steps=2, log_interval=10, save_interval=3)
-    with monkeypatch.context() as patch, pytest.raises(TrainingDiverged, match="not finite at step 6"):
+    with monkeypatch.context() as patch:
         patch.setattr(Finetuner, "_optimizer_step", poisoned)
-        finetune(run)
+        with pytest.raises(TrainingDiverged, match="not finite at step 6.*go on with --resume"):
+            finetune(run)
+        early = replace(run, out=run.out.with_name("early"), save_interval=6)
+        with pytest.raises(TrainingDiverged, match="start anew in another --out: there is no checkpoint"):
+            finetune(early)
+    with pytest.raises(ValueError, match="holds no checkpoint to resume from"):
+        finetune(replace(early, resume=True))
     assert [path.name for path in (run.out / "checkpoints").glob("checkpoint-*")] == ["checkpoint-000000000003"]
     finetune(replace(run, resume=True, learning_rate=1e-3))
     assert np.isfinite(rows(run)[-1]["train/loss"])

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from torchrl_vla.modules import (
 )
 from torchrl_vla.training.devices import choose_head_device
 from torchrl_vla.training.learning import weights_dtype
-from torchrl_vla.training.policy import BUNDLED, Policy, find_policy, load_policy, policy_mode
+from torchrl_vla.training.policy import BUNDLED, Policy, find_policy, load_policy, policy_mode, save_policy
 
 DATA = Path(__file__).parents[1] / "data"
 INSTRUCTION = "pick up the black bowl"
@@ -44,6 +45,7 @@ def load(
     trainable: bool = False,
     autoregressive: bool = False,
     head_device: torch.device | None = None,
+    proprio_format: Literal["axis_angle", "quaternion"] | None = None,
     **options: object,
 ) -> Policy:
     actor = OpenVLAActorConfig(str(release), **options)  # type: ignore[arg-type]
@@ -53,6 +55,7 @@ def load(
         trainable=trainable,
         autoregressive=autoregressive,
         head_device=head_device,
+        proprio_format=proprio_format,
     )
 
 
@@ -284,11 +287,26 @@ def test_what_does_not_fit_the_checkpoint_is_refused(release: Path, tmp_path: Pa
     for checkpoint in (str(two_cameras), "random:tiny"):
         policy = load(Path(checkpoint), num_images_in_input=2)
         assert policy.model.config.num_images == len(policy.actor.backbone.image_keys) == 2
+    quaternions = noted(release, tmp_path / "quaternions", proprio_format="quaternion")
+    with pytest.raises(ValueError, match="is axis_angle.*with quaternion: use --proprio-format quaternion"):
+        load(quaternions, proprio_format="axis_angle")
+    with pytest.raises(ValueError, match="proprio_format must be 'axis_angle' or 'quaternion'.* got 'euler'"):
+        load(noted(release, tmp_path / "euler", proprio_format="euler"))
     with pytest.raises(ValueError, match="proprio_dim is 5.*states of 8 numbers: use --proprio-dim 8"):
         load(release, proprio_dim=5)
     blind = shutil.copytree(release, tmp_path / "blind", ignore=shutil.ignore_patterns("proprio_projector*"))
     with pytest.raises(ValueError, match="freeze_vla_backbone leaves nothing that PPO could train"):
         load(blind, trainable=True, force=True, freeze_vla_backbone=True)
+
+
+def test_the_format_of_the_state_is_noted_with_the_policy(release: Path, tmp_path: Path) -> None:
+    """That of the environment it is loaded for, where it reads the state; and what a folder notes is kept."""
+    for checkpoint in (release, Path("random:tiny")):
+        save_policy(load(checkpoint, proprio_format="quaternion"), tmp_path / "saved")
+        assert OpenVLAConfig.from_folder(tmp_path / "saved").proprio_format == "quaternion"
+        save_policy(load(tmp_path / "saved"), tmp_path / "again")
+        assert OpenVLAConfig.from_folder(tmp_path / "again").proprio_format == "quaternion"
+    assert load(Path("random:tiny"), proprio_format="quaternion", use_proprio=False).model.config.proprio_format is None
 
 
 def test_a_derived_suite_takes_the_statistics_of_its_base(release: Path) -> None:

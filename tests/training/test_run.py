@@ -76,7 +76,7 @@ def test_train_resume_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture, mo
     simulations, films_made = (watch(name, monkeypatch) for name in ("make_envs", "film"))
     run = tmp_path / "run"
     options = ["--advantage-estimator", "gae", "--val-interval", "60", "--fidelity", "fast", "--seed", "9"]
-    options += ["--reconstruction-coef", "0.01"]
+    options += ["--reconstruction-coef", "0.01", "--proprio-format", "quaternion"]
     main(["train", *SMALL, *options, "--num-envs", "2", "--run-dir", str(run), "--timesteps", "40"])
     output = capsys.readouterr().out
     assert f"results go to {run}" in output and f"Policy: {run / 'policy'}" in output
@@ -121,7 +121,8 @@ def test_train_resume_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture, mo
         "task0-state0-failure.mp4",
         "task3-state0-failure.mp4",
     ]
-    assert [report["settings"][name] for name in ("dtype", "renderer")] == ["bfloat16", configure_rendering()]
+    noted = [report["settings"][name] for name in ("dtype", "renderer", "proprio_format")]
+    assert noted == ["bfloat16", configure_rendering(), "quaternion"]  # the policy's folder says the last
     assert report["success"].endswith("(0/2)") and report["settings"]["versions"]["mujoco"] == "3.3.2"
 
 

@@ -54,7 +54,8 @@ class DoctorArguments:
     load_l1_action_head: bool = False
     """Load the L1 regression head; evaluating an L1 checkpoint does so anyway."""
     finetuned_on_discrete_actions: bool = False
-    """The maker of the checkpoint says that its action tokens were trained."""
+    """The maker of the checkpoint says that its action tokens were trained. `evaluate` is told so by --action-mode
+    tokens."""
     device: str = "auto"
     """Device of the policy: auto takes the GPU if there is one."""
     json: Path | None = None

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
+from torchrl_vla.envs.processes import prepare_processes
+
 if TYPE_CHECKING:
     from torchrl_vla.collectors import EpisodePlan
     from torchrl_vla.evaluation.report import EvaluationReport
@@ -59,8 +61,8 @@ class EvaluateConfig:
     """Horizon in control steps; None: the suite's own."""
     fidelity: Literal["exact", "fast"] = "exact"
     """exact: stock LIBERO's bits; fast: cheaper physics and pictures, not comparable with published figures."""
-    proprio_format: Literal["axis_angle", "quaternion"] = "axis_angle"
-    """What the policy was trained on."""
+    proprio_format: Literal["auto", "axis_angle", "quaternion"] = "auto"
+    """How the policy reads the robot's state; auto: as it was trained, and axis_angle where its folder does not say."""
     num_images_in_input: int = 1
     """Cameras the policy looks through: 1 agentview, 2 with the wrist camera."""
     unnorm_key: str | None = None
@@ -139,6 +141,8 @@ def main(arguments: Sequence[str]) -> None:
     out = config.out or Path("evaluations") / f"{config.task_suite}-{time.strftime('%Y%m%d-%H%M%S')}"
     if (out / "report.json").exists():
         raise ValueError(f"{out} holds a report already: choose another --out.")
+    if config.num_envs > 1:
+        prepare_processes()
     baseline = None
     if config.compare_with is not None:
         if report_file(Path(config.compare_with)) is not None:
@@ -188,6 +192,7 @@ def _plan(config: EvaluateConfig, acting: _Acting) -> EpisodePlan:
     """The episodes to run."""
     from torchrl_vla.config import EnvironmentConfig
     from torchrl_vla.envs import get_suite
+    from torchrl_vla.envs.memory import count_models
     from torchrl_vla.evaluation.protocol import initial_states, spread_episodes
 
     suite = get_suite(config.task_suite)
@@ -204,7 +209,8 @@ def _plan(config: EvaluateConfig, acting: _Acting) -> EpisodePlan:
             f"episodes from one are nearly the same: allowed are up to {fewest}, more states (--init-state-ids, or "
             f"others with --init-states sampled){sampling}."
         )
-    return spread_episodes(tasks, states, wanted * len(tasks), repeat=not acting.greedy)
+    several_models = count_models(suite.name, len(tasks)) > 1
+    return spread_episodes(tasks, states, wanted * len(tasks), repeat=not acting.greedy, task_by_task=several_models)
 
 
 def _settings(config: EvaluateConfig, checkpoint: str) -> dict[str, Any]:
@@ -232,7 +238,7 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
     import torch
     from tqdm import tqdm
 
-    from torchrl_vla.config import OpenVLAActorConfig
+    from torchrl_vla.config import EnvironmentConfig, OpenVLAActorConfig
     from torchrl_vla.envs import get_suite
     from torchrl_vla.envs.layout import make_envs
     from torchrl_vla.envs.rendering import configure_rendering
@@ -262,15 +268,18 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
         trainable=False,
         autoregressive=acting.mode == "autoregressive",
         read_task_ids=True,
+        proprio_format=None if config.proprio_format == "auto" else config.proprio_format,
     )
     policy.share_prompt_length(suite.task(task).instruction for task in tasks)
+    # Released checkpoints, which do not say it, were trained on the default.
+    proprio_format = policy.model.config.proprio_format or EnvironmentConfig().proprio_format
     envs = make_envs(
         config.task_suite,
         num_envs=min(config.num_envs, len(plan)),
         task_ids=tasks,
         chunk_size=policy.model.config.chunk_size,
         cameras=("agentview", "robot0_eye_in_hand")[: config.num_images_in_input],
-        proprio_format=config.proprio_format,
+        proprio_format=proprio_format,
         max_episode_steps=config.max_episode_steps,
         worker_timeout=config.worker_timeout,
         **config.simulation,
@@ -285,6 +294,7 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
     settings = _settings(config, checkpoint)
     settings |= {
         "action_mode": acting.mode,
+        "proprio_format": proprio_format,
         "renderer": renderer,
         "device": str(device),
         "dtype": str(policy.model.language_model.dtype).removeprefix("torch."),

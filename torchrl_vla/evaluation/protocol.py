@@ -52,7 +52,12 @@ def initial_states(suite: TaskSuite, task_ids: Iterable[int], wanted: list[int] 
 
 
 def spread_episodes(
-    task_ids: Iterable[int], init_state_ids: dict[int, list[int]], episodes: int, *, repeat: bool
+    task_ids: Iterable[int],
+    init_state_ids: dict[int, list[int]],
+    episodes: int,
+    *,
+    repeat: bool,
+    task_by_task: bool = False,
 ) -> EpisodePlan:
     """Episodes spread evenly over tasks and, within a task, over its initial states in order.
 
@@ -62,6 +67,8 @@ def spread_episodes(
         episodes: how many in all.
         repeat: where a task has fewer states than that asks for, it starts over; False leaves those episodes out, since
             greedy ones from the same state are nearly the same: they say nothing new, and would count as if they did.
+        task_by_task: the same episodes, but all of a task before those of the next: where tasks have models of their
+            own, a process then loads each once, however few it keeps.
 
     Examples:
         >>> plan = spread_episodes([0, 1], {0: [5, 6], 1: [7]}, 5, repeat=True)
@@ -69,6 +76,8 @@ def spread_episodes(
         [(0, 5), (1, 7), (0, 6), (1, 7), (0, 5)]
         >>> len(spread_episodes([0, 1], {0: [5, 6], 1: [7]}, 5, repeat=False))
         3
+        >>> [e.task_id for e in spread_episodes([1, 0], {0: [5, 6], 1: [7, 8]}, 4, repeat=True, task_by_task=True)]
+        [1, 1, 0, 0]
     """
     tasks = list(task_ids)
     starts = []
@@ -77,6 +86,8 @@ def spread_episodes(
         states = init_state_ids[tasks[place]]
         if repeat or turn < len(states):
             starts.append((tasks[place], states[turn % len(states)]))
+    if task_by_task:
+        starts.sort(key=lambda start: tasks.index(start[0]))
     return EpisodePlan(starts)
 
 

@@ -119,7 +119,7 @@ class RunCheckpoints:
         if path is None:
             raise ValueError(
                 f"{self.rotation.directory} holds no checkpoint to resume from: the run ended before its first one. "
-                "Start it anew in another run_dir."
+                "Start it anew in another folder."
             )
         # To the CPU first, from where they are copied: the GPU that they were on may not be there, or be full.
         try:

@@ -19,7 +19,7 @@ from torchrl_vla.modules import load_tokenizer
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
 from torchrl_vla.modules.openvla.attention import resolve_attention
 from torchrl_vla.modules.openvla.config import OpenVLAConfig
-from torchrl_vla.modules.openvla.inspection import CheckpointSummary, TrainedMode
+from torchrl_vla.modules.openvla.inspection import CheckpointSummary, trained_mode
 from torchrl_vla.modules.openvla.memory import MemoryEstimate
 from torchrl_vla.modules.openvla.quantization import check_4bit
 from torchrl_vla.modules.openvla.tokenizer import empty_token_id
@@ -129,9 +129,10 @@ def check_checkpoint(
         num_images: cameras to look through.
     """
     return [
-        _check_mode(summary.mode, purpose),
+        _check_mode(summary, purpose),
         _check_tokenizer(summary.folder, summary.config),
         _check_cameras(summary, num_images),
+        *_check_proprio_format(summary.config, purpose),
         _check_statistics(summary, task_suite),
     ]
 
@@ -151,6 +152,15 @@ def _check_cameras(summary: CheckpointSummary, num_images: int) -> Check:
         )
         return Check("cameras", "note", text)
     return Check("cameras", "ok", str(num_images))
+
+
+def _check_proprio_format(config: OpenVLAConfig, purpose: str) -> list[Check]:
+    """Nothing, but for a policy that `train` has to be told of; `evaluate` shows the state as the policy notes it."""
+    noted = config.proprio_format
+    if purpose == "evaluate" or not config.use_proprio or noted in (None, EnvironmentConfig().proprio_format):
+        return []
+    text = f"it was trained with the robot's state as {noted}: pass --proprio-format {noted}"
+    return [Check("proprio_format", "note", text)]
 
 
 def _check_statistics(summary: CheckpointSummary, task_suite: str | None) -> Check:
@@ -180,7 +190,14 @@ def _check_statistics(summary: CheckpointSummary, task_suite: str | None) -> Che
     return Check("statistics", "ok", text)
 
 
-def _check_mode(mode: TrainedMode, purpose: str) -> Check:
+def _check_mode(summary: CheckpointSummary, purpose: str) -> Check:
+    mode, alone = summary.mode, trained_mode(summary.folder)
+    if purpose == "evaluate" and mode.has_trained_tokens and not alone.has_trained_tokens:
+        instead = "by its L1 head" if alone.name == "l1" else "by its tokens one after the other"
+        text = (
+            f"{mode.reason}, and the folder does not: `evaluate` would act {instead}; pass --action-mode tokens to it"
+        )
+        return Check("mode", "note", text)
     if mode.has_trained_tokens:
         return Check("mode", "ok", "its action tokens were trained to be decoded in parallel")
     if mode.name == "l1":

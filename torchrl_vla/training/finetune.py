@@ -207,9 +207,13 @@ class Finetuner:
 
     def _check_finite(self, sums: Mapping[str, Tensor]) -> None:
         if not math.isfinite(float(sums["loss"])) or not math.isfinite(float(sums["grad_norm"])):
+            if self.checkpoints.rotation.latest() is None:
+                way_on = "start anew in another --out: there is no checkpoint yet that --resume could go on from"
+            else:
+                way_on = "go on with --resume: the last checkpoint is untouched"
             raise TrainingDiverged(
                 f"The loss or its gradient is not finite at step {self.step}. Lower learning_rate "
-                f"({self.config.learning_rate:g}); the last checkpoint is untouched, --resume goes on from it."
+                f"({self.config.learning_rate:g}) and {way_on}."
             )
 
     def _summary(self, row: Mapping[str, float]) -> str:

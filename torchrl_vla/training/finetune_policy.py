@@ -73,7 +73,11 @@ def load_student(config: FinetuneConfig, dataset: DemonstrationDataset, device: 
             f"{dataset.folder} has actions of {dataset.action_dim} numbers, {config.checkpoint} gives "
             f"{model.config.action_dim}: fine-tune a policy of that action dimension."
         )
-    model.config = replace(model.config, num_images=config.num_images_in_input)
+    model.config = replace(
+        model.config,
+        num_images=config.num_images_in_input,
+        proprio_format="axis_angle" if model.config.use_proprio else None,  # as demonstrations are recorded
+    )
     if config.objective == "l1" and model.action_head is None:
         model.action_head = _new_l1_head(model, config)
     _choose_parameters(model, config)

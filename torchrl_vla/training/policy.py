@@ -162,6 +162,26 @@ def require_cameras(config: OpenVLAConfig, num_images: int, folder: Path) -> Non
         )
 
 
+def require_proprio_format(config: OpenVLAConfig, proprio_format: str, folder: Path) -> None:
+    """Refuse to show a policy the robot's state written otherwise than it was trained with.
+
+    No file of a released checkpoint says how that was; this package notes it.
+
+    Args:
+        config: of the policy.
+        proprio_format: how the state is written.
+        folder: of the policy, for the message.
+
+    Raises:
+        ValueError: the policy was trained with another format.
+    """
+    if config.use_proprio and config.proprio_format not in (None, proprio_format):
+        raise ValueError(
+            f"proprio_format is {proprio_format}, but {folder} was trained with {config.proprio_format}: use "
+            f"--proprio-format {config.proprio_format}."
+        )
+
+
 def find_policy(name: str, *, use_local: bool = True) -> Path:
     """The folder of a policy that has one: the bundled one, a checkpoint, or the policy of a run's folder.
 
@@ -209,6 +229,7 @@ def load_policy(
     trainable: bool = True,
     autoregressive: bool = False,
     read_task_ids: bool = False,
+    proprio_format: Literal["axis_angle", "quaternion"] | None = None,
 ) -> Policy:
     """Load the policy that a configuration names, and prepare what of it learns.
 
@@ -223,6 +244,7 @@ def load_policy(
         autoregressive: decode one token after the other and one control step at a time, as base OpenVLA does. Such a
             policy acts; it cannot be trained so.
         read_task_ids: read which task of the suite it is from ``task_id``, not from ``language_instruction``.
+        proprio_format: how the robot's state will be written, noted when the policy is saved; None: as it notes itself.
 
     Raises:
         ValueError: the checkpoint cannot be had, does not fit the configuration or its decoding, or is to be trained
@@ -278,6 +300,8 @@ def load_policy(
                 f"--proprio-dim {config.proprio_dim}."
             )
         require_cameras(config, actor.num_images_in_input, folder)
+        if proprio_format is not None:
+            require_proprio_format(config, proprio_format, folder)
         key = actor.unnorm_key or get_suite(task_suite).base or task_suite
         sizes = {"n_bins": config.n_action_bins, "vocab_size": config.tokenizer_vocab_size}
         actions = ActionTokenizer.from_statistics(folder, key, **sizes)
@@ -302,6 +326,8 @@ def load_policy(
             device=device,
             instructions=instructions,
         )
+    if proprio_format is not None and policy.model.config.use_proprio:
+        policy.model.config = replace(policy.model.config, proprio_format=proprio_format)
     if head_device is not None and policy.model.action_head is not None:
         policy.model.action_head.to(head_device)
     if autoregressive:

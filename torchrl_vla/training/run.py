@@ -72,6 +72,7 @@ def train(config: TrainConfig, preset: str) -> Path:
         device=device,
         head_device=head_device,
         read_task_ids=True,
+        proprio_format=config.env.proprio_format,
     )
     if config.actor.use_multi_gpu and policy.model.action_head is None and config.ppo.advantage_estimator != "gae":
         logger.warning(

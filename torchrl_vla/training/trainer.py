@@ -302,8 +302,9 @@ class PPOTrainer:
         )
         if self.bad_steps >= self.config.max_bad_updates:
             raise TrainingDiverged(
-                f"{self.bad_steps} optimizer steps in a row were not finite. The last checkpoint is untouched: lower "
-                f"actor_lr ({self.config.actor_lr}) or max_grad_norm ({self.config.max_grad_norm}) and resume."
+                f"{self.bad_steps} optimizer steps in a row were not finite. Lower actor_lr ({self.config.actor_lr}) "
+                f"or max_grad_norm ({self.config.max_grad_norm}) and resume from the last checkpoint, which is "
+                "untouched; a run that has none yet is started anew."
             )
 
     def _rollout_metrics(self, batch: TensorDictBase, seconds: float) -> dict[str, float]:

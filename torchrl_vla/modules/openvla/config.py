@@ -19,8 +19,8 @@ _DTYPES = ("float32", "bfloat16", "float16")
 # Fields of ours that upstream's config.json has no place for; they go under one key, and only where they differ.
 _EXTENSION_KEY = "torchrl_vla"
 _EXTENSION_FIELDS = (
-    "chunk_size", "action_dim", "num_images", "proprio_dim", "bos_token_id", "eos_token_id", "empty_token_id",
-    "trained_for",
+    "chunk_size", "action_dim", "num_images", "proprio_dim", "proprio_format", "bos_token_id", "eos_token_id",
+    "empty_token_id", "trained_for",
 )  # fmt: skip
 # Llama fields that upstream leaves out of text_config where they are LlamaConfig's defaults.
 _LLM_FIELDS = (
@@ -114,6 +114,7 @@ class OpenVLAConfig:
         num_images: images per observation.
         use_proprio: whether the robot's state is fed as one more token after the patches.
         proprio_dim: length of that state.
+        proprio_format: how it was written in training, where that is on record: ``"axis_angle"`` or ``"quaternion"``.
         torch_dtype: dtype of the checkpoint's weights: float32, bfloat16 or float16.
         trained_for: the way of acting that was trained last, where it is on record: ``"tokens"`` or ``"l1"``.
         norm_stats: un-normalisation statistics by data set, as ``config.json`` has them.
@@ -152,6 +153,7 @@ class OpenVLAConfig:
     num_images: int = 1
     use_proprio: bool = False
     proprio_dim: int = 8
+    proprio_format: Literal["axis_angle", "quaternion"] | None = None
     torch_dtype: str = "bfloat16"
     trained_for: Literal["tokens", "l1"] | None = None
     norm_stats: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -197,6 +199,10 @@ class OpenVLAConfig:
                 token is None or 0 <= token < self.vocab_size, f"{name} {token} is outside 0..{self.vocab_size - 1}."
             )
         _require(self.torch_dtype in _DTYPES, f"torch_dtype must be one of {_DTYPES}, got {self.torch_dtype!r}.")
+        _require(
+            self.proprio_format in (None, "axis_angle", "quaternion"),
+            f"proprio_format must be 'axis_angle' or 'quaternion', or be left out, got {self.proprio_format!r}.",
+        )
         _require(
             self.trained_for in (None, "tokens", "l1"),
             f"trained_for must be 'tokens' or 'l1', or be left out, got {self.trained_for!r}.",
