@@ -28,24 +28,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: command and options; None: those of the process.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: torchrl-vla COMMAND [OPTIONS]        (torchrl-vla COMMAND --help shows the options)\n")
-        for name, purpose in _COMMANDS.items():
-            print(f"  {name:<10} {purpose}")
-        return
-    if arguments[0] not in _COMMANDS:
-        sys.exit(f"torchrl-vla: no command {arguments[0]!r}: choose {', '.join(_COMMANDS)}.")
     # PyTorch's threads would spin while they wait, and keep the simulating processes off the cores that they share.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    command = importlib.import_module(f"torchrl_vla.commands.{arguments[0]}")
     try:
-        command.main(arguments[1:])
+        try:
+            _run(arguments)
+        finally:
+            sys.stdout.flush()  # a reader that is gone shows here, and not when the interpreter ends
     except ValueError as error:
         # What a user typed wrong deserves a sentence, not a traceback.
         sys.exit(f"torchrl-vla {arguments[0]}: {error}")
     except BrokenPipeError:
         # `--help | head`: its reader has seen enough. Any other command has lost a pipe that it needs.
-        if not {"-h", "--help"} & set(arguments):
+        if arguments and not {"-h", "--help"} & set(arguments):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except RuntimeError as error:
@@ -54,3 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not isinstance(error, RenderingUnavailable):
             raise
         sys.exit(f"torchrl-vla {arguments[0]}: {error}")
+
+
+def _run(arguments: Sequence[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: torchrl-vla COMMAND [OPTIONS]        (torchrl-vla COMMAND --help shows the options)\n")
+        for name, purpose in _COMMANDS.items():
+            print(f"  {name:<10} {purpose}")
+    elif arguments[0] in _COMMANDS:
+        importlib.import_module(f"torchrl_vla.commands.{arguments[0]}").main(arguments[1:])
+    else:
+        sys.exit(f"torchrl-vla: no command {arguments[0]!r}: choose {', '.join(_COMMANDS)}.")
