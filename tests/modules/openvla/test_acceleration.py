@@ -32,7 +32,7 @@ MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0]])
 @pytest.fixture(autouse=True)
 def _no_code_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and differentiated ahead of time as on a GPU, the code generation left out."""
-    monkeypatch.setattr(torch, "compile", lambda f, **options: COMPILE(f, backend="aot_eager", **options))
+    monkeypatch.setattr(torch, "compile", lambda f, fullgraph, options: COMPILE(f, backend="aot_eager", fullgraph=True))
 
 
 def adapted(**options: object) -> OpenVLA:
@@ -99,7 +99,25 @@ def test_one_compilation_serves_all_layers_and_batch_sizes() -> None:
         stack._block = COMPILE(stack.block.__call__, backend=counter, fullgraph=True)
     for batch in (2, 3, 5):
         logits_and_gradients(model, batch)
-    assert counter.frame_count == 3  # a DINOv2, a SigLIP and a Llama layer
+    assert counter.frame_count == 4  # a DINOv2, a SigLIP and a Llama layer, and the last one of some positions
+
+
+def test_a_compiled_rollout_rounds_as_its_update_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, with code of the compiler: log-probabilities that differed would be taken for a changed policy."""
+    monkeypatch.setattr(torch, "compile", COMPILE)
+    torch._dynamo.reset()
+    model = adapted().bfloat16()
+    stack = model.language_model.stack
+    x = torch.randn(2, 12, model.config.hidden_size, dtype=torch.bfloat16)
+    cos, sin = model.language_model.model.rotary_emb(x, torch.arange(12)[None])
+    expected = stack(x, cos, sin, None).detach()
+    stack.accelerate(compile_layers=True)
+    with torch.no_grad():
+        rollout = stack(x, cos, sin, None)
+    update = stack(x, cos, sin, None)
+    assert update.requires_grad
+    assert torch.equal(update, rollout)
+    torch.testing.assert_close(rollout, expected, atol=0.1, rtol=0.02)
 
 
 def test_recomputed_layers_give_the_same_gradients() -> None:
@@ -247,6 +265,27 @@ def test_wider_padding_changes_nothing(implementation: str) -> None:
     hidden = decode_bidirectional(model.language_model, embeds, sequence_mask(kept, patches, slots + 1))
     found = model._action_logits(hidden[:, -slots - 2 : -2])
     torch.testing.assert_close(found.view(expected.shape), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_the_last_layer_computes_the_wanted_positions_only(implementation: str, padded: bool) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = random_model(attn_implementation=implementation)
+    embeds, mask = torch.randn(2, 40, model.config.hidden_size), None
+    if padded:
+        mask = torch.ones(2, 40, dtype=torch.bool)
+        mask[1, 3:7] = False
+    operations = []
+    for rows in (None, (-9, -2)):
+        with FlopCounterMode(display=False) as counter:
+            hidden = decode_bidirectional(model.language_model, embeds, mask, rows)
+        operations.append((hidden, counter.get_total_flops()))
+    (full, most), (some, fewer) = operations
+    torch.testing.assert_close(some, full[:, -9:-2], atol=1e-6, rtol=1e-5)
+    assert fewer < most
 
 
 def through_transformers(model: OpenVLA, pixels: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

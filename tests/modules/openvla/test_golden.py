@@ -247,9 +247,9 @@ def embedded_slots(model: OpenVLA) -> None:
 def causal(model: OpenVLA) -> None:
     stack = model.language_model.stack
 
-    def run(x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def run(x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, rows: tuple[int, int] | None = None) -> Tensor:
         triangle = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
-        return stack(x, cos, sin, triangle[None, None] if mask is None else mask & triangle)
+        return stack(x, cos, sin, triangle[None, None] if mask is None else mask & triangle, rows=rows)
 
     model.language_model.stack = run
 

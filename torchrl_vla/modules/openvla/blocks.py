@@ -66,6 +66,7 @@ class LlamaBlock:
         mask: Tensor | None,
         cache: tuple[Tensor, Tensor] | None = None,
         place: Tensor | None = None,
+        rows: tuple[int, int] | None = None,
     ) -> Tensor:
         """Compute a layer.
 
@@ -77,13 +78,19 @@ class LlamaBlock:
             mask: [B, 1, S, S] or None; with a cache bool [B, 1, S, cache size], True where attention is allowed.
             cache: keys and values of earlier tokens, [B, cache size, key_value_size] each; the new ones are written.
             place: int64 [S], where in the cache.
+            rows: first position that is wanted and the one after the last, each from the end (negative); None for all.
 
         Returns:
-            [B, S, D].
+            [B, S, D], or of the wanted positions only.
         """
         states = _rms_norm(x, weights.input_norm, self.eps)
         query, key, value = linear_group(states, weights.qkv, self.qkv_sizes)
         query, key = (_rotate(states, cos, sin, self.attention.head_dim) for states in (query, key))
+        if rows is not None:
+            # Others are needed as keys and values alone. A mask of two dimensions says which of those are real.
+            wanted = slice(*rows)
+            x, query = x[:, wanted], query[:, wanted]
+            mask = mask[:, :, wanted] if mask is not None and mask.ndim == 4 else mask
         if cache is None or place is None or mask is None:
             attended = self.attention(query, key, value, mask)
         else:
@@ -203,20 +210,31 @@ class LayerStack:
         self._cache: dict[tuple[bool, bool], tuple[list[Any], Block]] | None = None
         self._switch: Any = None
 
-    def __call__(self, x: Tensor, *shared: Tensor | None) -> Tensor:
-        """Run every layer on ``x`` [B, S, D]; ``recompute`` is the share of them that keeps no activations."""
+    def __call__(self, x: Tensor, *shared: Tensor | None, rows: tuple[int, int] | None = None) -> Tensor:
+        """Run every layer on ``x`` [B, S, D]; ``recompute`` is the share of them that keeps no activations.
+
+        Args:
+            x: hidden states.
+            shared: what each layer takes besides.
+            rows: the positions wanted of the last layer, as :class:`LlamaBlock` takes them; None for all.
+        """
         layers, block = self._weights()
         recomputed = round(self.recompute * len(layers)) if torch.is_grad_enabled() else 0
         if block is not self.block:
             mark_batch(x, *shared)
+        last: dict[str, Any] = {}
         for index, weights in enumerate(layers):
+            if rows is not None and index == len(layers) - 1:
+                last = {"rows": rows}
+                if block is not self.block:
+                    mark_batch(x)  # this layer is compiled by itself
             if index < recomputed:
                 # Nothing is drawn but by dropout, and a recording could not read the generator's state.
                 x = checkpoint(  # type: ignore[assignment]
-                    block, x, weights, *shared, use_reentrant=False, preserve_rng_state=self.layers.training
+                    block, x, weights, *shared, use_reentrant=False, preserve_rng_state=self.layers.training, **last
                 )
             else:
-                x = block(x, weights, *shared)
+                x = block(x, weights, *shared, **last)
         return x
 
     @torch.no_grad()
@@ -244,8 +262,10 @@ class LayerStack:
         self._cache = {}
         self._switch = next((module for module in self.layers.modules() if isinstance(module, LoraLayer)), None)
         if compile_layers:
-            # Its method: what is compiled should be a plain function.
-            self._block = torch.compile(self.block.__call__, fullgraph=True)  # type: ignore[operator]
+            # Its method: what is compiled should be a plain function. It rounds where the plain one does; else that is
+            # up to what the compiler fuses, and a rollout and its update, which differ in that, would disagree.
+            plain = self.block.__call__  # type: ignore[operator]
+            self._block = torch.compile(plain, fullgraph=True, options={"emulate_precision_casts": True})
 
     def forget_weights(self) -> None:
         """Read the weights anew on the next call, from layers that have no adapters any more."""

@@ -132,16 +132,21 @@ def sequence_mask(prompt: Prompt, num_patches: int, num_slots: int) -> Tensor | 
     return torch.cat([before, prompt.mask, after], dim=1)
 
 
-def decode_bidirectional(model: Any, inputs_embeds: Tensor, mask: Tensor | None) -> Tensor:
+def decode_bidirectional(
+    model: Any, inputs_embeds: Tensor, mask: Tensor | None, rows: tuple[int, int] | None = None
+) -> Tensor:
     """Run the decoder with every token attending to every real token, as OpenVLA-OFT does.
 
     Args:
         model: a language model of :func:`build_language_model`.
         inputs_embeds: [B, S, D].
         mask: bool [B, S], True at real tokens; None if there is no padding, which leaves attention its fastest kernel.
+        rows: first position that is wanted and the one after the last, each from the end (negative); None for all. The
+            last layer leaves the others out: 2% of the decoder's work on a chunk of 56 tokens behind 293 others.
 
     Returns:
-        [B, S, D] after the final norm. Positions count real tokens; rows of padding are meaningless.
+        [B, S, D], or of the wanted positions only, after the final norm. Positions count real tokens; rows of padding
+        are meaningless.
     """
     if mask is None:
         position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
@@ -150,4 +155,4 @@ def decode_bidirectional(model: Any, inputs_embeds: Tensor, mask: Tensor | None)
         position_ids = (mask.cumsum(dim=1) - 1).clamp_min(0)
         attention_mask = create_bidirectional_mask(model.config, inputs_embeds, mask, allow_is_bidirectional_skip=False)
     cos, sin = model.model.rotary_emb(inputs_embeds, position_ids)
-    return model.model.norm(model.stack(inputs_embeds, cos, sin, attention_mask))
+    return model.model.norm(model.stack(inputs_embeds, cos, sin, attention_mask, rows=rows))

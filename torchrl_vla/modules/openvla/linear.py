@@ -85,10 +85,25 @@ def linear_group(x: Tensor, layers: Sequence[Linear], sizes: Sequence[int]) -> t
     return tuple(linear(x, layer) for layer in layers)
 
 
+@torch.library.custom_op("torchrl_vla::extended_linear", mutates_args=("wide",))
+def _extended_product(wide: Tensor, extended: Tensor, bias: Tensor | None, down: Tensor) -> Tensor:
+    """Put ``A x`` beside ``x``, in the last columns of ``wide`` [M, K + R], and multiply both: [M, N]."""
+    inputs = down.shape[1]
+    torch.mm(wide[:, :inputs], down.t(), out=wide[:, inputs:])
+    return F.linear(wide, extended, bias)
+
+
+@_extended_product.register_fake
+def _(wide: Tensor, extended: Tensor, bias: Tensor | None, down: Tensor) -> Tensor:
+    return wide.new_empty(wide.shape[0], extended.shape[0])  # not len, which would fix the number of rows
+
+
 def _extended_linear(x: Tensor, extended: Tensor, bias: Tensor | None, down: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer's output [..., N], and ``x`` with ``A x`` beside it [M, K + R]."""
     # One product of K + R terms: cheaper than adding a second product to the first's result, and rounded once.
-    low = F.linear(x, down)
-    return F.linear(torch.cat([x, low], dim=-1), extended, bias), low
+    # Compiled, what computes x writes it into the wide matrix itself; concatenation would copy it.
+    wide = F.pad(x.flatten(0, -2), (0, extended.shape[1] - x.shape[-1]))
+    return _extended_product(wide, extended, bias, down).view(*x.shape[:-1], len(extended)), wide
 
 
 class _ExtendedLinear(torch.autograd.Function):
@@ -105,8 +120,9 @@ class _ExtendedLinear(torch.autograd.Function):
         scales: tuple[float, ...],
         *adapters: Tensor,
     ) -> Tensor:
-        output, low = _extended_linear(x, extended, bias, down)
-        ctx.save_for_backward(x, low, extended, down)
+        output, wide = _extended_linear(x, extended, bias, down)
+        # Not the wide matrix: the compiler computes many an x again rather than keep it.
+        ctx.save_for_backward(x, wide[:, x.shape[-1] :].clone(), extended, down)
         ctx.starts, ctx.scales = starts, scales
         downs, ups = adapters[: len(starts)], adapters[len(starts) :]
         ctx.shapes = [(len(a), len(b), a.dtype) for a, b in zip(downs, ups, strict=True)]
@@ -116,7 +132,7 @@ class _ExtendedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, low, extended, down = ctx.saved_tensors
         inputs = x.shape[-1]
-        grad_rows, rows, low = grad.flatten(0, -2), x.flatten(0, -2), low.flatten(0, -2)
+        grad_rows, rows = grad.flatten(0, -2), x.flatten(0, -2)
         grad_both = grad_rows @ extended
         grad_low = grad_both[:, inputs:]
         grad_x = (grad_both[:, :inputs] + grad_low @ down).view(x.shape)

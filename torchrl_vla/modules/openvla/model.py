@@ -210,9 +210,8 @@ class OpenVLA(nn.Module):
         inputs_embeds = self.embed(prompt, features, proprio, num_action_slots=slots)
         num_patches = inputs_embeds.shape[1] - 1 - prompt.rest.shape[1] - slots - 1
         mask = sequence_mask(prompt, num_patches, slots + 1)
-        hidden_states = decode_bidirectional(self.language_model, inputs_embeds, mask)
         # The row that ends the prompt gives the first action token, each action slot the next one.
-        hidden_states = hidden_states[:, -slots - 2 : -2]
+        hidden_states = decode_bidirectional(self.language_model, inputs_embeds, mask, (-slots - 2, -2))
         logits = self._action_logits(hidden_states).float()
         shape = (len(logits), self.config.chunk_size, self.config.action_dim, self.config.n_action_bins)
         return OpenVLAOutput(logits.view(shape), hidden_states)
