@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from torchrl_vla.collectors import demonstrations
+from torchrl_vla.datasets import recording
 from torchrl_vla.datasets.recording import DemonstrationOptions, Job, record_episode
 from torchrl_vla.envs.expert.expert import ScriptedExpert
-from torchrl_vla.envs.expert.goals import read_goals
+from torchrl_vla.envs.expert.goals import UnreachableGoalError, read_goals
 from torchrl_vla.envs.proprio import axis_angle_state
 from torchrl_vla.envs.simulator import LiberoSimulator
 from torchrl_vla.envs.tasks import get_suite
@@ -67,3 +69,29 @@ def test_a_pushed_episode_has_the_experts_labels_and_both_cameras(asked: tuple[J
         np.testing.assert_allclose(expert.action(), episode.action[step], atol=1e-3)
         simulator.step(0, episode.executed_action[step : step + 1].numpy())
     simulator.close()
+
+
+@pytest.mark.parametrize(
+    ("raised", "outcome"), [(UnreachableGoalError("a drawer"), "refused"), (ValueError("a defect"), "error")]
+)
+def test_a_defect_of_the_expert_is_no_refusal(
+    asked: tuple[Job, DemonstrationOptions],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    raised: ValueError,
+    outcome: str,
+) -> None:
+    def fail(*_: object) -> ScriptedExpert:
+        raise raised
+
+    job, options = asked
+    monkeypatch.setattr(recording, "ScriptedExpert", fail)
+    for ours_to_keep in ("signal.signal", "torch.set_num_threads"):  # here it runs in this process
+        monkeypatch.setattr(ours_to_keep, lambda *_: None)
+    ours, theirs = multiprocessing.Pipe()
+    ours.send(job)
+    ours.send(None)
+    with ours, theirs:
+        recording.run_worker(theirs, options, tmp_path)
+        report = ours.recv()
+    assert report.outcome == outcome and str(raised) in report.error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import time
 import traceback
@@ -17,7 +18,7 @@ import torch
 
 from torchrl_vla.datasets.episodes import Episode, write_episode
 from torchrl_vla.envs.expert.expert import ScriptedExpert
-from torchrl_vla.envs.expert.goals import read_goals
+from torchrl_vla.envs.expert.goals import UnreachableGoalError, read_goals
 from torchrl_vla.envs.expert.perturbation import Perturbation
 from torchrl_vla.envs.proprio import axis_angle_state
 from torchrl_vla.envs.simulator import LiberoSimulator
@@ -150,10 +151,15 @@ def run_worker(connection: Connection, options: DemonstrationOptions, folder: Pa
         sampled_init_states=options.sampled_init_states,
         max_models=1,  # 0.4 to 1.1 GB each, and jobs come task by task
     )
-    experts: dict[int, ScriptedExpert] = {}
+
+    @functools.lru_cache(maxsize=1)  # each holds its task's model
+    def expert_of(task_id: int) -> ScriptedExpert:
+        goals = read_goals(get_suite(options.task_suite).task(task_id).bddl_file)
+        return ScriptedExpert(simulator.model(0), goals)
+
     try:
         while (job := connection.recv()) is not None:
-            connection.send(_work(simulator, experts, job, options, folder))
+            connection.send(_work(simulator, expert_of, job, options, folder))
     except EOFError:
         pass  # the parent is gone
     finally:
@@ -162,7 +168,7 @@ def run_worker(connection: Connection, options: DemonstrationOptions, folder: Pa
 
 def _work(
     simulator: LiberoSimulator,
-    experts: dict[int, ScriptedExpert],
+    expert_of: Callable[[int], ScriptedExpert],
     job: Job,
     options: DemonstrationOptions,
     folder: Path,
@@ -179,15 +185,12 @@ def _work(
     try:
         simulator.reset(0, job.task_id, job.init_state_id)
         try:
-            if job.task_id not in experts:
-                experts.clear()  # with the model that the last task's holds
-                goals = read_goals(get_suite(options.task_suite).task(job.task_id).bddl_file)
-                experts[job.task_id] = ScriptedExpert(simulator.model(0), goals)
-            experts[job.task_id].reset(simulator.data(0))
-        except ValueError as error:
+            expert = expert_of(job.task_id)
+            expert.reset(simulator.data(0))
+        except UnreachableGoalError as error:
             return Report(job, "refused", 0, dict(seconds), str(error))
         clock("reset")
-        episode, steps = record_episode(simulator, experts[job.task_id], job, options, clock)
+        episode, steps = record_episode(simulator, expert, job, options, clock)
         if episode is not None:
             write_episode(folder / job.name, episode)
         clock("write")

@@ -26,7 +26,8 @@ class ScriptedExpert:
         goals: the task's goal, as ``read_goals`` gives it.
 
     Raises:
-        ValueError: there is no goal, or one is not about where an object lies or names what the model does not have.
+        ValueError: there is no goal.
+        UnreachableGoalError: a goal is not about where an object lies, or names what the model does not have.
 
     Examples:
         >>> expert = ScriptedExpert(model, read_goals(task.bddl_file))  # doctest: +SKIP
@@ -53,7 +54,7 @@ class ScriptedExpert:
                 episode's.
 
         Raises:
-            ValueError: something belongs where the hand cannot put it from above.
+            UnreachableGoalError: something belongs where the hand cannot put it from above.
         """
         # A state that was just simulated and the same one restored differ in how fresh poses and velocities are.
         for refresh in (mujoco.mj_kinematics, mujoco.mj_comPos, mujoco.mj_comVel):

@@ -7,7 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Goal", "can_reach", "read_goals"]
+__all__ = ["Goal", "UnreachableGoalError", "can_reach", "read_goals"]
+
+
+class UnreachableGoalError(ValueError):
+    """The scripted expert cannot do what a task asks for."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from torchrl_vla.envs.expert.arm import GRIPPER_CLOSE, GRIPPER_OPEN, Arm
 from torchrl_vla.envs.expert.geometry import CollisionPoints
-from torchrl_vla.envs.expert.goals import Goal, can_reach
+from torchrl_vla.envs.expert.goals import Goal, UnreachableGoalError, can_reach
 from torchrl_vla.envs.expert.grasps import Grasp, plan_grasp
 from torchrl_vla.envs.expert.placement import clear_height, hand_pose_for, plan_carry, release_height
 
@@ -43,12 +43,12 @@ class PickAndPlace:
         goal: ``on`` or ``in``, the object, and the object or site where it belongs.
 
     Raises:
-        ValueError: the goal is of another kind, or names something that the model does not have.
+        UnreachableGoalError: it is of another kind, or names something that the model does not have.
     """
 
     def __init__(self, model: mujoco.MjModel, arm: Arm, surfaces: CollisionPoints, goal: Goal) -> None:
         if not can_reach([goal]):
-            raise ValueError(
+            raise UnreachableGoalError(
                 f"The scripted expert cannot reach the goal {goal}: it moves objects ('on', 'in'), it does not open, "
                 "close or turn on anything. Choose a task whose goal is where an object lies."
             )
@@ -64,7 +64,7 @@ class PickAndPlace:
         self._movable = free[free != self._body]
         if self._body < 0 or self._target < 0:
             missing = goal.subject if self._body < 0 else goal.target
-            raise ValueError(f"The model has no object or site {missing!r}, which the goal {goal} names.")
+            raise UnreachableGoalError(f"The model has no object or site {missing!r}, which the goal {goal} names.")
 
     def check(self, data: mujoco.MjData) -> None:
         """Refuses a region to put something in that is not open above, as that of a closed drawer.
@@ -73,7 +73,7 @@ class PickAndPlace:
             data: current poses.
 
         Raises:
-            ValueError: a part of what the region belongs to is above it.
+            UnreachableGoalError: a part of what the region belongs to is above it.
         """
         if not self._into or self._site < 0:
             return
@@ -81,7 +81,7 @@ class PickAndPlace:
         around, _ = self._surfaces.split(data, self._target)
         above = around[:, 2] > place[2]
         if (np.linalg.norm(around[above, :2] - place[:2], axis=1) < _OPEN_RADIUS).any():
-            raise ValueError(
+            raise UnreachableGoalError(
                 f"The scripted expert cannot reach the goal {self._goal}: it puts objects down from above, and "
                 f"{self._goal.target} is covered, like a closed drawer or a shelf. Choose a task whose place is open."
             )
