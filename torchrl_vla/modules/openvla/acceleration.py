@@ -30,8 +30,9 @@ class Acceleration:
         self, model: nn.Module, stacks: Sequence[LayerStack], *, compile_layers: bool, graph_batch_size: int
     ) -> None:
         if compile_layers:
-            # One entry per kind of call: with and without gradient, mask and adapters, for one sample and for many.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+            # One entry per kind of call: with and without gradient, mask and adapters, for one sample and for many, of
+            # the last layer and of those before.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for stack in stacks:
             stack.accelerate(compile_layers)
         self._stacks = stacks
