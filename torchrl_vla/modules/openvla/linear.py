@@ -69,7 +69,7 @@ def linear(x: Tensor, layer: Linear) -> Tensor:
     arguments = x, adapters.extended, layer.bias, adapters.down
     if torch.is_grad_enabled():
         return _ExtendedLinear.apply(*arguments, adapters.starts, adapters.scales, *adapters.downs, *adapters.ups)
-    return _extended_linear(*arguments)[0]
+    return _extended_linear(*arguments)
 
 
 def linear_group(x: Tensor, layers: Sequence[Linear], sizes: Sequence[int]) -> tuple[Tensor, ...]:
@@ -98,12 +98,12 @@ def _(wide: Tensor, extended: Tensor, bias: Tensor | None, down: Tensor) -> Tens
     return wide.new_empty(wide.shape[0], extended.shape[0])  # not len, which would fix the number of rows
 
 
-def _extended_linear(x: Tensor, extended: Tensor, bias: Tensor | None, down: Tensor) -> tuple[Tensor, Tensor]:
-    """The layer's output [..., N], and ``x`` with ``A x`` beside it [M, K + R]."""
+def _extended_linear(x: Tensor, extended: Tensor, bias: Tensor | None, down: Tensor) -> Tensor:
+    """The layer's output [..., N], without gradient."""
     # One product of K + R terms: cheaper than adding a second product to the first's result, and rounded once.
     # Compiled, what computes x writes it into the wide matrix itself; concatenation would copy it.
     wide = F.pad(x.flatten(0, -2), (0, extended.shape[1] - x.shape[-1]))
-    return _extended_product(wide, extended, bias, down).view(*x.shape[:-1], len(extended)), wide
+    return _extended_product(wide, extended, bias, down).view(*x.shape[:-1], len(extended))
 
 
 class _ExtendedLinear(torch.autograd.Function):
@@ -120,9 +120,10 @@ class _ExtendedLinear(torch.autograd.Function):
         scales: tuple[float, ...],
         *adapters: Tensor,
     ) -> Tensor:
-        output, wide = _extended_linear(x, extended, bias, down)
-        # Not the wide matrix: the compiler computes many an x again rather than keep it.
-        ctx.save_for_backward(x, wide[:, x.shape[-1] :].clone(), extended, down)
+        # Concatenation, unlike without gradient: measured, it makes an update 1% shorter than the padded input.
+        low = F.linear(x, down)
+        output = F.linear(torch.cat([x, low], dim=-1), extended, bias)
+        ctx.save_for_backward(x, low, extended, down)
         ctx.starts, ctx.scales = starts, scales
         downs, ups = adapters[: len(starts)], adapters[len(starts) :]
         ctx.shapes = [(len(a), len(b), a.dtype) for a, b in zip(downs, ups, strict=True)]
@@ -136,7 +137,7 @@ class _ExtendedLinear(torch.autograd.Function):
         grad_both = grad_rows @ extended
         grad_low = grad_both[:, inputs:]
         grad_x = (grad_both[:, :inputs] + grad_low @ down).view(x.shape)
-        grad_down, grad_up = grad_low.t() @ rows, grad_rows.t() @ low
+        grad_down, grad_up = grad_low.t() @ rows, grad_rows.t() @ low.flatten(0, -2)
         grad_downs, grad_ups, column = [], [], 0
         for (rank, features, dtype), start, scale in zip(ctx.shapes, ctx.starts, ctx.scales, strict=True):
             columns = slice(column, column + rank)
