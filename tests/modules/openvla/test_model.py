@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,6 +239,14 @@ def test_unknown_attention_is_refused() -> None:
         resolve_attention("magic", "cpu", torch.float32)
     with pytest.raises(ValueError, match="'flash_attention_2' cannot be used: .*Use 'sdpa'"):
         resolve_attention("flash_attention_2", "cpu", torch.float32)
+
+
+def test_flash_attention_4_is_not_taken_for_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)  # what flash-attention 4 installs
+    monkeypatch.syspath_prepend(tmp_path)
+    resolve_attention.cache_clear()
+    assert resolve_attention(None, "cuda", torch.bfloat16) == "sdpa"
+    resolve_attention.cache_clear()
 
 
 def test_the_attention_kernel_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

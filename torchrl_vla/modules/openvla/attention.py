@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 
 import torch
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.utils import is_flash_attn_2_available
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "eager")
 
@@ -30,8 +30,8 @@ def resolve_attention(requested: str | None, device_type: str, dtype: torch.dtyp
             f"attn_implementation must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)} or None, got {requested!r}."
         )
     missing = None
-    if importlib.util.find_spec("flash_attn") is None:
-        missing = "the package flash-attn is not installed"
+    if not is_flash_attn_2_available():  # flash-attention 4 installs a package of the same name
+        missing = "the package flash-attn (2.3.3 or later) is not installed, or there is no CUDA"
     elif device_type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         missing = f"it needs a CUDA device and bfloat16 or float16, not {device_type} and {dtype}"
     if requested == "flash_attention_2" and missing:
