@@ -1,6 +1,8 @@
 """Upstream's own numbers: OpenVLA, OpenVLA-OFT and SimpleVLA-RL on a tiny checkpoint, float32, on a CPU.
 
-Every stage is held to 1e-5 from upstream's own input of that stage. End to end the tolerance is 5e-5, because float32
+Every stage is held to 1e-5 from upstream's own input of that stage, the towers and the decoder to 3e-5: on one kind of
+CPU they are within 1e-5, on another (AMD EPYC, 2026-11-24) up to 2.0e-5 away, with one and two threads and with AVX2
+alone. End to end the tolerance is 5e-5, because float32
 does not say more: the logits of ``svla_batch3`` deviate by 3.0e-5, of ``oft_l1_2img_proprio`` by 1.5e-5, of
 ``oft_discrete_1img`` by 0.9e-5; the same arithmetic in float64 is 9.0e-5, 2.1e-5 and 4.1e-5 away from upstream's; and
 one unit in the last place, up or down, in the attentions' outputs alone moves them by 3.1e-5, 1.0e-5 and 1.6e-5 (median
@@ -39,7 +41,7 @@ from torchrl_vla.modules.openvla.model import OpenVLAOutput
 from torchrl_vla.modules.openvla.vision import VisionTower
 
 Golden = Callable[[str], dict[str, Tensor]]
-STAGE, END_TO_END, MUTANT = 1e-5, 5e-5, 1e-3
+STAGE, STACK, END_TO_END, MUTANT = 1e-5, 3e-5, 5e-5, 1e-3
 OFT = ["oft_discrete_1img", "oft_l1_2img_proprio", "svla_batch3"]
 
 
@@ -67,7 +69,7 @@ def prompt_of(model: OpenVLA, data: dict[str, Tensor]) -> Prompt:
 @pytest.mark.parametrize("name", ["openvla_ar", "oft_discrete_1img", "oft_l1_2img_proprio"])
 def test_vision(model: OpenVLA, golden: Golden, name: str) -> None:
     data = golden(name)
-    close(model.encode_images(data["pixel_values"]), data["vision_features"], STAGE)
+    close(model.encode_images(data["pixel_values"]), data["vision_features"], STACK)
     close(model.projector(data["vision_features"]), data["projected_patches"], STAGE)
 
 
@@ -101,7 +103,7 @@ def test_decoder(model: OpenVLA, golden: Golden, name: str) -> None:
     else:
         mask = data["lm_attention_mask"].bool()
     hidden = decode_bidirectional(model.language_model, data["lm_inputs_embeds"], None if mask.all() else mask)
-    close(hidden[mask], data["last_hidden_state"][mask], STAGE)
+    close(hidden[mask], data["last_hidden_state"][mask], STACK)
     if "action_slice_start" not in data:
         return
     for row, start in enumerate(data["action_slice_start"].reshape(-1).tolist()):
