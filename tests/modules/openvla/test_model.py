@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchrl_vla.modules.openvla import OpenVLA, VisionTowerConfig
+from torchrl_vla.modules.openvla import OpenVLA, VisionTowerConfig, attention
 from torchrl_vla.modules.openvla.attention import resolve_attention
 from torchrl_vla.modules.openvla.language import arrange_prompt
 
@@ -244,9 +245,18 @@ def test_unknown_attention_is_refused() -> None:
 def test_flash_attention_4_is_not_taken_for_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "flash_attn" / "cute").mkdir(parents=True)  # what flash-attention 4 installs
     monkeypatch.syspath_prepend(tmp_path)
-    resolve_attention.cache_clear()
-    assert resolve_attention(None, "cuda", torch.bfloat16) == "sdpa"
-    resolve_attention.cache_clear()
+    assert importlib.util.find_spec("flash_attn") is not None
+    assert resolve_attention.__wrapped__(None, "cuda", torch.bfloat16) == "sdpa"
+
+
+def test_flash_attention_2_is_taken_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
+    resolve = resolve_attention.__wrapped__  # not what an earlier call found
+    assert resolve(None, "cuda", torch.bfloat16) == "flash_attention_2"
+    assert resolve("sdpa", "cuda", torch.bfloat16) == "sdpa"
+    assert resolve(None, "cuda", torch.float32) == resolve(None, "cpu", torch.bfloat16) == "sdpa"
+    with pytest.raises(ValueError, match="not cuda and torch.float32"):
+        resolve("flash_attention_2", "cuda", torch.float32)
 
 
 def test_the_attention_kernel_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
