@@ -132,7 +132,7 @@ def judge(
     return rollout["next", "success"].any(1).float().mean().item()
 
 
-def train(tolerance: float, seed: int, setting: Setting, run_dir: Path, *, judged_episodes: int = 512) -> Result:
+def train(tolerance: float, seed: int, setting: Setting, run_dir: Path) -> Result:
     """Train a new policy with GRPO for a fixed number of control steps, and judge it."""
     torch.manual_seed(seed)
     policy = make_policy()
@@ -175,8 +175,8 @@ def train(tolerance: float, seed: int, setting: Setting, run_dir: Path, *, judge
     seconds = time.process_time() - started
     rates = [row["time/rollout_decisions_per_second"] for row in logger.rows if row["update"] > 0]
     return Result(
-        success=judge(policy, tolerance, episodes=judged_episodes),
-        control=judge(policy, tolerance, episodes=judged_episodes, shuffled=True),
+        success=judge(policy, tolerance),
+        control=judge(policy, tolerance, shuffled=True),
         seconds=seconds,
         decisions_per_second=statistics.median(rates),
         curve=[(int(row["env_steps"]), row["val/success_rate"]) for row in logger.rows if "val/success_rate" in row],

@@ -31,7 +31,8 @@ def test_it_learns_and_the_control_does_not(toy_vla, tmp_path):
     setting = toy_vla.Setting(70_000, groups=32, group_size=8, success=0.85, seconds=60, control=0.60)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    result = toy_vla.train(0.35, 0, setting, tmp_path, judged_episodes=128)
+    # With fewer targets to judge by, chance decides: the same control had 0.58 of 512 targets and 0.602 of 128.
+    result = toy_vla.train(0.35, 0, setting, tmp_path)
     torch.set_num_threads(threads)
     assert result.success >= setting.success
     assert result.control <= setting.control
