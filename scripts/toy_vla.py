@@ -32,7 +32,7 @@ from torchrl_vla.config import PPOConfig
 from torchrl_vla.envs.toy import ToyTrackingEnv
 from torchrl_vla.objectives import AsymmetricClipPPOLoss, GRPOAdvantage
 from torchrl_vla.training.logging import RunLogger
-from torchrl_vla.training.trainer import PPOTrainer
+from torchrl_vla.training.optimizer_step import PPOTrainer
 
 VOCABULARY, CHUNK_SIZE, ACTION_DIM, SUCCESS_STEPS, MAX_DECISIONS = 64, 4, 2, 2, 6
 STATE = ("observation", "state")

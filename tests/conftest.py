@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,3 +27,24 @@ def copy_release() -> Callable[[Path], Path]:
         return folder
 
     return copy
+
+
+@pytest.fixture
+def model() -> object:
+    from small_openvla import random_model
+
+    return random_model()
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    """Upstream's tiny checkpoint."""
+    return DATA / "openvla" / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Any]:
+    """Upstream's inputs, intermediates and outputs by file."""
+    from safetensors.torch import load_file
+
+    return lambda name: load_file(DATA / "openvla" / f"{name}.safetensors")

@@ -36,3 +36,26 @@ def decided_model(config: OpenVLAConfig) -> OpenVLA:
             if parameter.ndim > 1:
                 parameter.normal_(std=0.15)
     return model
+
+
+def small_config(**overrides: object) -> OpenVLAConfig:
+    """A few thousand weights, of widths that differ everywhere so that a mix-up shows."""
+    values: dict = dict(
+        dinov2=VisionTowerConfig(embed_dim=24, depth=3, num_heads=3, num_prefix_tokens=5),
+        siglip=VisionTowerConfig(embed_dim=20, depth=4, num_heads=2),
+        hidden_size=16,
+        intermediate_size=44,
+        num_hidden_layers=3,
+        vocab_size=352,
+    )
+    return small_openvla_config(**{**values, **overrides})
+
+
+def random_model(config: OpenVLAConfig | None = None, **options: object) -> OpenVLA:
+    """A model whose every parameter is random and large enough to matter."""
+    torch.manual_seed(0)
+    model = OpenVLA(config or small_config(), **options)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return model.eval()

@@ -15,11 +15,12 @@ PACKAGE = Path(torchrl_vla.__file__).parent
 #: The package's rooms, each group importing from groups further up only. Those of the first two groups know nothing of
 #: each other.
 GROUPS = (
-    {"releases"},
+    {"config"},
     {"envs", "modules", "objectives"},
-    {"collectors", "datasets"},
-    {"config", "presets"},
-    {"training", "evaluation"},
+    {"collectors", "checkpoints", "datasets"},
+    {"demonstrations", "evaluation"},
+    {"training"},
+    {"recipes"},
     {"bench"},
     {"commands"},
     {"cli"},

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from torchrl_vla.bench import gpu_sections
-from torchrl_vla.bench.report import Figure, Report
+from torchrl_vla.bench.measurements import Figure, Report
 from torchrl_vla.bench.sim import SimulatorBench
 from torchrl_vla.bench.timing import in_fresh_process, in_turns, one_core, resident_memory
 from torchrl_vla.commands import bench
-from torchrl_vla.presets import PRESETS
+from torchrl_vla.config.presets import PRESETS
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchrl_vla.bench import checkpoint_phases
-from torchrl_vla.bench.checkpoint import CheckpointBench
+from torchrl_vla.bench.checkpoint_loading import CheckpointBench
 
 
 def test_phases_on_the_tiny_model(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from huggingface_hub.errors import HTTPError
 
+from torchrl_vla.checkpoints import diagnosis as doctor
+from torchrl_vla.checkpoints.policy import BUNDLED
 from torchrl_vla.cli import main
 from torchrl_vla.commands.evaluate import EvaluateConfig, _acting
 from torchrl_vla.modules import OpenVLA, OpenVLAConfig
-from torchrl_vla.training import doctor
-from torchrl_vla.training.policy import BUNDLED
 
 DATA = Path(__file__).parents[1] / "data" / "openvla" / "checkpoint"
 
@@ -180,7 +180,7 @@ def test_what_cannot_be_read_has_its_own_code(change, message, tmp_path: Path, c
 
 
 def test_a_7b_model_without_memory_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchrl_vla.modules.openvla.memory import MemoryEstimate
+    from torchrl_vla.checkpoints.memory_estimate import MemoryEstimate
 
     gib = 2**30
     monkeypatch.setattr(doctor.os, "sysconf", lambda name: 16 * gib if name == "SC_PHYS_PAGES" else 1)
@@ -252,7 +252,7 @@ def test_a_checkpoint_that_cannot_be_had_has_its_own_code(
     def break_off(*_: object, **__: object) -> None:
         raise error("peer closed the connection")
 
-    monkeypatch.setattr("torchrl_vla.modules.openvla.checkpoint.snapshot_download", break_off)
+    monkeypatch.setattr("torchrl_vla.checkpoints.openvla_format.snapshot_download", break_off)
     assert diagnose(name, "--device", "cpu") == 2
     assert "hf download OWNER/NAME --local-dir FOLDER" in capsys.readouterr().err
 

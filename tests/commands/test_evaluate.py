@@ -11,11 +11,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from torchrl_vla.checkpoints.policy import build_policy, save_policy
 from torchrl_vla.cli import main
 from torchrl_vla.commands import evaluate
 from torchrl_vla.commands.evaluate import EvaluateConfig
 from torchrl_vla.evaluation.report import EvaluationReport
-from torchrl_vla.training.policy import build_policy, save_policy
 
 
 def test_an_l1_policy_on_sampled_states_of_a_perturbed_suite(tmp_path: Path):
@@ -104,7 +104,7 @@ def test_every_choice_about_the_simulator_reaches_it(
     init_states: str, drawn: dict[str, int | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_envs = Mock(side_effect=InterruptedError)
-    monkeypatch.setattr("torchrl_vla.envs.layout.make_envs", make_envs)
+    monkeypatch.setattr("torchrl_vla.envs.factory.make_envs", make_envs)
     chosen = [
         "--task-suite", "libero_goal", "--task-ids", "5", "2", "--episodes-per-task", "4", "--num-envs", "3",
         "--max-episode-steps", "16", "--proprio-format", "quaternion", "--num-images-in-input", "2",
@@ -121,7 +121,7 @@ def test_every_choice_about_the_simulator_reaches_it(
 def test_the_state_is_shown_as_the_policy_was_trained_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As its folder notes, and a folder of an older version, which notes nothing, as released checkpoints were."""
     make_envs = Mock(side_effect=InterruptedError)
-    monkeypatch.setattr("torchrl_vla.envs.layout.make_envs", make_envs)
+    monkeypatch.setattr("torchrl_vla.envs.factory.make_envs", make_envs)
     policy = build_policy("tiny")
     for name, noted in (("older", None), ("quaternion", "quaternion")):
         policy.model.config = replace(policy.model.config, proprio_format=noted)

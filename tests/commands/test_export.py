@@ -12,13 +12,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from torchrl_vla.checkpoints.openvla_format import upstream_tensors
+from torchrl_vla.checkpoints.policy import load_policy
 from torchrl_vla.cli import main
 from torchrl_vla.config import OpenVLAActorConfig, TrainConfig
+from torchrl_vla.config.finetune import FinetuneConfig
 from torchrl_vla.modules import OpenVLA
-from torchrl_vla.modules.openvla import upstream_tensors
-from torchrl_vla.training.checkpoint import RunCheckpoints, TrainableState
-from torchrl_vla.training.finetune_config import FinetuneConfig
-from torchrl_vla.training.policy import load_policy
+from torchrl_vla.training.run_checkpoints import RunCheckpoints, TrainableState
 
 SUITE = "libero_spatial"
 
@@ -218,7 +218,7 @@ def test_a_failed_export_leaves_the_old_one(base: Path, tmp_path: Path, monkeypa
     def fail(*_: object) -> None:
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr("torchrl_vla.training.export.copy_companions", fail)
+    monkeypatch.setattr("torchrl_vla.checkpoints.exporting.copy_companions", fail)
     with pytest.raises(RuntimeError, match="disk full"):
         main(["export", str(base), str(out), "--overwrite"])
     assert_equal(shards(out), before)

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from torchrl_vla.commands.finetune import main
-from torchrl_vla.training.finetune_config import FinetuneConfig
+from torchrl_vla.config.finetune import FinetuneConfig
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
     """What would have run."""
     runs: list[FinetuneConfig] = []
-    monkeypatch.setattr("torchrl_vla.training.finetune.finetune", runs.append)
+    monkeypatch.setattr("torchrl_vla.recipes.finetune.finetune", runs.append)
     return runs
 
 

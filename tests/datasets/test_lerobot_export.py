@@ -122,7 +122,7 @@ def test_a_library_that_is_too_old_is_said_before_anything_is_recorded(
     version: str,
 ):
     install(writer, version)
-    monkeypatch.setattr("torchrl_vla.collectors.demonstrations.collect_demonstrations", None)
+    monkeypatch.setattr("torchrl_vla.demonstrations.collect.collect_demonstrations", None)
     with pytest.raises(SystemExit, match=rf"(?s)from 0\.4\.3 on.*lerobot {version}.*pip install 'lerobot>=0\.4\.3'"):
         main(["demos", "--out", str(tmp_path / "data"), "--export-lerobot", str(tmp_path / "lerobot")])
     assert not (tmp_path / "data").exists()

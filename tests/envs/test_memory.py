@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from torchrl_vla.envs.memory import available_memory, check_memory, count_models, memory_needed, models_that_fit
-from torchrl_vla.envs.simulator import LiberoSimulator
+from torchrl_vla.envs.simulation.simulator import LiberoSimulator
 
 
 def test_estimates_grow_with_environments_workers_and_models() -> None:

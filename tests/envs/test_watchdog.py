@@ -19,7 +19,7 @@ from torchrl.envs import EnvBase, check_env_specs
 
 from torchrl_vla.collectors import EpisodePlan, GroupCollector
 from torchrl_vla.envs import watchdog
-from torchrl_vla.envs.layout import make_env
+from torchrl_vla.envs.factory import make_env
 from torchrl_vla.envs.watchdog import WatchedParallelEnv
 
 #: Seconds. What hangs is waited for; else a busy machine must not look like a hanging worker.

@@ -12,7 +12,7 @@ from tensordict import TensorDictBase
 from torchrl_vla.collectors import EpisodePlan
 from torchrl_vla.commands.evaluate import EvaluateConfig, _acting, _plan
 from torchrl_vla.envs import LiberoEnv
-from torchrl_vla.envs.simulator import LiberoSimulator
+from torchrl_vla.envs.simulation.simulator import LiberoSimulator
 from torchrl_vla.evaluation.protocol import evaluate
 from torchrl_vla.evaluation.report import EvaluationReport
 
@@ -56,7 +56,7 @@ def stand_still(tensordict: TensorDictBase) -> TensorDictBase:
 def run(plan: EpisodePlan, monkeypatch: pytest.MonkeyPatch) -> tuple[EvaluationReport, int]:
     """The report, and how often a model was loaded, where each of two workers keeps half of the models."""
     monkeypatch.setattr(Stub, "loads", [], raising=False)
-    monkeypatch.setattr("torchrl_vla.envs.simulator.LiberoSimulator", Stub)
+    monkeypatch.setattr("torchrl_vla.envs.simulation.simulator.LiberoSimulator", Stub)
     options = {"num_envs": SLOTS, "image_size": 8, "max_episode_steps": 40, "max_models": KEPT}
     envs = [LiberoEnv(SUITE, task_ids=range(10), include_instruction=False, **options) for _ in range(WORKERS)]
     report = evaluate(envs, stand_still, plan, task_suite=SUITE, instructions={})

@@ -11,8 +11,9 @@ import av
 import numpy as np
 import pytest
 
-from torchrl_vla.envs import processes, simulator
-from torchrl_vla.envs.simulator import LiberoSimulator
+from torchrl_vla.envs import processes
+from torchrl_vla.envs.simulation import simulator
+from torchrl_vla.envs.simulation.simulator import LiberoSimulator
 from torchrl_vla.evaluation.report import EpisodeResult, EvaluationReport
 from torchrl_vla.evaluation.videos import choose_episodes, film, write_mp4
 

@@ -22,7 +22,7 @@ from torchrl_vla.modules import (
 from torchrl_vla.modules.openvla.lora import add_lora
 from torchrl_vla.objectives import AsymmetricClipPPOLoss
 from torchrl_vla.training.logging import RunLogger
-from torchrl_vla.training.trainer import PPOTrainer
+from torchrl_vla.training.optimizer_step import PPOTrainer
 
 TASKS = ["open the top drawer", "put the black bowl on the plate and open the top drawer"]
 COUNT = 6

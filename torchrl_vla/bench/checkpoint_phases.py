@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from torchrl_vla.checkpoints.memory_estimate import PROMPT_TOKENS, estimate_memory
 from torchrl_vla.modules import OpenVLA, OpenVLAConfig
 from torchrl_vla.modules.openvla.lora import add_lora
-from torchrl_vla.modules.openvla.memory import PROMPT_TOKENS, estimate_memory
 from torchrl_vla.modules.openvla.quantization import check_4bit
 
 __all__ = ["load", "load_4bit", "predict", "save"]

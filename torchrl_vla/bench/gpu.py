@@ -55,7 +55,7 @@ class GpuBench:
 
         from torchrl_vla.bench.gpu_policy import Bench
         from torchrl_vla.bench.gpu_sections import MEASURES
-        from torchrl_vla.bench.report import Report
+        from torchrl_vla.bench.measurements import Report
 
         started = time.perf_counter()
         if self.model == "7b" and not torch.cuda.is_available():

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from torchrl_vla.bench.gpu_policy import Bench
-from torchrl_vla.bench.report import Figure
+from torchrl_vla.bench.measurements import Figure
 from torchrl_vla.collectors import EpisodePlan, GroupCollector
-from torchrl_vla.envs.layout import make_envs
+from torchrl_vla.envs.factory import make_envs
 from torchrl_vla.envs.rendering import configure_rendering
 
 __all__ = ["measure"]

@@ -16,15 +16,15 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
-from torchrl_vla.bench.report import Report
+from torchrl_vla.bench.measurements import Report
+from torchrl_vla.checkpoints.policy import GRAPH_BATCH_SIZE, Policy, build_policy
 from torchrl_vla.config import PPOConfig
 from torchrl_vla.modules.openvla.lora import add_lora
 from torchrl_vla.objectives import AsymmetricClipPPOLoss
 from torchrl_vla.training.backward_pass import can_be_recorded
 from torchrl_vla.training.devices import choose_device
 from torchrl_vla.training.logging import RunLogger
-from torchrl_vla.training.policy import GRAPH_BATCH_SIZE, Policy, build_policy
-from torchrl_vla.training.trainer import PPOTrainer
+from torchrl_vla.training.optimizer_step import PPOTrainer
 
 if TYPE_CHECKING:
     from torchrl_vla.bench.gpu import GpuBench

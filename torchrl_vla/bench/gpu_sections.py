@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchrl_vla.bench.gpu_policy import GIB, Bench, set_adapters
-from torchrl_vla.bench.report import Figure
+from torchrl_vla.bench.measurements import Figure
 from torchrl_vla.modules.openvla import blocks, vision
 
 _WANTED_ROLLOUT = {1: 12.5, 8: 9.0, 32: 8.5}

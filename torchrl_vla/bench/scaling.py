@@ -17,12 +17,12 @@ import torch
 import yaml
 from torchrl.envs import EnvBase, MultiAction, ParallelEnv, TransformedEnv
 
-from torchrl_vla.bench.report import Figure, Report
+from torchrl_vla.bench.measurements import Figure, Report
 from torchrl_vla.bench.single_core import CHUNK
 from torchrl_vla.bench.timing import in_turns
 from torchrl_vla.envs import get_suite
+from torchrl_vla.envs.factory import make_env, make_envs
 from torchrl_vla.envs.installation import import_libero
-from torchrl_vla.envs.layout import make_env, make_envs
 
 __all__ = ["measure_against_torchrl", "measure_envs", "measure_parts", "measure_workers"]
 

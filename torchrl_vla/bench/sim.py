@@ -82,7 +82,7 @@ class SimulatorBench:
         backend = configure_rendering()
 
         from torchrl_vla.bench import scaling, single_core
-        from torchrl_vla.bench.report import Report
+        from torchrl_vla.bench.measurements import Report
 
         assert self.workers is not None and self.envs is not None
         settings = {

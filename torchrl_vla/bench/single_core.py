@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchrl_vla.bench.report import Figure, Report
+from torchrl_vla.bench.measurements import Figure, Report
 from torchrl_vla.bench.timing import in_fresh_process, in_turns, one_core, resident_memory, seconds_of
 from torchrl_vla.envs import LiberoEnv
-from torchrl_vla.envs.simulator import LiberoSimulator
-from torchrl_vla.envs.stock import StockSimulator
+from torchrl_vla.envs.simulation.simulator import LiberoSimulator
+from torchrl_vla.envs.simulation.stock import StockSimulator
 
 __all__ = ["CHUNK", "measure_decisions", "measure_memory", "measure_overhead", "measure_physics", "measure_resets"]
 

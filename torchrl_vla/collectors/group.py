@@ -50,7 +50,7 @@ class GroupCollector:
     Args:
         env: any TorchRL environment, of any batch size (see :class:`EnvSlots`), whose reset reads ``task_id`` and
             ``init_state_id`` ``[*B, 1]`` and which reports them in its observations; or several, which must simulate
-            in processes of their own (:func:`~torchrl_vla.envs.layout.make_envs`).
+            in processes of their own (:func:`~torchrl_vla.envs.factory.make_envs`).
         policy: reads observations and writes an action; runs without gradients on the device of its parameters.
         plans: one per batch that iterating over the collector yields; :meth:`collect` needs none.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
-from torchrl_vla.bench.checkpoint import CheckpointBench
+from torchrl_vla.bench.checkpoint_loading import CheckpointBench
 from torchrl_vla.bench.gpu import GpuBench
 from torchrl_vla.bench.sim import SimulatorBench
 

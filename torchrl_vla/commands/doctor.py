@@ -86,12 +86,12 @@ def main(arguments: Sequence[str]) -> None:
     options = tyro.cli(DoctorArguments, prog="torchrl-vla doctor", args=arguments)
     import torch
 
-    from torchrl_vla.modules.openvla.inspection import inspect_checkpoint
-    from torchrl_vla.modules.openvla.memory import estimate_memory
+    from torchrl_vla.checkpoints.diagnosis import Diagnosis, check_checkpoint, check_machine, fits_memory
+    from torchrl_vla.checkpoints.inspection import inspect_checkpoint
+    from torchrl_vla.checkpoints.memory_estimate import estimate_memory
+    from torchrl_vla.checkpoints.policy import find_policy
+    from torchrl_vla.checkpoints.trainable import weights_dtype
     from torchrl_vla.training.devices import choose_device
-    from torchrl_vla.training.doctor import Diagnosis, check_checkpoint, check_machine, fits_memory
-    from torchrl_vla.training.learning import weights_dtype
-    from torchrl_vla.training.policy import find_policy
 
     try:
         device = choose_device(options.device)

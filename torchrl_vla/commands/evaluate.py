@@ -178,7 +178,7 @@ class _Acting(NamedTuple):
 
 
 def _acting(config: EvaluateConfig, checkpoint: str) -> _Acting:
-    from torchrl_vla.training.policy import policy_mode
+    from torchrl_vla.checkpoints.policy import policy_mode
 
     trained = policy_mode(checkpoint)
     mode, reason = config.action_mode, "as --action-mode says"
@@ -216,7 +216,7 @@ def _plan(config: EvaluateConfig, acting: _Acting) -> EpisodePlan:
 def _settings(config: EvaluateConfig, checkpoint: str) -> dict[str, Any]:
     """What the report says of how it was made; the policy's own part is added when it is loaded."""
     from torchrl_vla.envs import get_suite
-    from torchrl_vla.training.folder import versions
+    from torchrl_vla.training.run_folder import versions
 
     simulation = config.simulation
     return {
@@ -238,13 +238,13 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
     import torch
     from tqdm import tqdm
 
+    from torchrl_vla.checkpoints.policy import load_policy
     from torchrl_vla.config import EnvironmentConfig, OpenVLAActorConfig
     from torchrl_vla.envs import get_suite
-    from torchrl_vla.envs.layout import make_envs
+    from torchrl_vla.envs.factory import make_envs
     from torchrl_vla.envs.rendering import configure_rendering
     from torchrl_vla.evaluation.protocol import evaluate
     from torchrl_vla.training.devices import choose_device
-    from torchrl_vla.training.policy import load_policy
     from torchrl_vla.training.progress import EpisodeBar
 
     suite, acting = get_suite(config.task_suite), _acting(config, checkpoint)

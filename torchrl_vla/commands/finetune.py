@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from torchrl_vla.commands.options import read_first
-from torchrl_vla.training.finetune_config import FinetuneConfig
+from torchrl_vla.config.finetune import FinetuneConfig
 
 __all__ = ["main"]
 
@@ -28,6 +28,6 @@ def main(arguments: Sequence[str]) -> None:
         config = tyro.cli(FinetuneConfig, prog=program, default=before, args=rest)
     else:
         config = tyro.cli(FinetuneConfig, prog=program, args=arguments)
-    from torchrl_vla.training.finetune import finetune
+    from torchrl_vla.recipes.finetune import finetune
 
     finetune(config)

@@ -9,8 +9,8 @@ import tyro
 
 from torchrl_vla.commands.options import read_first
 from torchrl_vla.config import TrainConfig
+from torchrl_vla.config.presets import PRESETS, choose_preset
 from torchrl_vla.envs.processes import prepare_processes
-from torchrl_vla.presets import PRESETS, choose_preset
 
 __all__ = ["main"]
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> None:
                 f"{run_dir} is not the folder of a run: it has no config.json. Leave out --resume to start one."
             )
         default, origin = TrainConfig.load(Path(run_dir) / "config.json"), f"those of the run in {run_dir}"
-        from torchrl_vla.training.folder import noted_preset
+        from torchrl_vla.training.run_folder import noted_preset
 
         preset = noted_preset(Path(run_dir)) or preset
     else:
@@ -45,6 +45,6 @@ def main(arguments: Sequence[str]) -> None:
     )
     if config.env.num_envs > 1:
         prepare_processes()
-    from torchrl_vla.training.run import train
+    from torchrl_vla.recipes.grpo import train
 
     train(config, preset)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from torchrl_vla.checkpoints.files import read_json
 from torchrl_vla.modules.action_tokenizer import STATISTICS_FILE
-from torchrl_vla.modules.files import read_json
 
 __all__ = ["compute_statistics", "read_statistics", "write_statistics"]
 

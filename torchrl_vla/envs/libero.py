@@ -94,9 +94,9 @@ class LiberoEnv(EnvBase):
         sampled_init_states: start from states drawn from the tasks' regions with this seed, as many as there are
             official ones and numbered from 0 too, none of them official; ``None`` for the official ones.
         max_models: compiled models, 0.4 to 1.1 GB each with its render context, that are kept; ``None`` for all that
-            tasks have needed. :func:`~torchrl_vla.envs.layout.make_env` chooses it.
+            tasks have needed. :func:`~torchrl_vla.envs.factory.make_env` chooses it.
         shard: number of this environment among so many that share the episodes that are not named at reset: without
-            it, all workers of a ``ParallelEnv`` run the same ones. :func:`~torchrl_vla.envs.layout.make_env` sets it.
+            it, all workers of a ``ParallelEnv`` run the same ones. :func:`~torchrl_vla.envs.factory.make_env` sets it.
         device: device of the tensordicts.
 
     Raises:
@@ -292,7 +292,7 @@ class LiberoEnv(EnvBase):
     def _get_simulator(self) -> Simulator:
         if self._simulator is None:
             # Not before now: it imports MuJoCo, whose OpenGL backend the constructor has chosen.
-            from torchrl_vla.envs.simulator import LiberoSimulator
+            from torchrl_vla.envs.simulation.simulator import LiberoSimulator
 
             self._simulator = LiberoSimulator(self.suite.name, **self._simulator_arguments)
             # At interpreter exit too, while OpenGL can still be called.

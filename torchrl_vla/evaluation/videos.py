@@ -71,8 +71,8 @@ def film(
         chosen: which of its episodes.
         image_size: height and width of the pictures in pixels, even.
         timeout: seconds that a film may take before the rest is given up.
-        options: further arguments of :class:`~torchrl_vla.envs.simulator.LiberoSimulator`, those of the evaluation's
-            environment: fidelity, seed, settle_steps, sampled_init_states.
+        options: further arguments of :class:`~torchrl_vla.envs.simulation.simulator.LiberoSimulator`, those of the
+            evaluation's environment: fidelity, seed, settle_steps, sampled_init_states.
 
     Yields:
         The films, without any of an episode that ends otherwise than it did; a warning names it, or says why the
@@ -118,7 +118,7 @@ def _draw(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     try:
         # Not before now: it imports MuJoCo, which needs its OpenGL chosen.
-        from torchrl_vla.envs.simulator import LiberoSimulator
+        from torchrl_vla.envs.simulation.simulator import LiberoSimulator
 
         simulator = LiberoSimulator(task_suite, **options)
         for episode, actions in jobs:

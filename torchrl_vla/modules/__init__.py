@@ -5,7 +5,7 @@ from torchrl_vla.modules.actor import OpenVLAActor, OpenVLAL1Actor, make_actor, 
 from torchrl_vla.modules.autoregressive import OpenVLAAutoregressiveActor, make_autoregressive_actor
 from torchrl_vla.modules.distributions import TokenCategorical
 from torchrl_vla.modules.heads import L1ActionHead, ProprioProjector, ValueHead
-from torchrl_vla.modules.openvla.config import OpenVLAConfig
+from torchrl_vla.modules.openvla.architecture import OpenVLAConfig
 from torchrl_vla.modules.openvla.model import OpenVLA, OpenVLAOutput
 from torchrl_vla.modules.openvla.processor import OpenVLAProcessor
 from torchrl_vla.modules.openvla.tokenizer import build_tokenizer, load_tokenizer

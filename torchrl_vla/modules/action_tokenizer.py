@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchrl_vla.modules.files import read_json
+from torchrl_vla.checkpoints.files import read_json
 
 STATISTICS_FILE = "dataset_statistics.json"
 

@@ -9,15 +9,8 @@ from typing import Any
 
 import torch
 
-from torchrl_vla.datasets import DemonstrationDataset
-from torchrl_vla.datasets.statistics import write_statistics
-from torchrl_vla.modules import ActionTokenizer, OpenVLA, OpenVLAConfig, OpenVLAProcessor, load_tokenizer, make_actor
-from torchrl_vla.modules.heads import L1ActionHead
-from torchrl_vla.modules.openvla import add_lora, freeze_backbone
-from torchrl_vla.modules.openvla.inspection import require_trained_tokens
-from torchrl_vla.training.finetune_config import FinetuneConfig
-from torchrl_vla.training.learning import weights_dtype
-from torchrl_vla.training.policy import (
+from torchrl_vla.checkpoints.inspection import require_trained_tokens
+from torchrl_vla.checkpoints.policy import (
     RANDOM,
     Policy,
     build_policy,
@@ -26,6 +19,13 @@ from torchrl_vla.training.policy import (
     require_cameras,
     save_policy,
 )
+from torchrl_vla.checkpoints.trainable import weights_dtype
+from torchrl_vla.config.finetune import FinetuneConfig
+from torchrl_vla.datasets import DemonstrationDataset
+from torchrl_vla.datasets.statistics import write_statistics
+from torchrl_vla.modules import ActionTokenizer, OpenVLA, OpenVLAConfig, OpenVLAProcessor, load_tokenizer, make_actor
+from torchrl_vla.modules.heads import L1ActionHead
+from torchrl_vla.modules.openvla import add_lora, freeze_backbone
 
 __all__ = ["load_student", "save_student"]
 

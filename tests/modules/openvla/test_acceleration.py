@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from small_openvla import random_model, small_config
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,8 +21,6 @@ from torchrl_vla.modules.openvla.linear import (
     read_linear,
 )
 from torchrl_vla.modules.openvla.lora import add_lora, merge_lora, without_adapters
-
-from .conftest import random_model, small_config
 
 COMPILE = torch.compile
 EMPTY = 3

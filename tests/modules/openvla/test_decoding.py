@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_openvla import random_model, small_config
 
 from torchrl_vla.modules.openvla import OpenVLA
-
-from .conftest import random_model, small_config
 
 DRAWS, TEMPERATURE = 4000, 0.06
 

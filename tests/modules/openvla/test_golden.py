@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchrl_vla.checkpoints.names import upstream_name
 from torchrl_vla.modules.openvla import OpenVLA
 from torchrl_vla.modules.openvla.blocks import LayerStack
 from torchrl_vla.modules.openvla.language import (
@@ -37,7 +38,6 @@ from torchrl_vla.modules.openvla.language import (
     decoder_stack,
     sequence_mask,
 )
-from torchrl_vla.modules.openvla.layout import upstream_name
 from torchrl_vla.modules.openvla.model import OpenVLAOutput
 from torchrl_vla.modules.openvla.vision import VisionTower
 

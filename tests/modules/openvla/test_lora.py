@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_openvla import random_model, small_config
 from torch import Tensor
 
+from torchrl_vla.checkpoints.openvla_format import upstream_tensors
 from torchrl_vla.modules.openvla import (
     OpenVLA,
     OpenVLAConfig,
@@ -16,12 +18,10 @@ from torchrl_vla.modules.openvla import (
     load_adapter,
     merge_lora,
     save_adapter,
-    upstream_tensors,
     without_adapters,
 )
-from torchrl_vla.modules.openvla.lora import adaptable_modules, merged_weight
-
-from .conftest import random_model, small_config
+from torchrl_vla.modules.openvla.linear import merged_weight
+from torchrl_vla.modules.openvla.lora import adaptable_modules
 
 EMPTY = 3
 

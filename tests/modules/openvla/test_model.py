@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_openvla import random_model, small_config
 from torch import Tensor
 
 from torchrl_vla.modules.openvla import OpenVLA, VisionTowerConfig, attention
 from torchrl_vla.modules.openvla.attention import resolve_attention
 from torchrl_vla.modules.openvla.language import arrange_prompt
-
-from .conftest import random_model, small_config
 
 EMPTY, PAD = 3, 288
 

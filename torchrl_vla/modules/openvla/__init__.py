@@ -1,7 +1,6 @@
-"""OpenVLA and OpenVLA-OFT: configuration, model, checkpoints and adapters."""
+"""OpenVLA and OpenVLA-OFT: architecture, network and adapters."""
 
-from torchrl_vla.modules.openvla.checkpoint import resolve_checkpoint, upstream_tensors
-from torchrl_vla.modules.openvla.config import OpenVLAConfig, VisionTowerConfig
+from torchrl_vla.modules.openvla.architecture import OpenVLAConfig, VisionTowerConfig
 from torchrl_vla.modules.openvla.lora import (
     add_lora,
     freeze_backbone,
@@ -21,8 +20,6 @@ __all__ = [
     "freeze_backbone",
     "load_adapter",
     "merge_lora",
-    "resolve_checkpoint",
     "save_adapter",
-    "upstream_tensors",
     "without_adapters",
 ]

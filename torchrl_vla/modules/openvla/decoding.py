@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchrl_vla.modules.distributions import draw_bins
-from torchrl_vla.modules.openvla.lora import linear_rows
+from torchrl_vla.modules.openvla.linear import linear_rows
 
 Choice = Callable[[Tensor, int], Tensor]
 """Logits [B, 1, vocabulary] and the number of the token, from 0, to that token, int64 [B, 1]."""

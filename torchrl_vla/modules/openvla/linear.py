@@ -10,6 +10,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+ADAPTER = "default"
+"""Name of the one adapter that a layer has, as peft calls it."""
+
 _ALIGNMENT = 8  # elements: rows of 16 bytes, which the fastest products of 16-bit numbers ask for
 
 
@@ -250,3 +253,50 @@ def copy_adapters(adapters: Adapters) -> None:
         adapters.down[row:end].copy_(down)
         adapters.extended[start : start + len(up), inputs + row : inputs + end].copy_(up * scale)
         row = end
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a layer is peft's wrapper of another one."""
+    return isinstance(module, LoraLayer)
+
+
+def linear_rows(layer: Any, x: Tensor, begin: int, end: int) -> Tensor:
+    """Output features ``begin:end`` of a bias-free linear layer, with its adapter if it has one.
+
+    Args:
+        layer: ``nn.Linear``, or peft's wrapper of one.
+        x: [..., D].
+        begin: first output feature.
+        end: one past the last.
+
+    Returns:
+        [..., end - begin].
+    """
+    if not is_adapted(layer):
+        return F.linear(x, layer.weight[begin:end])
+    output = F.linear(x, layer.get_base_layer().weight[begin:end])
+    if layer.disable_adapters:
+        return output
+    down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+    low_rank = F.linear(layer.lora_dropout[ADAPTER](x), down.weight.to(x.dtype))
+    return output + F.linear(low_rank, up.weight[begin:end].to(x.dtype)) * layer.scaling[ADAPTER]
+
+
+def merged_weight(model: nn.Module, name: str, *, in_float32: bool = True) -> Tensor:
+    """A parameter with its adapter added, ``W + scaling * B A``; the parameter itself if it has none.
+
+    Args:
+        model: the model; it is not changed.
+        name: name of the parameter.
+        in_float32: add in float32 and round once; else round the product to the weight's dtype first.
+    """
+    weight = model.get_parameter(name).detach()
+    owner, _, leaf = name.rpartition(".")
+    layer: Any = model.get_submodule(owner.removesuffix(".base_layer"))
+    if leaf != "weight" or not is_adapted(layer):
+        return weight
+    down, up = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
+    delta = (up.float().flatten(1) @ down.float().flatten(1)).view(weight.shape) * layer.scaling[ADAPTER]
+    if in_float32:
+        return (weight.float() + delta).to(weight.dtype)
+    return weight + delta.to(weight.dtype)

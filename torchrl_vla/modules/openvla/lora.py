@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from torchrl_vla.modules.files import read_json
-from torchrl_vla.modules.openvla.layout import unused_shapes, upstream_name
+from torchrl_vla.checkpoints.files import read_json
+from torchrl_vla.checkpoints.names import unused_shapes, upstream_name
+from torchrl_vla.modules.openvla.linear import ADAPTER, is_adapted, merged_weight
 
 if TYPE_CHECKING:
     from torchrl_vla.modules.openvla.model import OpenVLA
 
-_ADAPTER = "default"
 _PREFIX = "base_model.model."  # peft's name for the model that an adapter file belongs to
 _BACKBONE = ("vision_backbone", "projector", "language_model")
 # Options of peft's that make an adapter more than ``scale * B A`` of one rank and scale.
@@ -105,19 +103,15 @@ def _add(model: OpenVLA, names: list[str], rank: int, alpha: int, dropout: float
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, init_lora_weights="gaussian"
     )
-    inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(dtype)
 
 
-def _is_adapted(module: nn.Module) -> bool:
-    return isinstance(module, LoraLayer)
-
-
 def _lora_layers(model: nn.Module) -> dict[str, Any]:
     """peft's wrappers by name."""
-    return {name: module for name, module in model.named_modules() if _is_adapted(module)}
+    return {name: module for name, module in model.named_modules() if is_adapted(module)}
 
 
 def has_lora(model: nn.Module) -> bool:
@@ -159,48 +153,6 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = flag
 
 
-def linear_rows(layer: Any, x: Tensor, begin: int, end: int) -> Tensor:
-    """Output features ``begin:end`` of a bias-free linear layer, with its adapter if it has one.
-
-    Args:
-        layer: ``nn.Linear``, or peft's wrapper of one.
-        x: [..., D].
-        begin: first output feature.
-        end: one past the last.
-
-    Returns:
-        [..., end - begin].
-    """
-    if not _is_adapted(layer):
-        return F.linear(x, layer.weight[begin:end])
-    output = F.linear(x, layer.get_base_layer().weight[begin:end])
-    if layer.disable_adapters:
-        return output
-    down, up = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
-    low_rank = F.linear(layer.lora_dropout[_ADAPTER](x), down.weight.to(x.dtype))
-    return output + F.linear(low_rank, up.weight[begin:end].to(x.dtype)) * layer.scaling[_ADAPTER]
-
-
-def merged_weight(model: nn.Module, name: str, *, in_float32: bool = True) -> Tensor:
-    """A parameter with its adapter added, ``W + scaling * B A``; the parameter itself if it has none.
-
-    Args:
-        model: the model; it is not changed.
-        name: name of the parameter.
-        in_float32: add in float32 and round once; else round the product to the weight's dtype first.
-    """
-    weight = model.get_parameter(name).detach()
-    owner, _, leaf = name.rpartition(".")
-    layer: Any = model.get_submodule(owner.removesuffix(".base_layer"))
-    if leaf != "weight" or not _is_adapted(layer):
-        return weight
-    down, up = layer.lora_A[_ADAPTER].weight.detach(), layer.lora_B[_ADAPTER].weight.detach()
-    delta = (up.float().flatten(1) @ down.float().flatten(1)).view(weight.shape) * layer.scaling[_ADAPTER]
-    if in_float32:
-        return (weight.float() + delta).to(weight.dtype)
-    return weight + delta.to(weight.dtype)
-
-
 @torch.no_grad()
 def merge_lora(model: OpenVLA, *, in_float32: bool = True) -> OpenVLA:
     """Add the adapters to their weights and take them away; the model is again one without adapters.
@@ -236,16 +188,16 @@ def save_adapter(model: OpenVLA, folder: str | Path, *, base_model: str | None =
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     LoraConfig(
-        r=layer.r[_ADAPTER],
-        lora_alpha=layer.lora_alpha[_ADAPTER],
-        lora_dropout=getattr(layer.lora_dropout[_ADAPTER], "p", 0.0),
+        r=layer.r[ADAPTER],
+        lora_alpha=layer.lora_alpha[ADAPTER],
+        lora_dropout=getattr(layer.lora_dropout[ADAPTER], "p", 0.0),
         target_modules=sorted({upstream_name(f"{name}.weight").split(".")[-2] for name in layers}),
         init_lora_weights="gaussian",
         base_model_name_or_path=base_model,
         inference_mode=True,
     ).save_pretrained(str(folder))
     tensors = {
-        _PREFIX + upstream_name(name).replace(f".{_ADAPTER}.", "."): parameter.detach().cpu().contiguous()
+        _PREFIX + upstream_name(name).replace(f".{ADAPTER}.", "."): parameter.detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
         if ".lora_" in name
     }
@@ -298,7 +250,7 @@ def load_adapter(model: OpenVLA, folder: str | Path, *, dtype: torch.dtype = tor
     _add(model, [candidates[name] for name in modules], settings["r"], settings["lora_alpha"],
          settings.get("lora_dropout", 0.0), dtype)  # fmt: skip
     adapters = {
-        upstream_name(name).replace(f".{_ADAPTER}.", "."): parameter
+        upstream_name(name).replace(f".{ADAPTER}.", "."): parameter
         for name, parameter in model.named_parameters()
         if ".lora_" in name
     }

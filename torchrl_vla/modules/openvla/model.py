@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torchrl_vla.modules.distributions import check_temperature
 from torchrl_vla.modules.heads import L1ActionHead, ProprioProjector
 from torchrl_vla.modules.openvla.acceleration import Acceleration
+from torchrl_vla.modules.openvla.architecture import OpenVLAConfig
 from torchrl_vla.modules.openvla.attention import ATTENTION_IMPLEMENTATIONS
 from torchrl_vla.modules.openvla.blocks import LayerStack
-from torchrl_vla.modules.openvla.config import OpenVLAConfig
 from torchrl_vla.modules.openvla.decoding import Decoded, choose_token, decode_autoregressively
 from torchrl_vla.modules.openvla.language import (
     Prompt,
@@ -23,7 +23,7 @@ from torchrl_vla.modules.openvla.language import (
     decode_bidirectional,
     sequence_mask,
 )
-from torchrl_vla.modules.openvla.lora import linear_rows
+from torchrl_vla.modules.openvla.linear import linear_rows
 from torchrl_vla.modules.openvla.vision import VisionBackbone, VisionProjector
 
 
@@ -392,7 +392,7 @@ class OpenVLA(nn.Module):
             ValueError: if a file is missing, truncated or unsafe, a tensor has another shape than the configuration
                 says, or an option cannot be had here.
         """
-        from torchrl_vla.modules.openvla.checkpoint import load_pretrained
+        from torchrl_vla.checkpoints.openvla_format import load_pretrained
 
         return load_pretrained(
             path_or_hub_id,
@@ -407,6 +407,6 @@ class OpenVLA(nn.Module):
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Write upstream's format, adapters merged; the options are those of :func:`checkpoint.save_pretrained`."""
-        from torchrl_vla.modules.openvla.checkpoint import save_pretrained
+        from torchrl_vla.checkpoints.openvla_format import save_pretrained
 
         save_pretrained(self, folder, **options)

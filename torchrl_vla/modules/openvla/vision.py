@@ -11,6 +11,7 @@ from transformers import Dinov2WithRegistersConfig, SiglipVisionConfig
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersLayer
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
+from torchrl_vla.modules.openvla.architecture import OpenVLAConfig, VisionTowerConfig
 from torchrl_vla.modules.openvla.attention import Attention
 from torchrl_vla.modules.openvla.blocks import (
     LayerStack,
@@ -19,7 +20,6 @@ from torchrl_vla.modules.openvla.blocks import (
     read_dinov2_layer,
     read_siglip_layer,
 )
-from torchrl_vla.modules.openvla.config import OpenVLAConfig, VisionTowerConfig
 from torchrl_vla.modules.openvla.linear import linear, read_linear
 
 # Images up to which a tower leaves much of a GPU idle, so that in a CUDA graph both run side by side.

@@ -1,0 +1,1 @@
+"""Everything between a checkpoint folder and a policy: upstream's format in and out."""

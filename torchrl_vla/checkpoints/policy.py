@@ -1,0 +1,400 @@
+"""A policy with all that belongs to it: built, loaded and saved as one folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from torchrl_vla.checkpoints.companions import save_companions
+from torchrl_vla.checkpoints.files import read_json
+from torchrl_vla.checkpoints.inspection import TrainedMode, trained_mode
+from torchrl_vla.checkpoints.openvla_format import resolve_checkpoint
+from torchrl_vla.checkpoints.trainable import check_tokens, prepare_for_ppo, weights_dtype
+from torchrl_vla.config import OpenVLAActorConfig
+from torchrl_vla.envs.tasks import get_suite
+from torchrl_vla.modules import (
+    ActionTokenizer,
+    OpenVLA,
+    OpenVLAActor,
+    OpenVLAAutoregressiveActor,
+    OpenVLAConfig,
+    OpenVLAL1Actor,
+    OpenVLAProcessor,
+    build_tokenizer,
+    load_tokenizer,
+    make_actor,
+    make_autoregressive_actor,
+    make_l1_actor,
+)
+from torchrl_vla.modules.openvla.lora import without_adapters
+from torchrl_vla.modules.openvla.tokenizer import empty_token_id
+from torchrl_vla.training.run_folder import written_whole
+
+__all__ = ["BUNDLED", "RANDOM", "Policy", "build_policy", "load_policy", "save_policy"]
+
+#: What names of untrained policies begin with.
+RANDOM = "random:"
+#: The policy that comes with the package, made as docs/tiny_policy.md says.
+BUNDLED = "bundled:tiny"
+_BUNDLED_FOLDER = Path(__file__).parents[1] / "assets" / "tiny_policy"
+#: Image settings of a policy folder; released checkpoints have none.
+PROCESSOR_FILE = "processor.json"
+#: Subfolder of a run with what it can be resumed from.
+CHECKPOINTS = "checkpoints"
+#: As many environments as a 7B model's rollout has at most: to launch 8 decisions one by one takes longer than to
+#: compute them, and replaying larger batches costs nothing.
+GRAPH_BATCH_SIZE = 32
+#: Tokens: few lengths for all tasks, and little padding.
+_PROMPT_MULTIPLE = 16
+#: Suites that the small tokenizer knows the words of; their LIBERO-PRO variants use few others.
+_VOCABULARY_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+
+
+@dataclass
+class Policy:
+    """A network, what makes its inputs, and the TorchRL actor over both.
+
+    Args:
+        model: the network.
+        processor: makes its inputs; holds the text tokenizer and the action tokenizer with its statistics.
+        actor: the TorchRL policy: by tokens, in parallel or one after the other, or by the L1 head.
+        statistics_key: name of the action statistics.
+    """
+
+    model: OpenVLA
+    processor: OpenVLAProcessor
+    actor: OpenVLAActor | OpenVLAAutoregressiveActor | OpenVLAL1Actor
+    statistics_key: str
+
+    def share_prompt_length(self, instructions: Iterable[str]) -> None:
+        """Pad the prompts of several tasks, so that a compiled network does not meet every length anew.
+
+        Prompts of one length stay as they are: attention without a mask is faster. So does everything on a CPU.
+
+        Args:
+            instructions: of all tasks that are to come.
+        """
+        ids, mask = self.processor.encode_instructions(list(instructions))
+        if mask is not None and self.model.accelerated:
+            self.processor.prompt_multiple = _PROMPT_MULTIPLE
+
+    def reference_context(self) -> AbstractContextManager[Any]:
+        """A context in which the policy is the one it was before its adapters learned."""
+        return without_adapters(self.model)
+
+
+def build_policy(
+    name: str,
+    *,
+    statistics_key: str = "libero_spatial",
+    temperature: float = 1.6,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    use_l1_head: bool = False,
+    num_images: int = 1,
+    use_proprio: bool = True,
+    instructions: Mapping[int, str] | None = None,
+) -> Policy:
+    """Make an untrained policy.
+
+    Args:
+        name: ``tiny`` or ``7b``.
+        statistics_key: name that its action statistics (none: actions are taken as they are) are saved under.
+        temperature: sampling temperature.
+        device: where to make it.
+        dtype: of its weights; None for :func:`weights_dtype`'s.
+        use_l1_head: with an L1 head too.
+        num_images: cameras it looks through.
+        use_proprio: read the robot's state, if the preset does.
+        instructions: as for :func:`~torchrl_vla.modules.make_actor`.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    config, device = replace(OpenVLAConfig.preset(name), num_images=num_images), torch.device(device)
+    config = replace(config, use_proprio=config.use_proprio and use_proprio)
+    # Words of every suite, so that a policy can go on to another one.
+    words = [task.instruction for suite in _VOCABULARY_SUITES for task in get_suite(suite).tasks]
+    tokenizer = build_tokenizer(words, vocab_size=config.tokenizer_vocab_size, n_bins=config.n_action_bins)
+    config = replace(config, empty_token_id=empty_token_id(tokenizer))
+    # Made where it will be and in its own dtype, as a checkpoint is loaded: 7B in float32 would not fit a 24 GB card.
+    with torch.device("meta"):
+        model = OpenVLA(config, use_l1_head=use_l1_head)
+    model.to(dtype or weights_dtype(config, device)).to_empty(device=device).initialize()
+    actions = ActionTokenizer(n_bins=config.n_action_bins, vocab_size=config.tokenizer_vocab_size)
+    return _assemble(
+        model,
+        tokenizer,
+        actions,
+        {"backend": "fast"},
+        statistics_key,
+        temperature=temperature,
+        device=torch.device(device),
+        instructions=instructions,
+    )
+
+
+def require_cameras(config: OpenVLAConfig, num_images: int, folder: Path) -> None:
+    """Refuse to look through fewer cameras than a policy was trained with.
+
+    No file of a released checkpoint says how many these were; this package notes it.
+
+    Args:
+        config: of the policy.
+        num_images: cameras to look through.
+        folder: of the policy, for the message.
+
+    Raises:
+        ValueError: they are fewer.
+    """
+    if config.num_images > num_images:
+        raise ValueError(
+            f"num_images_in_input is {num_images}, but {folder} was trained with {config.num_images} cameras: use "
+            f"--num-images-in-input {config.num_images}."
+        )
+
+
+def require_proprio_format(config: OpenVLAConfig, proprio_format: str, folder: Path) -> None:
+    """Refuse to show a policy the robot's state written otherwise than it was trained with.
+
+    No file of a released checkpoint says how that was; this package notes it.
+
+    Args:
+        config: of the policy.
+        proprio_format: how the state is written.
+        folder: of the policy, for the message.
+
+    Raises:
+        ValueError: the policy was trained with another format.
+    """
+    if config.use_proprio and config.proprio_format not in (None, proprio_format):
+        raise ValueError(
+            f"proprio_format is {proprio_format}, but {folder} was trained with {config.proprio_format}: use "
+            f"--proprio-format {config.proprio_format}."
+        )
+
+
+def find_policy(name: str, *, use_local: bool = True) -> Path:
+    """The folder of a policy that has one: the bundled one, a checkpoint, or the policy of a run's folder.
+
+    Args:
+        name: ``bundled:tiny``, a folder or a hub id.
+        use_local: look for a folder of that name before asking the hub.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    folder = _BUNDLED_FOLDER if name == BUNDLED else resolve_checkpoint(name, use_local=use_local)
+    if (folder / CHECKPOINTS).is_dir() and (folder / "policy").is_dir():
+        return folder / "policy"
+    if (folder / CHECKPOINTS).is_dir() and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{folder} is a run without a policy of its own. One of `train` that was interrupted, or loaded in 4 bits: "
+            f"`torchrl-vla export {folder} OUT` writes it from the latest checkpoint. One of `finetune`: go on with it "
+            "by --resume."
+        )
+    return folder
+
+
+def policy_mode(name: str) -> TrainedMode:
+    """For which way of acting a policy was trained.
+
+    Args:
+        name: as in :class:`OpenVLAActorConfig`.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    if name.startswith(RANDOM):
+        return TrainedMode("tokens", "it is untrained")
+    return trained_mode(find_policy(name))
+
+
+def load_policy(
+    actor: OpenVLAActorConfig,
+    *,
+    task_suite: str,
+    temperature: float = 1.6,
+    device: torch.device | str = "cpu",
+    head_device: torch.device | None = None,
+    dtype: torch.dtype | Literal["stored"] | None = None,
+    trainable: bool = True,
+    autoregressive: bool = False,
+    read_task_ids: bool = False,
+    proprio_format: Literal["axis_angle", "quaternion"] | None = None,
+) -> Policy:
+    """Load the policy that a configuration names, and prepare what of it learns.
+
+    Args:
+        actor: checkpoint, adapters and mode.
+        task_suite: the suite whose statistics to use if the configuration names none.
+        temperature: sampling temperature.
+        device: where to load it.
+        head_device: where to put the L1 head; None for `device`.
+        dtype: as for :meth:`OpenVLA.from_pretrained`, but None for :func:`weights_dtype`'s.
+        trainable: add adapters or freeze parts as configured; False loads it to be used as it is.
+        autoregressive: decode one token after the other and one control step at a time, as base OpenVLA does. Such a
+            policy acts; it cannot be trained so.
+        read_task_ids: read which task of the suite it is from ``task_id``, not from ``language_instruction``.
+        proprio_format: how the robot's state will be written, noted when the policy is saved; None: as it notes itself.
+
+    Raises:
+        ValueError: the checkpoint cannot be had, does not fit the configuration or its decoding, or is to be trained
+            and has no trained tokens.
+    """
+    if autoregressive and (trainable or not actor.use_tokenized_actions):
+        raise ValueError(
+            "autoregressive decoding is for acting by tokens: load the policy with trainable=False and "
+            "use_tokenized_actions=True."
+        )
+    device = torch.device(device)
+    choose_dtype = partial(
+        weights_dtype,
+        device=device,
+        trainable=trainable,
+        use_lora=actor.use_lora,
+        freeze_vla_backbone=actor.freeze_vla_backbone,
+    )
+    tasks = get_suite(task_suite).tasks if read_task_ids else ()
+    instructions = {index: task.instruction for index, task in enumerate(tasks)} or None
+    if actor.pretrained_checkpoint.startswith(RANDOM):
+        name = actor.pretrained_checkpoint.removeprefix(RANDOM)
+        if actor.load_in_4bit:
+            raise ValueError(
+                f"load_in_4bit reads a checkpoint in 4 bits, and {actor.pretrained_checkpoint} has none: leave it out, "
+                "or save the policy and name its folder."
+            )
+        policy = build_policy(
+            name,
+            statistics_key=task_suite,
+            temperature=temperature,
+            device=device,
+            dtype=None if dtype == "stored" else dtype or choose_dtype(OpenVLAConfig.preset(name)),
+            use_l1_head=actor.load_l1_action_head,
+            num_images=actor.num_images_in_input,
+            use_proprio=actor.use_proprio,
+            instructions=instructions,
+        )
+    else:
+        folder = find_policy(actor.pretrained_checkpoint, use_local=actor.use_local)
+        if trainable and not actor.force:
+            check_tokens(folder, actor)
+        # Small files first: what does not fit is said before gigabytes are read.
+        config = OpenVLAConfig.from_folder(folder)
+        if config.use_proprio and not actor.use_proprio:
+            raise ValueError(
+                f"use_proprio is off, but {folder} was trained with the robot's state: leave it on, or choose a "
+                "checkpoint without a proprio projector."
+            )
+        if config.use_proprio and actor.proprio_dim != config.proprio_dim:
+            raise ValueError(
+                f"proprio_dim is {actor.proprio_dim}, but {folder} reads states of {config.proprio_dim} numbers: use "
+                f"--proprio-dim {config.proprio_dim}."
+            )
+        require_cameras(config, actor.num_images_in_input, folder)
+        if proprio_format is not None:
+            require_proprio_format(config, proprio_format, folder)
+        key = actor.unnorm_key or get_suite(task_suite).base or task_suite
+        sizes = {"n_bins": config.n_action_bins, "vocab_size": config.tokenizer_vocab_size}
+        actions = ActionTokenizer.from_statistics(folder, key, **sizes)
+        tokenizer = load_tokenizer(folder)
+        settings = read_image_settings(folder)
+        model = OpenVLA.from_pretrained(
+            folder,
+            dtype=dtype or choose_dtype(config),
+            device=device,
+            load_in_4bit=actor.load_in_4bit,
+            load_l1_action_head=actor.load_l1_action_head or False,
+            attn_implementation=None if actor.use_flash_attention else "sdpa",
+        )
+        model.config = replace(model.config, num_images=actor.num_images_in_input)
+        policy = _assemble(
+            model,
+            tokenizer,
+            actions,
+            settings,
+            key,
+            temperature=temperature,
+            device=device,
+            instructions=instructions,
+        )
+    if proprio_format is not None and policy.model.config.use_proprio:
+        policy.model.config = replace(policy.model.config, proprio_format=proprio_format)
+    if head_device is not None and policy.model.action_head is not None:
+        policy.model.action_head.to(head_device)
+    if autoregressive:
+        # No file of a released checkpoint says how many control steps it decides at once.
+        policy.model.config = replace(policy.model.config, chunk_size=1)
+        policy.actor = make_autoregressive_actor(
+            policy.model, policy.processor, temperature=temperature, instructions=instructions
+        )
+    elif not actor.use_tokenized_actions:
+        policy.actor = make_l1_actor(policy.model, policy.processor, instructions=instructions)
+    if trainable:
+        prepare_for_ppo(policy.model, actor)
+        policy.actor.eval()  # adapters too: PPO compares probabilities of one network
+    else:
+        policy.model.requires_grad_(False)
+    if actor.compile and device.type == "cuda":
+        policy.model.accelerate(graph_batch_size=GRAPH_BATCH_SIZE)
+    return policy
+
+
+def read_image_settings(folder: Path) -> dict[str, Any]:
+    """Options of a checkpoint's image pipeline.
+
+    Released checkpoints say nothing: they were trained and judged with the exact pipeline and the centre crop.
+
+    Args:
+        folder: of the checkpoint.
+
+    Raises:
+        ValueError: the file is damaged, or has an option that there is not.
+    """
+    path = folder / PROCESSOR_FILE
+    settings = read_json(path) if path.is_file() else {}
+    unknown = sorted(set(settings) - {"backend", "center_crop"})
+    if unknown:
+        raise ValueError(f"{path} has {', '.join(unknown)}; it may have backend (exact or fast) and center_crop.")
+    return settings
+
+
+def save_policy(policy: Policy, folder: Path, **options: Any) -> None:
+    """Write the policy in upstream's format, adapters merged, so that `load_policy` and upstream's tools read it.
+
+    Args:
+        policy: the policy; it is not changed.
+        folder: replaced as a whole once everything is written.
+        options: of :meth:`OpenVLA.save_pretrained`.
+    """
+    with written_whole(folder) as partial:
+        policy.model.save_pretrained(partial, **options)
+        policy.processor.action_tokenizer.save_statistics(partial, policy.statistics_key)
+        images = policy.processor.images
+        settings = {"backend": images.backend, "center_crop": images.center_crop}
+        (partial / PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        save_companions(policy.processor.tokenizer, policy.model.config, partial)
+
+
+def _assemble(
+    model: OpenVLA,
+    tokenizer: PreTrainedTokenizerBase,
+    actions: ActionTokenizer,
+    settings: dict[str, Any],
+    key: str,
+    *,
+    temperature: float,
+    device: torch.device,
+    instructions: Mapping[int, str] | None,
+) -> Policy:
+    processor = OpenVLAProcessor(tokenizer, actions, image_size=model.config.image_size, **settings)
+    actor = make_actor(model, processor, actions, temperature=temperature, instructions=instructions).to(device)
+    return Policy(model, processor, actor.eval(), key)

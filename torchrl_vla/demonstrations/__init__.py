@@ -1,0 +1,1 @@
+"""Making demonstrations: a scripted expert, and the processes that record it."""

@@ -1,0 +1,180 @@
+"""The Panda arm and its gripper: poses that it can reach, what its fingers touch, actions that move it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mujoco
+import numpy as np
+
+from torchrl_vla.demonstrations.expert.geometry import rotation_about, rotation_vector
+
+__all__ = ["Arm", "GRIPPER_CLOSE", "GRIPPER_OPEN", "HandBox"]
+
+GRIPPER_OPEN, GRIPPER_CLOSE = -1.0, 1.0
+
+#: What a full action moves the controller's goal by: metres and radians.
+_POSITION_RANGE, _ROTATION_RANGE = 0.05, 0.5
+_POSITION_GAIN, _ROTATION_GAIN = 2.0, 1.5
+#: Seconds for which the hand goes on at its velocity when told to stop; a stretched arm overshoots without this.
+_LAG = 0.05
+#: Panda's kinematics in metres: shoulder above link 0, grip site below the wrist, flange outside the wrist.
+_SHOULDER_HEIGHT, _WRIST_TO_SITE, _WRIST_OFFSET = 0.333, 0.21, 0.088
+#: Distance of wrist and shoulder from which on the elbow is almost stretched (it ends at 0.719).
+_REACH = 0.645
+_TILTS = np.radians(np.arange(0.0, 41.0, 2.0))
+
+
+@dataclass(frozen=True)
+class HandBox:
+    """A box around a part of the open gripper, in the frame of the grip site (x: finger axis, z: approach).
+
+    Args:
+        low, high: opposite corners ``[3]`` in metres.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+
+
+class Arm:
+    """Reads and steers one Panda of a MuJoCo model.
+
+    Args:
+        model: the compiled model.
+        robot, gripper: what the names of the arm's and the gripper's parts start with.
+    """
+
+    def __init__(self, model: mujoco.MjModel, *, robot: str = "robot0", gripper: str = "gripper0") -> None:
+        self._model = model
+        self._site = _index(model, mujoco.mjtObj.mjOBJ_SITE, f"{gripper}_grip_site")
+        self._base = _index(model, mujoco.mjtObj.mjOBJ_BODY, f"{robot}_link0")
+        self._geom_root = model.body_rootid[model.geom_bodyid]
+        self._finger = np.zeros(model.ngeom, dtype=int)
+        for number, side in enumerate(("left", "right"), start=1):
+            finger = _index(model, mujoco.mjtObj.mjOBJ_BODY, f"{gripper}_{side}finger")
+            bodies = np.flatnonzero((np.arange(model.nbody) == finger) | (model.body_parentid == finger))
+            self._finger[np.isin(model.geom_bodyid, bodies)] = number
+        #: The hand from 31 mm above the site on, and what the fingers sweep: their tips reach 9 mm beyond the site.
+        self.boxes = (
+            HandBox(np.array([-0.105, -0.035, -0.14]), np.array([0.105, 0.035, -0.031])),
+            HandBox(np.array([-0.062, -0.011, -0.031]), np.array([0.062, 0.011, 0.009])),
+        )
+        #: Of the boxes, across the finger axis, in metres.
+        self.half_thickness = max(float(box.high[1]) for box in self.boxes)
+
+    def pose(self, data: mujoco.MjData) -> tuple[np.ndarray, np.ndarray]:
+        """Position ``[3]`` in metres and rotation ``[3, 3]`` of the grip site.
+
+        Args:
+            data: current poses.
+        """
+        return data.site_xpos[self._site].copy(), data.site_xmat[self._site].reshape(3, 3).copy()
+
+    def azimuth(self, data: mujoco.MjData, position: np.ndarray) -> np.ndarray:
+        """Direction of positions as the arm's base sees them, ``[*]`` in radians.
+
+        Args:
+            data: current poses.
+            position: ``[*, 3]`` in metres.
+        """
+        offset = position - data.xpos[self._base]
+        return np.arctan2(offset[..., 1], offset[..., 0])
+
+    def wrist_angle(self, data: mujoco.MjData) -> float:
+        """Angle of the finger axis about the vertical, from the direction that the arm points to, in radians.
+
+        Args:
+            data: current poses.
+        """
+        position, rotation = self.pose(data)
+        return float(np.arctan2(rotation[1, 0], rotation[0, 0]) - self.azimuth(data, position))
+
+    def reach_tilt(self, data: mujoco.MjData, position: np.ndarray) -> np.ndarray:
+        """The smallest outward tilt of the hand at which the elbow stays bent, ``[*]`` in radians.
+
+        Args:
+            data: current poses.
+            position: where the grip site is to be, ``[*, 3]`` in metres.
+        """
+        offset = position - data.xpos[self._base]
+        radius, height = np.linalg.norm(offset[..., :2], axis=-1), offset[..., 2] - _SHOULDER_HEIGHT
+        sine, cosine = np.sin(_TILTS), np.cos(_TILTS)
+        wrist_radius = radius[..., None] - _WRIST_TO_SITE * sine - _WRIST_OFFSET * cosine
+        wrist_height = height[..., None] + _WRIST_TO_SITE * cosine - _WRIST_OFFSET * sine
+        distance = np.hypot(wrist_radius, wrist_height)
+        within = distance <= _REACH
+        choice = np.where(within.any(axis=-1), within.argmax(axis=-1), distance.argmin(axis=-1))
+        return _TILTS[choice]
+
+    def hand_rotation(self, azimuth: float, wrist_angle: float, tilt: float) -> np.ndarray:
+        """Rotation ``[3, 3]`` of a hand that points down, its fingertips tilted away from the base.
+
+        Args:
+            azimuth: direction of the arm in radians.
+            wrist_angle: angle of the finger axis about the vertical, from that direction, in radians.
+            tilt: in radians.
+        """
+        yaw = azimuth + wrist_angle
+        cosine, sine = np.cos(yaw), np.sin(yaw)
+        upright = np.array([[cosine, sine, 0.0], [sine, -cosine, 0.0], [0.0, 0.0, -1.0]])
+        return rotation_about(np.array([np.sin(azimuth), -np.cos(azimuth), 0.0]), tilt) @ upright
+
+    def fingers_touching(self, data: mujoco.MjData, body: int) -> int:
+        """How many of the two fingers touch an object.
+
+        Args:
+            data: current contacts.
+            body: root body of the object.
+        """
+        pairs = data.contact.geom
+        touched = set()
+        for first, second in ((0, 1), (1, 0)):
+            on_object = self._geom_root[pairs[:, second]] == body
+            touched.update(self._finger[pairs[on_object, first]].tolist())
+        return len(touched - {0})
+
+    def offset(self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What is left to a pose once the present motion has died down.
+
+        Args:
+            data: current poses and velocities.
+            position: ``[3]`` in metres.
+            rotation: ``[3, 3]``.
+
+        Returns:
+            tuple: translation ``[3]`` in metres and rotation vector ``[3]`` in radians.
+        """
+        here, orientation = self.pose(data)
+        velocity = np.empty(6)
+        mujoco.mj_objectVelocity(self._model, data, mujoco.mjtObj.mjOBJ_SITE, self._site, velocity, 0)
+        return position - here - _LAG * velocity[3:], rotation_vector(rotation @ orientation.T)
+
+    def towards(
+        self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray, gripper: float, speed: float = 1.0
+    ) -> np.ndarray:
+        """The action ``[7]`` that moves the grip site towards a pose.
+
+        Args:
+            data: current poses.
+            position: ``[3]`` in metres.
+            rotation: ``[3, 3]``.
+            gripper: ``GRIPPER_OPEN`` or ``GRIPPER_CLOSE``.
+            speed: length of the longest translation, up to 1.
+        """
+        translation, turning = self.offset(data, position, rotation)
+        move = _POSITION_GAIN * translation / _POSITION_RANGE
+        turn = _ROTATION_GAIN * turning / _ROTATION_RANGE
+        return np.concatenate([_limit(move, speed), _limit(turn, 1.0), [gripper]])
+
+
+def _limit(vector: np.ndarray, largest: float) -> np.ndarray:
+    """Shortens a vector, keeping its direction, until no component exceeds a limit."""
+    return vector * min(1.0, largest / max(np.abs(vector).max(), 1e-12))
+
+
+def _index(model: mujoco.MjModel, kind: mujoco.mjtObj, name: str) -> int:
+    index = mujoco.mj_name2id(model, kind, name)
+    if index < 0:
+        raise ValueError(f"The model has no {name!r}: the expert knows LIBERO's scenes with one Panda and its gripper.")
+    return index

@@ -1,0 +1,240 @@
+"""Moving one object to where it belongs, phase by phase, again if it was lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+
+import mujoco
+import numpy as np
+
+from torchrl_vla.demonstrations.expert.arm import GRIPPER_CLOSE, GRIPPER_OPEN, Arm
+from torchrl_vla.demonstrations.expert.geometry import CollisionPoints
+from torchrl_vla.demonstrations.expert.grasps import Grasp, plan_grasp
+from torchrl_vla.demonstrations.expert.placement import clear_height, hand_pose_for, plan_carry, release_height
+from torchrl_vla.demonstrations.expert.task_goals import Goal, UnreachableGoalError, can_reach
+
+__all__ = ["PickAndPlace"]
+
+#: A phase yields actions and returns whether it went well.
+Phase = Generator[np.ndarray, None, bool]
+
+_APPROACH, _LIFT, _LIFT_SPEED, _RETREAT = 0.07, 0.04, 0.3, 0.08
+_HOVER_OFFSET, _HOVER_TURN, _HOVER_STEPS = 0.012, 0.12, 60
+_DESCENT_SPEED, _DESCENT_OFFSET, _DESCENT_GAP, _DESCENT_STEPS = 0.8, 0.006, 0.004, 30
+_CLOSE_STEPS, _CLOSE_STEPS_AT_MOST, _FIRM_STEPS, _RELEASE_STEPS = 9, 18, 3, 8
+_LOWER_SPEED, _LOWER_STEPS, _CARRY_STEPS, _SHORT_STEPS = 0.7, 40, 100, 15
+#: An object that moved this far since its grasp was planned needs another one.
+_MOVED = 0.008
+#: Control steps without both fingers' touch after which an object counts as lost.
+_LOST_STEPS = 3
+#: Where nothing may be above a region to put something in, in metres from its centre.
+_OPEN_RADIUS = 0.02
+#: How far below the top of a container's wall the grip site may go.
+_WALL_OVERLAP = 0.02
+
+
+class PickAndPlace:
+    """Brings an object onto another one, onto a site or into a container.
+
+    Args:
+        model: the compiled model.
+        arm: the arm.
+        surfaces: collision points of the model.
+        goal: ``on`` or ``in``, the object, and the object or site where it belongs.
+
+    Raises:
+        UnreachableGoalError: it is of another kind, or names something that the model does not have.
+    """
+
+    def __init__(self, model: mujoco.MjModel, arm: Arm, surfaces: CollisionPoints, goal: Goal) -> None:
+        if not can_reach([goal]):
+            raise UnreachableGoalError(
+                f"The scripted expert cannot reach the goal {goal}: it moves objects ('on', 'in'), it does not open, "
+                "close or turn on anything. Choose a task whose goal is where an object lies."
+            )
+        self._goal = goal
+        self._arm = arm
+        self._surfaces = surfaces
+        self._into = goal.predicate == "in"
+        self._body = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_BODY, f"{goal.subject}_main")
+        self._site = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_SITE, goal.target)
+        target = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_BODY, f"{goal.target}_main")
+        self._target = int(model.body_rootid[model.site_bodyid[self._site]]) if self._site >= 0 else target
+        free = model.jnt_bodyid[model.jnt_type == mujoco.mjtJoint.mjJNT_FREE]
+        self._movable = free[free != self._body]
+        if self._body < 0 or self._target < 0:
+            missing = goal.subject if self._body < 0 else goal.target
+            raise UnreachableGoalError(f"The model has no object or site {missing!r}, which the goal {goal} names.")
+
+    def check(self, data: mujoco.MjData) -> None:
+        """Refuses a region to put something in that is not open above, as that of a closed drawer.
+
+        Args:
+            data: current poses.
+
+        Raises:
+            UnreachableGoalError: a part of what the region belongs to is above it.
+        """
+        if not self._into or self._site < 0:
+            return
+        place = self._target_position(data)
+        around, _ = self._surfaces.split(data, self._target)
+        above = around[:, 2] > place[2]
+        if (np.linalg.norm(around[above, :2] - place[:2], axis=1) < _OPEN_RADIUS).any():
+            raise UnreachableGoalError(
+                f"The scripted expert cannot reach the goal {self._goal}: it puts objects down from above, and "
+                f"{self._goal.target} is covered, like a closed drawer or a shelf. Choose a task whose place is open."
+            )
+
+    def script(self, data: mujoco.MjData) -> Generator[np.ndarray, None, None]:
+        """Yields actions ``[7]`` until the object was put down at its place.
+
+        Args:
+            data: the simulation, read anew before every action.
+        """
+        failed: list[np.ndarray] = []
+        while True:
+            points, others = self._surfaces.split(data, self._body)
+            origin = self._origin(data)
+            carry = self._target_position(data) - origin
+            avoid = [origin + offset for offset in failed]
+            grasp = plan_grasp(self._arm, data, points, others, approach=_APPROACH, carry=carry, avoid=avoid)
+            if not (yield from self._pick(data, grasp, others)):
+                failed.append(grasp.position - origin)
+            elif (yield from self._place(data, grasp)):
+                return
+            yield from self._rise(data, points[:, 2].max() + _APPROACH)
+
+    def _target_position(self, data: mujoco.MjData) -> np.ndarray:
+        return (data.site_xpos[self._site] if self._site >= 0 else data.xpos[self._target]).copy()
+
+    def _origin(self, data: mujoco.MjData) -> np.ndarray:
+        return data.xpos[self._body].copy()
+
+    def _pick(self, data: mujoco.MjData, grasp: Grasp, others: np.ndarray) -> Phase:
+        arm, above = self._arm, grasp.position + [0.0, 0.0, _APPROACH]
+        start = self._origin(data)
+
+        def in_place() -> bool:
+            return bool(np.linalg.norm(self._origin(data) - start) < _MOVED)
+
+        here, _ = arm.pose(data)
+        clear = clear_height(here, above, others)
+        if clear > here[2]:
+            yield from self._rise(data, clear)
+        for step in range(_HOVER_STEPS + 1):
+            offset, turn = arm.offset(data, above, grasp.rotation)
+            if np.linalg.norm(offset[:2]) < _HOVER_OFFSET and np.linalg.norm(turn) < _HOVER_TURN:
+                break
+            if step == _HOVER_STEPS or not in_place():
+                return False
+            far = np.linalg.norm(offset[:2]) > _HOVER_OFFSET
+            towards = np.array([*above[:2], max(above[2], clear)]) if far else above
+            yield arm.towards(data, towards, grasp.rotation, GRIPPER_OPEN)
+        for _ in range(_DESCENT_STEPS):
+            offset, _ = arm.offset(data, grasp.position, grasp.rotation)
+            if abs(offset[2]) < _DESCENT_GAP and np.linalg.norm(offset[:2]) < _DESCENT_OFFSET:
+                break
+            if not in_place():
+                return False
+            yield arm.towards(data, grasp.position, grasp.rotation, GRIPPER_OPEN, _DESCENT_SPEED)
+        heights = data.xpos[self._movable, 2].copy()
+        firm = 0
+        for step in range(_CLOSE_STEPS_AT_MOST):
+            firm = firm + 1 if arm.fingers_touching(data, self._body) == 2 else 0
+            if step >= _CLOSE_STEPS and firm >= _FIRM_STEPS:
+                break
+            yield arm.towards(data, grasp.position, grasp.rotation, GRIPPER_CLOSE)
+        here, _ = arm.pose(data)
+        yield from self._straight(data, here + [0.0, 0.0, _LIFT], grasp.rotation, GRIPPER_CLOSE, _LIFT_SPEED)
+        if (data.xpos[self._movable, 2] - heights).max(initial=0.0) > _LIFT / 2:
+            # A bowl that stood in another one can take it along: put both down.
+            yield from self._straight(data, here, grasp.rotation, GRIPPER_CLOSE, _LIFT_SPEED)
+            yield from self._release(data, grasp.rotation)
+            return False
+        return arm.fingers_touching(data, self._body) == 2
+
+    def _place(self, data: mujoco.MjData, grasp: Grasp) -> Phase:
+        arm = self._arm
+        target = self._target_position(data)
+        points, others = self._surfaces.split(data, self._body)
+        ground = self._surfaces.ground(data)
+        origin, (here, rotation) = self._origin(data), arm.pose(data)
+        held = rotation.T @ (origin - here)
+        low = release_height(points, origin, others, target[:2], ground)
+        if self._into:
+            walls, _ = self._surfaces.split(data, self._target)
+            low = max(low, walls[:, 2].max() - _WALL_OVERLAP + (origin - here)[2])
+        path = plan_carry(points, origin, others, target[:2], ground, low)
+        lost = self._loss_detector(data)
+        if path.rise_first:
+            top = here + [0.0, 0.0, path.height(0.0) - origin[2]]
+            yield from self._straight(data, top, rotation, GRIPPER_CLOSE)
+        climb = path.height(path.length) - low
+        low_position, rotation = hand_pose_for(arm, data, np.array([*target[:2], low]), held, grasp.wrist_angle, climb)
+        for _ in range(_CARRY_STEPS):
+            offset, turn = arm.offset(data, low_position, rotation)
+            distance = float(np.linalg.norm(offset[:2]))
+            if distance < _HOVER_OFFSET and np.linalg.norm(turn) < _HOVER_TURN:
+                break
+            if lost():
+                return False
+            clear = np.array([0.0, 0.0, path.height(path.length - distance) - low])
+            yield arm.towards(data, _climb_first(low_position + clear, offset + clear), rotation, GRIPPER_CLOSE)
+        for _ in range(_LOWER_STEPS):
+            offset, _ = arm.offset(data, low_position, rotation)
+            if abs(offset[2]) < _DESCENT_GAP and np.linalg.norm(offset[:2]) < _DESCENT_OFFSET:
+                break
+            if lost():
+                return False
+            yield arm.towards(data, low_position, rotation, GRIPPER_CLOSE, _LOWER_SPEED)
+        here, _ = arm.pose(data)
+        yield from self._release(data, rotation)
+        yield from self._straight(data, here + [0.0, 0.0, _RETREAT], rotation, GRIPPER_OPEN)
+        return True
+
+    def _release(self, data: mujoco.MjData, rotation: np.ndarray) -> Generator[np.ndarray, None, None]:
+        here, _ = self._arm.pose(data)
+        for _ in range(_RELEASE_STEPS):
+            yield self._arm.towards(data, here, rotation, GRIPPER_OPEN)
+
+    def _rise(self, data: mujoco.MjData, height: float) -> Phase:
+        position, rotation = self._arm.pose(data)
+        position[2] = max(position[2], height)
+        return (yield from self._straight(data, position, rotation, GRIPPER_OPEN))
+
+    def _straight(
+        self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray, gripper: float, speed: float = 1.0
+    ) -> Phase:
+        """A short straight move."""
+        for _ in range(_SHORT_STEPS):
+            offset, _ = self._arm.offset(data, position, rotation)
+            if np.linalg.norm(offset) < _HOVER_OFFSET:
+                return True
+            yield self._arm.towards(data, position, rotation, gripper, speed)
+        return False
+
+    def _loss_detector(self, data: mujoco.MjData) -> Callable[[], bool]:
+        """Says, asked once a control step, whether the object slipped out of the fingers."""
+        steps_without = 0
+
+        def lost() -> bool:
+            nonlocal steps_without
+            touching = self._arm.fingers_touching(data, self._body) == 2
+            steps_without = 0 if touching else steps_without + 1
+            return steps_without >= _LOST_STEPS
+
+        return lost
+
+
+def _climb_first(position: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """A nearer goal on the way to a position, so that a climb is at least as steep as 45 degrees.
+
+    Args:
+        position: where to go, ``[3]`` in metres.
+        offset: what is left to there, ``[3]``.
+    """
+    climb, distance = offset[2], float(np.linalg.norm(offset[:2]))
+    if climb < _HOVER_OFFSET or distance <= climb:
+        return position
+    return position - np.array([*offset[:2], 0.0]) * (1.0 - climb / distance)

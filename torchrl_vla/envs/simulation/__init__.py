@@ -1,0 +1,1 @@
+"""Everything below the TensorDict: MuJoCo, the controller, the scenes and their pictures."""

@@ -1,0 +1,1 @@
+"""Programs that one reads from top to bottom: what the commands run."""
