@@ -30,7 +30,7 @@ def measure(bench: Bench) -> None:
     num_envs = bench.options.num_envs
     envs = make_envs(_SUITE, num_envs=num_envs, chunk_size=bench.model.config.chunk_size, task_ids=[0])
     try:
-        trainer = bench.trainer(traj_mini_batch_size=8)
+        step = bench.optimizer_step(traj_mini_batch_size=8)
         forward_seconds = _time_forwards(bench)
         collector = GroupCollector(envs, bench.policy.actor)
         for round_name in ("first", "second"):
@@ -41,7 +41,7 @@ def measure(bench: Bench) -> None:
             rollout = time.perf_counter() - started
             batch.set("advantage", torch.where(torch.arange(len(batch)) % 2 == 0, 1.0, -1.0).unsqueeze(-1))
             started = time.perf_counter()
-            figures = trainer.update(batch)
+            figures = bench.update(step, batch)
             update = time.perf_counter() - started
             bench.report.note(
                 f"loop, {round_name} round: decisions, rollout s, of it policy s, update s",
@@ -50,7 +50,7 @@ def measure(bench: Bench) -> None:
             bench.report.note(
                 f"loop, {round_name} round: micro-batch, recomputed, steps, KL, clipped",
                 [
-                    trainer.micro_batch.size, trainer.micro_batch.recompute, figures["train/optimizer_steps"],
+                    step.micro_batch.size, step.micro_batch.recompute, figures["train/optimizer_steps"],
                     figures["train/approx_kl"], figures["train/clipfrac"],
                 ],
             )  # fmt: skip

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import gc
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from torchrl_vla.bench.measurements import Report
 from torchrl_vla.checkpoints.policy import GRAPH_BATCH_SIZE, Policy, build_policy
 from torchrl_vla.config import PPOConfig
 from torchrl_vla.modules.openvla.lora import add_lora
 from torchrl_vla.objectives import AsymmetricClipPPOLoss
+from torchrl_vla.recipes.grpo import make_buffer, update
 from torchrl_vla.training.backward_pass import can_be_recorded
 from torchrl_vla.training.devices import choose_device
-from torchrl_vla.training.logging import RunLogger
-from torchrl_vla.training.optimizer_step import PPOTrainer
+from torchrl_vla.training.optimizer_step import OptimizerStep
 
 if TYPE_CHECKING:
     from torchrl_vla.bench.gpu import GpuBench
@@ -114,19 +113,23 @@ class Bench:
         done[-1] = True
         return data.set(("next", "done"), done)
 
-    def trainer(self, **values: Any) -> PPOTrainer:
-        """A trainer as the presets make it, over decisions that have their advantages."""
+    def optimizer_step(self, **values: Any) -> OptimizerStep:
+        """An optimizer step as the presets make it, over decisions that have their advantages."""
         defaults = {"n_epochs": 1, "traj_split_num": 1, "val_interval": 0, "batch_size": "auto"}
         config = PPOConfig(**{**defaults, **values})
         loss = AsymmetricClipPPOLoss(self.policy.actor, None, entropy_coeff=config.entropy_coef).to(self.device)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=config.actor_lr, weight_decay=0.0, fused=self.on_gpu)
-        logger = RunLogger(Path(tempfile.mkdtemp(prefix="torchrl-vla-bench-")))
-        return PPOTrainer(
-            config, [], loss, lambda data: data, optimizer, logger, device=self.device,
+        return OptimizerStep(
+            loss, optimizer, config, device=self.device, report=tqdm.write,
             set_recompute=self.model.gradient_checkpointing_enable,
             prepare=self.policy.actor.backbone.prepare if can_be_recorded(self.model) else None,
         )  # fmt: skip
+
+    @staticmethod
+    def update(step: OptimizerStep, batch: TensorDictBase) -> dict[str, float]:
+        """What `torchrl-vla train` does with a batch, here without an advantage to compute; its figures."""
+        return update(step.config, batch, make_buffer(), step)
 
     def synchronize(self) -> None:
         """Wait for the device."""

@@ -95,13 +95,13 @@ def measure_naive(bench: Bench) -> None:
                 bench.expected["float32"] = model(*bench.inputs(2)).action_logits.log_softmax(-1)
                 model.to(dtype)
                 _note_difference(bench, "naive against float32", bench.expected["naive"], bench.expected["float32"])
-        trainer = bench.trainer(batch_size=1, recompute=1.0)
+        step = bench.optimizer_step(batch_size=1, recompute=1.0)
         data = bench.decisions(4)
         peak: dict[str, float] = {}
 
         def sample() -> None:
             for one in data.split(1):
-                trainer.backward_pass(one, rows=1)
+                step.backward_pass(one, rows=1)
                 bench_empty_cache(bench)
 
         with bench.peak(peak):
@@ -189,9 +189,9 @@ def _measure_update(bench: Bench, count: int, name: str, wanted: _Wanted, settin
     bench.model.forget_graphs()
     bench.clean()
     data = bench.decisions(count)
-    trainer = bench.trainer(traj_mini_batch_size=8, **settings)
-    first = trainer.update(data)
-    chosen = trainer.micro_batch
+    step = bench.optimizer_step(traj_mini_batch_size=8, **settings)
+    first = bench.update(step, data)
+    chosen = step.micro_batch
     costs = {
         f"{size}/{share:.2f}": f"{cost.seconds / size * 1e3:.1f} ms, {cost.bytes / GIB:.2f} GiB"
         for (size, share), cost in chosen.costs.items()
@@ -201,7 +201,7 @@ def _measure_update(bench: Bench, count: int, name: str, wanted: _Wanted, settin
                       [first[f"train/{key}"] for key in ("max_ratio", "approx_kl", "clipfrac")])  # fmt: skip
     peak: dict[str, float] = {}
     with bench.peak(peak):
-        milliseconds = bench.milliseconds(lambda: trainer.update(data), 1, 0) / len(data)
+        milliseconds = bench.milliseconds(lambda: bench.update(step, data), 1, 0) / len(data)
     how = f"micro-batch {min(chosen.size, count)}, {chosen.recompute:.0%} recomputed"
     title = f"update, {name} ({how}), per decision and epoch{bench.floor(wanted.passes)}"
     limit = wanted.milliseconds if bench.on_gpu else None
@@ -209,7 +209,6 @@ def _measure_update(bench: Bench, count: int, name: str, wanted: _Wanted, settin
     if bench.on_gpu:
         bench.report.add(Figure(f"peak memory, {name} ({how})", "GiB", peak["reserved"], wanted=wanted.memory))
         bench.report.note(f"{name}: allocated, GiB", round(peak["allocated"], 2))
-    trainer.logger.close()
 
 
 def measure_profile(bench: Bench) -> None:
@@ -218,13 +217,13 @@ def measure_profile(bench: Bench) -> None:
 
     bench.accelerate()
     activities = [ProfilerActivity.CUDA if bench.on_gpu else ProfilerActivity.CPU]
-    trainer = bench.trainer(batch_size=16, recompute=0.0)
+    step = bench.optimizer_step(batch_size=16, recompute=0.0)
     data = bench.decisions(16).to(bench.device)
 
-    counts = trainer.loss.count_valid(data)  # type: ignore[operator]
+    counts = step.loss.count_valid(data)  # type: ignore[operator]
 
     def update() -> None:
-        trainer.backward_pass(data, rows=len(data), counts=counts)
+        step.backward_pass(data, rows=len(data), counts=counts)
 
     measured: dict[str, Callable[[], Any]] = {
         f"rollout of {batch}": partial(_without_gradient, bench.model, bench.inputs(batch)) for batch in _WANTED_ROLLOUT
@@ -308,7 +307,7 @@ def measure_capped(bench: Bench) -> None:
 
 
 def measure_loop(bench: Bench) -> None:
-    """Rollout in LIBERO and one update, end to end, through the trainer that `torchrl-vla train` runs."""
+    """Rollout in LIBERO and one update, end to end, through the loop that `torchrl-vla train` runs."""
     from torchrl_vla.bench.gpu_loop import measure
 
     measure(bench)

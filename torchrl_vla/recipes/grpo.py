@@ -1,327 +1,268 @@
-"""`torchrl-vla train`: check what can be checked, build the parts, run the loop, say where the results are."""
+"""GRPO (or PPO with GAE) for OpenVLA on LIBERO: the program that `torchrl-vla train` and `scripts/train.py` run.
+
+    policy     OpenVLA's action-token logits as a ProbabilisticActor
+    envs       LIBERO as TorchRL environments, in processes that are watched
+    collector  whole groups of episodes, one batch per update
+    buffer     a replay buffer; its transform GRPOAdvantage scores each group and drops those that teach nothing
+    loss       ClipPPOLoss with two clip ratios, masked, over action tokens
+    loop       collect, extend, step, push the weights, validate, log, save
+
+To bring a part of your own, copy this file and change its line in `train`; `learn` takes any TorchRL collector, buffer
+and loss. `examples/` has four such programs.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, TensorDictSequential
-from torchrl.envs import EnvBase
+from torchrl.data import ListStorage, ReplayBuffer, SamplerWithoutReplacement, TensorDictReplayBuffer
+from torchrl.envs.transforms import Transform
 from torchrl.objectives.value import GAE
 from tqdm import tqdm
 
-from torchrl_vla.checkpoints.policy import Policy, load_policy, save_policy
+from torchrl_vla.checkpoints.policy import save_policy
 from torchrl_vla.collectors import GroupCollector
 from torchrl_vla.collectors.update_batches import UpdateCollector
 from torchrl_vla.config import PPOConfig, TrainConfig
 from torchrl_vla.envs import get_suite
 from torchrl_vla.envs.factory import make_envs
-from torchrl_vla.envs.rendering import configure_rendering
-from torchrl_vla.evaluation.protocol import evaluate, initial_states, spread_episodes
-from torchrl_vla.evaluation.videos import choose_episodes, film
-from torchrl_vla.modules import ActionTokenizer, OpenVLAActor, ValueHead, make_value_operator
-from torchrl_vla.modules.openvla.lora import has_lora
-from torchrl_vla.objectives import AsymmetricClipPPOLoss, GRPOAdvantage
+from torchrl_vla.evaluation.protocol import initial_states
+from torchrl_vla.objectives import AsymmetricClipPPOLoss, EstimateAdvantage, GRPOAdvantage
+from torchrl_vla.training.actor_critic import Critic
 from torchrl_vla.training.backward_pass import can_be_recorded
-from torchrl_vla.training.devices import choose_device, choose_head_device
-from torchrl_vla.training.logging import RunLogger, check_wandb
-from torchrl_vla.training.optimizer_step import PPOTrainer
-from torchrl_vla.training.progress import EpisodeBar
+from torchrl_vla.training.figures import group_figures, nothing_to_learn, rollout_figures, update_figures
+from torchrl_vla.training.logging import RunLogger, described, format_table
+from torchrl_vla.training.micro_batch import trim_heap
+from torchrl_vla.training.optimizer_step import OptimizerStep
+from torchrl_vla.training.progress import EpisodeBar, RunProgress
+from torchrl_vla.training.reference import reference_policy
 from torchrl_vla.training.run_checkpoints import RunCheckpoints, TrainableState
 from torchrl_vla.training.run_folder import describe_run, log_to, open_run_folder
+from torchrl_vla.training.schedule import LearningRateSchedule
+from torchrl_vla.training.start import load_for_training
+from torchrl_vla.training.validation import Validation
 
-__all__ = ["build_trainer", "train"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["learn", "make_buffer", "train", "update"]
 
 
-def train(config: TrainConfig, preset: str) -> Path:
-    """Run one training from start (or checkpoint) to end.
+def train(config: TrainConfig, preset: str = "none") -> Path:
+    """Train one policy from its start, or from the newest checkpoint, to the end, and return the run's folder.
 
     Args:
         config: the run.
         preset: name of the preset it started from, for the record.
 
-    Returns:
-        The run's folder.
-
     Raises:
-        ValueError: something the user asked for cannot be had; nothing long was started then.
+        ValueError: an option does not fit the checkpoint, the suite or this machine; nothing long was started.
+        TrainingDiverged: too many optimizer steps in a row were not finite.
     """
-    config.actor.require_tokens_for_ppo()
-    device = choose_device(config.ppo.device, config.actor.gpu_id)
-    head_device = choose_head_device(
-        device, use_multi_gpu=config.actor.use_multi_gpu, secondary_gpu_id=config.actor.secondary_gpu_id
-    )
-    suite = get_suite(config.env.task_suite)
-    initial_states(suite, config.env.tasks, config.env.init_state_ids)
-    initial_states(suite, config.env.tasks, config.env.val_init_state_ids)
-    if config.ppo.use_wandb:
-        check_wandb()
-    backend = configure_rendering()
-    torch.manual_seed(config.ppo.seed)
-    policy = load_policy(
-        config.actor,
-        task_suite=suite.name,
-        temperature=config.ppo.rollout_temperature,
-        device=device,
-        head_device=head_device,
-        read_task_ids=True,
-        proprio_format=config.env.proprio_format,
-    )
-    if config.actor.use_multi_gpu and policy.model.action_head is None and config.ppo.advantage_estimator != "gae":
-        logger.warning(
-            "use_multi_gpu leaves %s idle: this run has neither an L1 head (load_l1_action_head) nor a value head "
-            "(advantage_estimator=gae) to put there.",
-            head_device,
+    ppo, env, suite = config.ppo, config.env, get_suite(config.env.task_suite)
+    with ExitStack() as stack:
+        # -- policy: checked, loaded, adapters added; a value head if the advantage needs one ------------------------
+        policy, device, head_device = load_for_training(config)
+        critic = None
+        if ppo.advantage_estimator == "gae":
+            critic = Critic(policy.actor, policy.model.config.hidden_size).to(device)
+
+        # -- the run's folder and logs -------------------------------------------------------------------------------
+        folder = open_run_folder(config, preset)
+        stack.enter_context(log_to(folder / "train.log"))
+        logger = RunLogger(folder, use_wandb=ppo.use_wandb, wandb_entity=ppo.wandb_entity, config=described(config))
+        stack.callback(logger.close)
+        logger.print(
+            f"preset {preset}, policy {config.actor.pretrained_checkpoint} on {device}, results go to {folder}"
         )
-    image_size = policy.model.config.image_size
-    if tuple(config.env.image_size) != (image_size, image_size):
-        raise ValueError(
-            f"image_size is {tuple(config.env.image_size)}, but {config.actor.pretrained_checkpoint} was made for "
-            f"{(image_size, image_size)}: use --image-size {image_size} {image_size}."
-        )
-    policy.share_prompt_length(suite.task(task).instruction for task in config.env.tasks)
-    folder = open_run_folder(config, preset)
-    tqdm.write(f"preset {preset}, policy {config.actor.pretrained_checkpoint} on {device}, results go to {folder}")
-    attention = policy.model.language_model.config._attn_implementation
-    with log_to(folder / "train.log"), build_trainer(config, policy, folder, device, head_device) as trainer:
-        # Not before its checkpoint is read: options that do not fit it are not to stay.
-        describe_run(config, folder, preset=preset)
-        logger.info("preset %s, device %s, OpenGL through %s, attention through %s", preset, device, backend, attention)
-        trainer.train()
-        # Weights in 4 bits are rounded: adapters are merged into those of the checkpoint.
-        place = f"`torchrl-vla export {folder} OUT`" if policy.model.is_loaded_in_4bit else folder / "policy"
-        trainer.logger.print(
-            f"Done: {trainer.updates} updates, {trainer.env_steps:,} control steps. Policy: {place}   "
-            f"Figures: {trainer.logger.csv_path}   Learning curve: {trainer.logger.curve_path}"
+
+        # -- environments and collector: groups of whole episodes, at least n_steps control steps per update ----------
+        horizon = env.max_episode_steps or suite.horizon
+        envs = make_envs(
+            suite.name, task_ids=env.tasks, num_envs=env.num_envs, chunk_size=policy.model.config.chunk_size,
+            image_size=env.camera_size, cameras=("agentview", "robot0_eye_in_hand")[: policy.model.config.num_images],
+            proprio_format=env.proprio_format, max_episode_steps=horizon, reward_scale=env.reward_scale,
+            worker_timeout=env.worker_timeout, **env.simulation,
+        )  # fmt: skip
+        for each in envs:
+            stack.callback(each.close, raise_if_closed=False)  # an error before its first use is the one to see
+        starts = initial_states(suite, env.tasks, env.init_state_ids)
+        collector = UpdateCollector(
+            GroupCollector(envs, critic.rollout if critic else policy.actor, progress=EpisodeBar("rollout")),
+            env.tasks, next(iter(starts.values())), min_steps=ppo.n_steps, group_size=ppo.group_size, horizon=horizon,
+            seed=ppo.seed,
+        )  # fmt: skip
+
+        # -- buffer and loss -----------------------------------------------------------------------------------------
+        advantage = make_advantage(ppo)
+        buffer = make_buffer(advantage)
+        action_tokens = policy.processor.action_tokenizer
+        loss = AsymmetricClipPPOLoss(
+            policy.actor, critic.value_operator if critic else None,
+            clip_ratio_low=ppo.clip_ratio_low, clip_ratio_high=ppo.clip_ratio_high, ratio_level=ppo.ratio_level,
+            dual_clip=ppo.dual_clip, entropy_coeff=ppo.entropy_coef, kl_coeff=ppo.kl_coef,
+            reference_context=reference_policy(policy.model) if ppo.kl_coef else None,
+            reconstruction_coeff=ppo.reconstruction_coef,
+            bin_centers=action_tokens.decode(torch.arange(action_tokens.n_bins)),
+            critic_coeff=ppo.value_loss_coef if critic else None,
+        ).to(device)  # fmt: skip
+
+        # -- optimizer and step --------------------------------------------------------------------------------------
+        groups = [{"params": [p for p in policy.model.parameters() if p.requires_grad], "lr": ppo.actor_lr}]
+        if critic:
+            groups.append({"params": list(critic.to(head_device).value_head.parameters()), "lr": ppo.critic_lr})
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=device.type == "cuda")
+        schedule = LearningRateSchedule(optimizer, warmup_steps=ppo.lr_warmup_steps)
+        recorded = can_be_recorded(policy.model) and (critic is None or head_device == device)  # on one GPU
+        step = OptimizerStep(
+            loss, optimizer, ppo, schedule=schedule, device=device, report=logger.print,
+            set_recompute=policy.model.gradient_checkpointing_enable,
+            prepare=policy.actor.backbone.prepare if recorded else None,
+        )  # fmt: skip
+
+        # -- checkpoints ---------------------------------------------------------------------------------------------
+        progress = RunProgress()
+        checkpoints = RunCheckpoints(
+            folder / "checkpoints", keep=ppo.keep_checkpoints, policy=TrainableState(policy.model),
+            **({"value_head": TrainableState(critic.value_head)} if critic else {}),
+            optimizer=optimizer, schedule=schedule, step=step, collector=collector, progress=progress,
+        )  # fmt: skip
+        if config.resume:
+            path = checkpoints.load_latest()
+            logger.restore(progress.updates)
+            logger.print(f"Going on from {path}: update {progress.updates}, {progress.env_steps:,} control steps.")
+        describe_run(config, folder, preset=preset)  # only now: options that do not fit the checkpoint do not stay
+        in_4bit = policy.model.is_loaded_in_4bit  # rounded: `export` merges adapters into the checkpoint's weights
+
+        def save(success: float | None) -> None:
+            checkpoints.save(step=progress.env_steps, success=success)
+            if not in_4bit:
+                save_policy(policy, folder / "policy")
+
+        validates = ppo.val_interval and ppo.val_episodes
+        learn(
+            ppo, collector, buffer, step, progress, logger, advantage=advantage, save=save,
+            validate=Validation(config, policy.actor, envs, logger) if validates else None,
+        )  # fmt: skip
+        logger.print(
+            f"Done: {progress.updates} updates, {progress.env_steps:,} control steps. Policy: "
+            f"{f'`torchrl-vla export {folder} OUT`' if in_4bit else folder / 'policy'}   Figures: {logger.csv_path}   "
+            f"Learning curve: {logger.curve_path}"
         )
     return folder
 
 
-@contextmanager
-def build_trainer(
-    config: TrainConfig, policy: Policy, folder: Path, device: torch.device, head_device: torch.device
-) -> Iterator[PPOTrainer]:
-    """Put a run's parts together, and close what needs closing when it ends.
-
-    Args:
-        config: the run.
-        policy: what is to learn.
-        folder: the run's folder.
-        device: where the policy lives.
-        head_device: where a value head learns.
-    """
-    ppo = config.ppo
-    value_head = ValueHead(policy.model.config.hidden_size).to(device) if ppo.advantage_estimator == "gae" else None
-    suite = get_suite(config.env.task_suite)
-    horizon = config.env.max_episode_steps or suite.horizon
-    envs = make_envs(
-        config.env.task_suite,
-        task_ids=config.env.tasks,
-        num_envs=config.env.num_envs,
-        chunk_size=policy.model.config.chunk_size,
-        image_size=config.env.camera_size,
-        cameras=("agentview", "robot0_eye_in_hand")[: policy.model.config.num_images],
-        proprio_format=config.env.proprio_format,
-        max_episode_steps=horizon,
-        reward_scale=config.env.reward_scale,
-        worker_timeout=config.env.worker_timeout,
-        **config.env.simulation,
-    )
-    try:
-        yield _assemble(config, folder, device, head_device, policy, value_head, envs, horizon)
-    finally:
-        for env in envs:
-            env.close(raise_if_closed=False)  # an error before its first use is the one to see
-
-
-def _assemble(
-    config: TrainConfig,
-    folder: Path,
-    device: torch.device,
-    head_device: torch.device,
-    policy: Policy,
-    value_head: ValueHead | None,
-    envs: Sequence[EnvBase],
-    horizon: int,
-) -> PPOTrainer:
-    ppo, actor = config.ppo, policy.actor
-    assert isinstance(actor, OpenVLAActor)
-    value_operator = None if value_head is None else make_value_operator(actor, value_head)
-    loss = AsymmetricClipPPOLoss(
-        actor,
-        None if value_operator is None else value_operator[-1],
-        clip_ratio_low=ppo.clip_ratio_low,
-        clip_ratio_high=ppo.clip_ratio_high,
-        ratio_level=ppo.ratio_level,
-        dual_clip=ppo.dual_clip,
-        entropy_coeff=ppo.entropy_coef,
-        kl_coeff=ppo.kl_coef,
-        reference_context=_reference(policy) if ppo.kl_coef else None,
-        reconstruction_coeff=ppo.reconstruction_coef,
-        bin_centers=_token_values(policy.processor.action_tokenizer) if ppo.reconstruction_coef else None,
-        critic_coeff=None if value_head is None else ppo.value_loss_coef,
-    ).to(device)
-    if value_head is not None:
-        # The loss holds it too, and took it along to the policy's device.
-        value_head.to(head_device)
-    one_gpu = value_head is None or head_device == device
-    groups = [{"params": [p for p in policy.model.parameters() if p.requires_grad], "lr": ppo.actor_lr}]
-    if value_head is not None:
-        groups.append({"params": list(value_head.parameters()), "lr": ppo.critic_lr})
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=device.type == "cuda")
-
-    run_logger = RunLogger(folder, use_wandb=ppo.use_wandb, wandb_entity=ppo.wandb_entity, config=_described(config))
-    rollout: TensorDictModuleBase = actor
-    if value_operator is not None:
-        # The actor keeps its hidden state to itself; the value head reads it here, in the same pass.
-        rollout = TensorDictSequential(actor.backbone, actor[-1], value_operator[-1])
-        rollout.select_out_keys(*actor.out_keys, *value_operator.out_keys)
-    collector = UpdateCollector(
-        GroupCollector(envs, rollout, progress=EpisodeBar("rollout")),
-        config.env.tasks,
-        next(
-            iter(initial_states(get_suite(config.env.task_suite), config.env.tasks, config.env.init_state_ids).values())
-        ),
-        min_steps=ppo.n_steps,
-        group_size=ppo.group_size,
-        horizon=horizon,
-        seed=ppo.seed,
-    )
-    components: dict[str, Any] = {
-        "policy": TrainableState(policy.model),
-        "optimizer": optimizer,
-        "collector": collector,
-    }
-    if value_head is not None:
-        components["value_head"] = TrainableState(value_head)
-
-    def save(trainer: PPOTrainer) -> None:
-        success = trainer.latest("val/success_rate", trainer.latest("rollout/success_rate", 0.0))
-        checkpoints.save(step=trainer.env_steps, success=success)
-        if not policy.model.is_loaded_in_4bit:
-            save_policy(policy, folder / "policy")
-
-    validate = _validation(config, actor, envs, run_logger)
-    trainer = PPOTrainer(
-        ppo,
-        collector,
-        loss,
-        _advantage(ppo),
-        optimizer,
-        run_logger,
-        validate=lambda: validate(trainer.env_steps),
-        save=save,
-        device=device,
-        set_recompute=policy.model.gradient_checkpointing_enable,
-        # A recording is of one GPU.
-        prepare=actor.backbone.prepare if one_gpu and can_be_recorded(policy.model) else None,
-    )
-    checkpoints = RunCheckpoints(folder / "checkpoints", keep=ppo.keep_checkpoints, trainer=trainer, **components)
-    if config.resume:
-        path = checkpoints.load_latest()
-        run_logger.restore(trainer.updates)
-        run_logger.print(f"Going on from {path}: update {trainer.updates}, {trainer.env_steps:,} control steps.")
-    return trainer
-
-
-def _described(config: TrainConfig) -> dict[str, Any]:
-    """The options for W&B, where TorchRL writes under "env" what it runs on."""
-    return {"ppo": vars(config.ppo), "environment": vars(config.env), "actor": vars(config.actor)}
-
-
-def _token_values(tokenizer: ActionTokenizer) -> torch.Tensor:
-    """The normalised action of each token `[V]`; the tokenizer's centres are one fewer, and rise where tokens fall."""
-    return tokenizer.decode(torch.arange(tokenizer.n_bins))
-
-
-def _reference(policy: Policy) -> Callable[[], AbstractContextManager[Any]]:
-    """The policy that the run started from: adapters left out, or, without adapters, the first weights put back."""
-    if has_lora(policy.model):
-        return policy.reference_context
-    frozen = {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}
-
-    @contextmanager
-    def first_weights() -> Iterator[None]:
-        current = {name: p.data for name, p in policy.model.named_parameters() if name in frozen}
-        for name, parameter in policy.model.named_parameters():
-            if name in frozen:
-                parameter.data = frozen[name]
-        try:
-            yield
-        finally:
-            for name, parameter in policy.model.named_parameters():
-                if name in current:
-                    parameter.data = current[name]
-
-    return first_weights
-
-
-def _advantage(ppo: PPOConfig) -> GRPOAdvantage | Callable[[TensorDictBase], TensorDictBase]:
+def make_advantage(ppo: PPOConfig) -> Transform:
+    """The transform that scores what the buffer is filled with."""
     if ppo.advantage_estimator == "gae":
         # The rollout wrote the values, of the last observations too: no network is needed here.
-        return GAE(gamma=ppo.gamma, lmbda=ppo.gae_lambda, value_network=None, average_gae=True)
+        return EstimateAdvantage(GAE(gamma=ppo.gamma, lmbda=ppo.gae_lambda, value_network=None, average_gae=True))
     return GRPOAdvantage(
-        ppo.advantage_estimator,
-        baseline=ppo.baseline,
-        verifier_gamma=ppo.verifier_gamma,
-        keep_low=ppo.keep_low,
-        keep_high=ppo.keep_high,
-    )
+        ppo.advantage_estimator, baseline=ppo.baseline, verifier_gamma=ppo.verifier_gamma,
+        keep_low=ppo.keep_low, keep_high=ppo.keep_high,
+    )  # fmt: skip
 
 
-def _validation(
-    config: TrainConfig, actor: OpenVLAActor, envs: Sequence[EnvBase], run_logger: RunLogger
-) -> Callable[[int], Mapping[str, float]]:
-    suite = get_suite(config.env.task_suite)
-    states = initial_states(suite, config.env.tasks, config.env.val_init_state_ids)
-    if config.ppo.val_interval and any(
-        set(states[task]) & set(trained_on)
-        for task, trained_on in initial_states(suite, config.env.tasks, config.env.init_state_ids).items()
-    ):
-        run_logger.print(
-            "Training starts from the validations' initial states too: they say how the run goes, not how the policy "
-            "does where it has not trained. --init-state-ids and --val-init-state-ids keep them apart."
-        )
-    instructions = {task: suite.task(task).instruction for task in config.env.tasks}
-    temperature, wanted = config.ppo.eval_temperature, max(config.ppo.val_episodes, 1)
-    if not config.actor.deterministic_eval and not temperature:
-        temperature = config.ppo.rollout_temperature
-    plan = spread_episodes(config.env.tasks, states, wanted, repeat=temperature > 0)
-    if len(plan) < wanted and config.ppo.val_interval:
-        run_logger.print(
-            f"Validations run {len(plan)} episodes, not val_episodes={wanted}: greedy ones from one initial state are "
-            "nearly the same, so each is run once. More --val-init-state-ids or an --eval-temperature above 0 add some."
-        )
+def make_buffer(transform: Transform | None = None) -> TensorDictReplayBuffer:
+    """A buffer of one update's decisions, each learned from once an epoch; they are scored as they come in."""
+    storage = ListStorage(max_size=2**31)  # keeps rows as they are: updates differ in size, and images are large
+    return TensorDictReplayBuffer(storage=storage, sampler=SamplerWithoutReplacement(), transform=transform)
 
-    def validate(env_steps: int) -> Mapping[str, float]:
-        sampling = actor.temperature
-        actor.temperature = temperature or sampling
-        try:
-            report = evaluate(
-                envs,
-                actor,
-                plan,
-                task_suite=config.env.task_suite,
-                instructions=instructions,
-                greedy=temperature == 0,
-                progress=EpisodeBar("validation"),
+
+def learn(
+    ppo: PPOConfig,
+    collector: Iterable[TensorDictBase],
+    buffer: ReplayBuffer,
+    step: OptimizerStep,
+    progress: RunProgress,
+    logger: RunLogger,
+    *,
+    advantage: Any = None,
+    validate: Callable[[int], Mapping[str, float]] | None = None,
+    save: Callable[[float | None], None] | None = None,
+) -> None:
+    """Collect, extend, step, push the weights, validate, log, save: to `total_timesteps`, or the collector's end.
+
+    Args:
+        ppo: how much is collected, how it is learned from, the intervals.
+        collector: yields one update's decisions ``[T]``, episode after episode, or ``[N, T]``.
+        buffer: filled anew for each update; its transforms score the decisions, and may drop some.
+        step: takes one optimizer step on a mini-batch.
+        progress: how far the run has come; changed in place.
+        logger: takes the figures.
+
+    Keyword Args:
+        advantage: the buffer's transform; what its ``get_stats``, if it has one, says of groups is logged.
+        validate: judges the policy, given the control steps so far, and returns figures named ``val/...``.
+        save: writes a checkpoint, given the success rate if the policy was validated as it is.
+    """
+    total, batches, validated, saved = ppo.total_timesteps, iter(collector), -1, -1
+    push_weights = getattr(collector, "update_policy_weights_", lambda: None)
+
+    def conclude(metrics: dict[str, float], *, last: bool) -> None:
+        """Validate, log and save what is due after an update; at an end, whatever it has not had yet."""
+        nonlocal validated, saved
+        success = None
+        if validate and validated < progress.updates and (last or progress.passed(ppo.val_interval)):
+            metrics |= validate(progress.env_steps)
+            validated, success = progress.updates, metrics.get("val/success_rate")
+        if metrics:
+            logger.log(metrics, update=progress.updates, env_steps=progress.env_steps)
+        if metrics and (last or success is not None or progress.passed(ppo.log_interval)):
+            logger.print(
+                format_table(metrics, f"update {progress.updates}, {progress.env_steps:,} of {total:,} control steps")
             )
-        finally:
-            actor.temperature = sampling
-        if config.ppo.val_videos:
-            chosen = choose_episodes(report.episodes, per_task=False)
-            for video in film(report, chosen, **config.env.simulation):
-                outcome = "success" if video.episode.success else "failure"
-                run_logger.log_video(f"val/{outcome}", video.frames, env_steps=env_steps)
-        figures = {f"val/{name}": value for name, value in report.figures().items()}
-        by_task = {f"val/success_task_{task}": result.success.rate for task, result in report.tasks.items()}
-        return {**figures, "val/mean_reward": config.env.reward_scale * report.total.rate, **by_task}
+            logger.draw()
+        best = success is not None and progress.is_best(success)
+        if save and saved < progress.updates and (last or best or progress.passed(ppo.save_interval)):
+            save(success)
+            saved = progress.updates
 
-    return validate
+    with tqdm(total=total, initial=progress.env_steps, desc="training", unit="step", position=0) as bar:
+        if progress.updates == 0:
+            conclude({}, last=True)  # how it does before it learns, and what an interrupted run goes on from
+        while progress.env_steps < total:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                logger.print(f"The collector ended after {progress.env_steps:,} of {total:,} control steps.")
+                conclude({}, last=True)
+                break
+            metrics = rollout_figures(batch, time.perf_counter() - started)
+            progress.count(int(metrics["rollout/env_steps"]))
+            metrics |= update(ppo, batch, buffer, step, advantage)
+            del batch  # its images, while the next are collected
+            trim_heap()
+            push_weights()
+            bar.update(min(progress.env_steps, total) - bar.n)
+            conclude(metrics, last=progress.env_steps >= total)
+
+
+def update(
+    ppo: PPOConfig, batch: TensorDictBase, buffer: ReplayBuffer, step: OptimizerStep, advantage: Any = None
+) -> dict[str, float]:
+    """Fill the buffer with a batch, step through it `n_epochs` times, and return the figures named ``train/...``."""
+    started, episodes = time.perf_counter(), max(1, int(batch["next", "done"].sum()))
+    buffer.empty()
+    getattr(advantage, "reset_stats", lambda: None)()
+    buffer.extend(batch)
+    stats: dict[str, float] = getattr(advantage, "get_stats", dict)()
+    if not len(buffer):
+        step.report(nothing_to_learn(stats))
+        return group_figures(stats)
+    kept = int(stats.get("kept_episodes", episodes))
+    size = math.ceil(len(buffer) / math.ceil(kept / ppo.traj_mini_batch_size))
+    sizes = [min(size, len(buffer) - begin) for begin in range(0, len(buffer), size)]
+    with tqdm(total=ppo.n_epochs * len(buffer), desc="update", unit="decision", position=1, leave=False) as bar:
+        steps = [step(buffer.sample(n).exclude("index"), bar.update) for _ in range(ppo.n_epochs) for n in sizes]
+    seconds = time.perf_counter() - started
+    return {
+        **group_figures(stats), **update_figures(steps),
+        "train/decisions": len(buffer), "train/episodes": kept, "train/dropped_episodes": episodes - kept,
+        "train/optimizer_steps": len(steps), "time/update_seconds": seconds,
+        "time/update_decisions_per_second": ppo.n_epochs * len(buffer) / seconds,
+    }  # fmt: skip

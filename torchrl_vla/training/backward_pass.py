@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -12,13 +12,23 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 
 from torchrl_vla.modules.openvla.model import OpenVLA
-from torchrl_vla.objectives import AsymmetricClipPPOLoss
 
-__all__ = ["BackwardPass", "RecordedPass", "can_be_recorded"]
+__all__ = ["BackwardPass", "Normalized", "RecordedPass", "can_be_recorded"]
 
 #: A size for most mini-batches and one for the last of an epoch, for two lengths of prompts. What lies in the pool is
 #: shared, but each recording keeps some ten thousand launches on the GPU.
 _MOST_RECORDINGS = 4
+
+
+@runtime_checkable
+class Normalized(Protocol):
+    """A loss that says what its means are over, and can be told the numbers of a larger batch."""
+
+    def count_valid(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """What the loss's terms average over, without a forward."""
+
+    def set_normalizer(self, counts: TensorDictBase | None) -> None:
+        """Divide the following sums by these counts; None returns to each call's own mean."""
 
 
 class BackwardPass:
@@ -60,7 +70,7 @@ class BackwardPass:
         """Give back what is kept from one pass to the next."""
 
     def _differentiate(self, micro: TensorDictBase, scale: float, counts: TensorDictBase | None) -> dict[str, Tensor]:
-        if isinstance(self.loss, AsymmetricClipPPOLoss):
+        if isinstance(self.loss, Normalized):
             self.loss.set_normalizer(counts)
         terms = dict(self.loss(micro).items())
         terms["loss"] = sum(value for name, value in terms.items() if name.startswith("loss_"))
@@ -103,11 +113,11 @@ class RecordedPass(BackwardPass):
         recorder: records the rest.
     """
 
-    loss: AsymmetricClipPPOLoss
+    loss: Any  # a LossModule that is also Normalized, with keys for masks and reference log-probabilities
 
     def __init__(
         self,
-        loss: AsymmetricClipPPOLoss,
+        loss: Any,
         optimizer: torch.optim.Optimizer,
         device: torch.device,
         prepare: Callable[[TensorDictBase], TensorDictBase],

@@ -18,11 +18,12 @@ from torchrl.record.loggers import Logger
 from torchrl.record.loggers.tensorboard import TensorboardLogger
 from tqdm import tqdm
 
+from torchrl_vla.config import TrainConfig
 from torchrl_vla.evaluation.videos import FRAMES_PER_SECOND, write_mp4
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["RunLogger", "check_wandb", "format_table"]
+__all__ = ["RunLogger", "check_wandb", "described", "format_table"]
 
 # The rows of the console's table: title, then (label, metric, format) per cell.
 _TABLE = (
@@ -99,6 +100,11 @@ def check_wandb() -> None:
         )
 
 
+def described(config: TrainConfig) -> dict[str, Any]:
+    """The options of a run for W&B, where TorchRL writes under "env" what it runs on."""
+    return {"ppo": vars(config.ppo), "environment": vars(config.env), "actor": vars(config.actor)}
+
+
 def _encodes_videos(sink: Logger) -> bool:
     """Whether moviepy is there: TensorBoard needs its first version, which has `moviepy.editor`."""
     found = importlib.util.find_spec("moviepy") is not None
@@ -169,7 +175,7 @@ class RunLogger:
         self._write(self.csv_path, self.rows)
 
     def log(self, metrics: Mapping[str, float], *, update: int, env_steps: int) -> None:
-        """Add one row of figures.
+        """Add one row of figures; those of the newest row's update join that row.
 
         Args:
             metrics: figures by name, `phase/figure`.
@@ -177,9 +183,13 @@ class RunLogger:
             env_steps: control steps collected so far: the x axis of every plot.
         """
         row = {"update": float(update), "env_steps": float(env_steps), **{k: float(v) for k, v in metrics.items()}}
-        self.rows.append(row)
+        joins = bool(self.rows) and self.rows[-1]["update"] == row["update"]
+        if joins:
+            self.rows[-1] |= row
+        else:
+            self.rows.append(row)
         fresh = [name for name in row if name not in self._columns]
-        if fresh:
+        if fresh or joins:
             self._columns += fresh
             self._write(self.csv_path, self.rows)
         else:

@@ -15,6 +15,9 @@ __all__ = ["RunCheckpoints", "TrainableState"]
 
 logger = logging.getLogger(__name__)
 
+#: In the place of a success rate: below any, since TorchRL's rotation wants a number of every checkpoint.
+_UNJUDGED = -1.0
+
 
 class TrainableState:
     """The parameters of a module that learn, as a state dict: adapters and heads, not the frozen 7B below them.
@@ -100,14 +103,16 @@ class RunCheckpoints:
         self.checkpoint = Checkpoint(rng=_RNGState(), **components)
         self.rotation = CheckpointRotation(folder, keep_last=keep, keep_best=("success", "max"))
 
-    def save(self, *, step: int, success: float) -> Path:
+    def save(self, *, step: int, success: float | None) -> Path:
         """Write one.
 
         Args:
             step: control steps collected so far; names the checkpoint.
-            success: validated success rate, by which the best one is kept.
+            success: success rate of a validation of these very weights, by which the best one is kept; None if there
+                was none.
         """
-        return self.rotation.save(self.checkpoint, step=step, metadata={"success": success})
+        metadata = {"success": _UNJUDGED if success is None else success}
+        return self.rotation.save(self.checkpoint, step=step, metadata=metadata)
 
     def load_latest(self) -> Path:
         """Go on from the newest one.

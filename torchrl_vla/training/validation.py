@@ -1,0 +1,84 @@
+"""Validation: the policy judged between updates, on the same episodes each time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from torchrl.envs import EnvBase
+
+from torchrl_vla.config import TrainConfig
+from torchrl_vla.envs import get_suite
+from torchrl_vla.evaluation.protocol import evaluate, initial_states, spread_episodes
+from torchrl_vla.evaluation.videos import choose_episodes, film
+from torchrl_vla.modules import OpenVLAActor
+from torchrl_vla.training.logging import RunLogger
+from torchrl_vla.training.progress import EpisodeBar
+
+__all__ = ["Validation"]
+
+
+class Validation:
+    """Runs `val_episodes` episodes and returns their figures; films one success and one failure of them.
+
+    Args:
+        config: tasks, states, temperature and number of the episodes.
+        actor: the policy, put back to its rollout temperature afterwards.
+        envs: where the rollouts run too.
+        logger: takes the films, and is told where training and validation share initial states.
+    """
+
+    def __init__(self, config: TrainConfig, actor: OpenVLAActor, envs: Sequence[EnvBase], logger: RunLogger) -> None:
+        self.config, self.actor, self.envs, self.logger = config, actor, envs, logger
+        ppo, env, suite = config.ppo, config.env, get_suite(config.env.task_suite)
+        states = initial_states(suite, env.tasks, env.val_init_state_ids)
+        trained_on = initial_states(suite, env.tasks, env.init_state_ids)
+        if ppo.val_interval and any(set(states[task]) & set(trained_on[task]) for task in env.tasks):
+            logger.print(
+                "Training starts from the validations' initial states too: they say how the run goes, not how the "
+                "policy does where it has not trained. --init-state-ids and --val-init-state-ids keep them apart."
+            )
+        self.instructions = {task: suite.task(task).instruction for task in env.tasks}
+        self.temperature = ppo.eval_temperature
+        if not config.actor.deterministic_eval and not self.temperature:
+            self.temperature = ppo.rollout_temperature
+        wanted = max(ppo.val_episodes, 1)
+        self.plan = spread_episodes(env.tasks, states, wanted, repeat=self.temperature > 0)
+        if len(self.plan) < wanted and ppo.val_interval:
+            logger.print(
+                f"Validations run {len(self.plan)} episodes, not val_episodes={wanted}: greedy ones from one initial "
+                "state are nearly the same, so each is run once. More --val-init-state-ids or an --eval-temperature "
+                "above 0 add some."
+            )
+
+    def __call__(self, env_steps: int) -> dict[str, float]:
+        """Judge the policy as it is now.
+
+        Args:
+            env_steps: control steps collected so far, which the films are filed under.
+
+        Returns:
+            Figures named ``val/...``, and ``time/val_seconds``.
+        """
+        started, sampling = time.perf_counter(), self.actor.temperature
+        self.actor.temperature = self.temperature or sampling
+        try:
+            report = evaluate(
+                self.envs,
+                self.actor,
+                self.plan,
+                task_suite=self.config.env.task_suite,
+                instructions=self.instructions,
+                greedy=self.temperature == 0,
+                progress=EpisodeBar("validation"),
+            )
+        finally:
+            self.actor.temperature = sampling
+        if self.config.ppo.val_videos:
+            for video in film(report, choose_episodes(report.episodes, per_task=False), **self.config.env.simulation):
+                outcome = "success" if video.episode.success else "failure"
+                self.logger.log_video(f"val/{outcome}", video.frames, env_steps=env_steps)
+        figures = {f"val/{name}": value for name, value in report.figures().items()}
+        figures["val/mean_reward"] = self.config.env.reward_scale * report.total.rate
+        figures |= {f"val/success_task_{task}": result.success.rate for task, result in report.tasks.items()}
+        return figures | {"time/val_seconds": time.perf_counter() - started}
