@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torchrl.checkpoint import GlobalRNGState
 
+from torchrl_vla.checkpoints.integrity import write_checksums
 from torchrl_vla.training.run_checkpoints import RunCheckpoints, TrainableState
 
 
@@ -57,6 +58,7 @@ def test_a_gpus_checkpoint_is_read_where_there_is_none(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for file in path.glob("components/*/state.json"):
         file.write_text(file.read_text().replace('"cpu"', '"cuda:1"'))
+    write_checksums(path)
     other = Run(tmp_path)
     other.checkpoints.load_latest()
     assert torch.equal(other.policy[1].weight, run.policy[1].weight) and other.policy[1].weight.device.type == "cpu"

@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,10 @@ from torchrl_vla.training.progress import EpisodeBar, RunProgress
 from torchrl_vla.training.reference import reference_policy
 from torchrl_vla.training.run_checkpoints import RunCheckpoints, TrainableState
 from torchrl_vla.training.run_folder import describe_run, log_to, open_run_folder
+from torchrl_vla.training.run_lock import lock_run
 from torchrl_vla.training.schedule import LearningRateSchedule
 from torchrl_vla.training.start import load_for_training
+from torchrl_vla.training.stopping import StopRequest
 from torchrl_vla.training.validation import Validation
 
 __all__ = ["learn", "make_buffer", "train", "update"]
@@ -67,18 +70,21 @@ def train(config: TrainConfig, preset: str = "none") -> Path:
     with ExitStack() as stack:
         # -- policy: checked, loaded, adapters added; a value head if the advantage needs one ------------------------
         policy, device, head_device = load_for_training(config)
-        critic = None
-        if ppo.advantage_estimator == "gae":
-            critic = Critic(policy.actor, policy.model.config.hidden_size).to(device)
+        gae, hidden_size = ppo.advantage_estimator == "gae", policy.model.config.hidden_size
+        critic = Critic(policy.actor, hidden_size).to(device) if gae else None
+        acting = critic.rollout if critic else policy.actor
 
         # -- the run's folder and logs -------------------------------------------------------------------------------
         folder = open_run_folder(config, preset)
+        stack.enter_context(lock_run(folder))
         stack.enter_context(log_to(folder / "train.log"))
         logger = RunLogger(folder, use_wandb=ppo.use_wandb, wandb_entity=ppo.wandb_entity, config=described(config))
         stack.callback(logger.close)
         logger.print(
             f"preset {preset}, policy {config.actor.pretrained_checkpoint} on {device}, results go to {folder}"
         )
+
+        stop = stack.enter_context(StopRequest("the decision or optimizer step at hand, and a checkpoint"))
 
         # -- environments and collector: groups of whole episodes, at least n_steps control steps per update ----------
         horizon = env.max_episode_steps or suite.horizon
@@ -92,8 +98,7 @@ def train(config: TrainConfig, preset: str = "none") -> Path:
             stack.callback(each.close, raise_if_closed=False)  # an error before its first use is the one to see
         starts = initial_states(suite, env.tasks, env.init_state_ids)
         collector = UpdateCollector(
-            GroupCollector(envs, critic.rollout if critic else policy.actor, progress=EpisodeBar("rollout")),
-            env.tasks, next(iter(starts.values())), min_steps=ppo.n_steps, group_size=ppo.group_size, horizon=horizon,
+            GroupCollector(envs, acting, progress=EpisodeBar("rollout", stop.check)), env.tasks, next(iter(starts.values())), min_steps=ppo.n_steps, group_size=ppo.group_size, horizon=horizon,
             seed=ppo.seed,
         )  # fmt: skip
 
@@ -121,33 +126,29 @@ def train(config: TrainConfig, preset: str = "none") -> Path:
         step = OptimizerStep(
             loss, optimizer, ppo, schedule=schedule, device=device, report=logger.print,
             set_recompute=policy.model.gradient_checkpointing_enable,
-            prepare=policy.actor.backbone.prepare if recorded else None,
+            prepare=policy.actor.backbone.prepare if recorded else None, check=stop.check,
         )  # fmt: skip
 
         # -- checkpoints ---------------------------------------------------------------------------------------------
-        progress = RunProgress()
+        progress, in_4bit = RunProgress(), policy.model.is_loaded_in_4bit
         checkpoints = RunCheckpoints(
             folder / "checkpoints", keep=ppo.keep_checkpoints, policy=TrainableState(policy.model),
             **({"value_head": TrainableState(critic.value_head)} if critic else {}),
             optimizer=optimizer, schedule=schedule, step=step, collector=collector, progress=progress,
+            # Weights in 4 bits are rounded: `export` merges their adapters into the weights of the checkpoint.
+            after_save=None if in_4bit else partial(save_policy, policy, folder / "policy"),
         )  # fmt: skip
         if config.resume:
-            path = checkpoints.load_latest()
+            came_from = checkpoints.load_latest() or "its start, as it ended before its first checkpoint"
             logger.restore(progress.updates)
-            logger.print(f"Going on from {path}: update {progress.updates}, {progress.env_steps:,} control steps.")
+            logger.print(f"Going on from {came_from}: update {progress.updates}, {progress.env_steps:,} control steps.")
         describe_run(config, folder, preset=preset)  # only now: options that do not fit the checkpoint do not stay
-        in_4bit = policy.model.is_loaded_in_4bit  # rounded: `export` merges adapters into the checkpoint's weights
-
-        def save(success: float | None) -> None:
-            checkpoints.save(step=progress.env_steps, success=success)
-            if not in_4bit:
-                save_policy(policy, folder / "policy")
-
         validates = ppo.val_interval and ppo.val_episodes
-        learn(
-            ppo, collector, buffer, step, progress, logger, advantage=advantage, save=save,
-            validate=Validation(config, policy.actor, envs, logger) if validates else None,
-        )  # fmt: skip
+        with checkpoints.kept_at_the_end(progress, logger.print):
+            learn(
+                ppo, collector, buffer, step, progress, logger, advantage=advantage, checkpoints=checkpoints,
+                validate=Validation(config, policy.actor, envs, logger, stop.check) if validates else None,
+            )  # fmt: skip
         logger.print(
             f"Done: {progress.updates} updates, {progress.env_steps:,} control steps. Policy: "
             f"{f'`torchrl-vla export {folder} OUT`' if in_4bit else folder / 'policy'}   Figures: {logger.csv_path}   "
@@ -183,7 +184,7 @@ def learn(
     *,
     advantage: Any = None,
     validate: Callable[[int], Mapping[str, float]] | None = None,
-    save: Callable[[float | None], None] | None = None,
+    checkpoints: RunCheckpoints | None = None,
 ) -> None:
     """Collect, extend, step, push the weights, validate, log, save: to `total_timesteps`, or the collector's end.
 
@@ -198,7 +199,7 @@ def learn(
     Keyword Args:
         advantage: the buffer's transform; what its ``get_stats``, if it has one, says of groups is logged.
         validate: judges the policy, given the control steps so far, and returns figures named ``val/...``.
-        save: writes a checkpoint, given the success rate if the policy was validated as it is.
+        checkpoints: what the run can be resumed from.
     """
     total, batches, validated, saved = ppo.total_timesteps, iter(collector), -1, -1
     push_weights = getattr(collector, "update_policy_weights_", lambda: None)
@@ -218,8 +219,8 @@ def learn(
             )
             logger.draw()
         best = success is not None and progress.is_best(success)
-        if save and saved < progress.updates and (last or best or progress.passed(ppo.save_interval)):
-            save(success)
+        if checkpoints and saved < progress.updates and (last or best or progress.passed(ppo.save_interval)):
+            checkpoints.save(step=progress.env_steps, success=success)
             saved = progress.updates
 
     with tqdm(total=total, initial=progress.env_steps, desc="training", unit="step", position=0) as bar:
@@ -227,7 +228,8 @@ def learn(
             conclude({}, last=True)  # how it does before it learns, and what an interrupted run goes on from
         while progress.env_steps < total:
             started = time.perf_counter()
-            batch = next(batches, None)
+            with checkpoints.rollout("collector") if checkpoints else nullcontext():
+                batch = next(batches, None)
             if batch is None:
                 logger.print(f"The collector ended after {progress.env_steps:,} of {total:,} control steps.")
                 conclude({}, last=True)

@@ -44,6 +44,7 @@ class OptimizerStep:
             cannot.
         prepare: for a policy whose passes can be recorded and replayed on a GPU: does ahead what of them needs the
             host; None launches them as any loss's.
+        check: called after every step; may raise to end the update there.
 
     Examples:
         >>> for minibatch in buffer:  # doctest: +SKIP
@@ -61,6 +62,7 @@ class OptimizerStep:
         report: Callable[[str], None] = print,
         set_recompute: Callable[[float], None] | None = None,
         prepare: Callable[[TensorDictBase], TensorDictBase] | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self.loss = loss
         self.optimizer = optimizer
@@ -68,6 +70,7 @@ class OptimizerStep:
         self.schedule = schedule
         self.device = torch.device(device)
         self.report = report
+        self._check = check
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.micro_batch = MicroBatch(
             config.batch_size, config.recompute, memory_gb=config.memory_gb, set_recompute=set_recompute
@@ -108,6 +111,8 @@ class OptimizerStep:
             self._halve_micro_batch()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self._step_if_finite(torch.isfinite(norm) & torch.isfinite(sums["loss"]))
+        if self._check is not None:
+            self._check()
         return sums | {"grad_norm": norm.detach().float()}
 
     def _accumulate(

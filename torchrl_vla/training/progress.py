@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,10 +67,12 @@ class EpisodeBar:
 
     Args:
         name: what is being collected.
+        check: called after every decision too; may raise to end the collection.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, check: Callable[[], None] | None = None) -> None:
         self._name = name
+        self._check = check
         self._bar: tqdm | None = None
 
     def __call__(self, progress: Progress) -> None:
@@ -81,3 +83,5 @@ class EpisodeBar:
         if progress.episodes == progress.planned_episodes:
             self._bar.close()
             self._bar = None
+        if self._check is not None:
+            self._check()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torchrl.envs import EnvBase
 
@@ -26,10 +26,18 @@ class Validation:
         actor: the policy, put back to its rollout temperature afterwards.
         envs: where the rollouts run too.
         logger: takes the films, and is told where training and validation share initial states.
+        check: called after every decision; may raise to end the validation.
     """
 
-    def __init__(self, config: TrainConfig, actor: OpenVLAActor, envs: Sequence[EnvBase], logger: RunLogger) -> None:
-        self.config, self.actor, self.envs, self.logger = config, actor, envs, logger
+    def __init__(
+        self,
+        config: TrainConfig,
+        actor: OpenVLAActor,
+        envs: Sequence[EnvBase],
+        logger: RunLogger,
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        self.config, self.actor, self.envs, self.logger, self.check = config, actor, envs, logger, check
         ppo, env, suite = config.ppo, config.env, get_suite(config.env.task_suite)
         states = initial_states(suite, env.tasks, env.val_init_state_ids)
         trained_on = initial_states(suite, env.tasks, env.init_state_ids)
@@ -70,7 +78,7 @@ class Validation:
                 task_suite=self.config.env.task_suite,
                 instructions=self.instructions,
                 greedy=self.temperature == 0,
-                progress=EpisodeBar("validation"),
+                progress=EpisodeBar("validation", self.check),
             )
         finally:
             self.actor.temperature = sampling
