@@ -135,7 +135,7 @@ def test_what_learns_is_float32_on_any_device(
     config: FinetuneConfig, data: Path, options: dict[str, Any], weights: torch.dtype
 ):
     """As on a GPU, where a 7B model's frozen weights stay as they are stored."""
-    config = replace(config, checkpoint="random:7b", **options)
+    config = replace(config, pretrained_checkpoint="random:7b", **options)
     policy = load_student(config, DemonstrationDataset(data), torch.device("meta"))
     assert policy.model.dtype == weights
     assert {p.dtype for p in policy.model.parameters() if p.requires_grad} == {torch.float32}
@@ -352,7 +352,7 @@ def test_the_l1_head_is_added_and_learns_alone(config: FinetuneConfig, start: Pa
     assert after.action_head is not None
     # The folder now has an L1 head, so that its tokens are not taken for trained ones.
     with pytest.raises(ValueError, match="logits were never trained"):
-        finetune(replace(config, pretrained_checkpoint=str(folder), out=config.run_dir.with_name("second")))
+        finetune(replace(config, pretrained_checkpoint=str(folder), run_dir=config.run_dir.with_name("second")))
 
 
 def test_one_demonstration_per_task(config: FinetuneConfig, capsys: pytest.CaptureFixture):
