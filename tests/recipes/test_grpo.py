@@ -18,7 +18,7 @@ from torchrl.objectives.value import GAE
 
 from torchrl_vla.checkpoints.policy import BUNDLED, Policy, build_policy, load_policy, save_policy
 from torchrl_vla.cli import main
-from torchrl_vla.config import EnvironmentConfig, OpenVLAActorConfig, PPOConfig, TrainConfig
+from torchrl_vla.config import OpenVLAActorConfig, PPOConfig, TrainConfig
 from torchrl_vla.envs import get_suite
 from torchrl_vla.envs.rendering import configure_rendering
 from torchrl_vla.envs.toy import ToyTrackingEnv
@@ -55,7 +55,7 @@ def watch(name: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]
 
 def assemble(config: TrainConfig, folder: Path, *, heads: str = "cpu") -> tuple[PPOTrainer, Policy]:
     """A run's parts around an environment that needs no simulator."""
-    policy = load_policy(config.actor, task_suite=config.env.task_suite)
+    policy = load_policy(config.actor, task_suite=config.ppo.task_suite)
     value_head = ValueHead(policy.model.config.hidden_size) if config.ppo.advantage_estimator == "gae" else None
     devices = torch.device("cpu"), torch.device(heads)
     trainer = _assemble(config, folder, *devices, policy, value_head, [ToyTrackingEnv(2)], 220)
@@ -95,14 +95,13 @@ def test_train_resume_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture, mo
     assert films_made == [{"fidelity": "fast", "seed": 0, "settle_steps": 1}] * 2
     assert films_made[0].items() <= simulations[0].items()
 
-    (run / "about.json").write_text(json.dumps({"preset": "24gb"}))  # not what this machine would choose
     main(["train", "--resume", "--run-dir", str(run), "--timesteps", "70", "--num-envs", "1", "--no-val-videos"])
     assert "Going on from" in capsys.readouterr().out
     assert [float(row["update"]) for row in rows(run)] == [0.0, 1.0, 2.0, 3.0]
     # What it was resumed with is what it is resumed with the next time.
     steps = [TrainConfig.load(run / name).ppo.total_timesteps for name in ("config.json", "config-1.json")]
     assert steps == [70, 40] and not TrainConfig.load(run / "config.json").resume
-    assert json.loads((run / "about.json").read_text())["preset"] == "24gb" and (run / "about-1.json").is_file()
+    assert TrainConfig.load(run / "config.json").preset == "tiny" and (run / "about-1.json").is_file()
     assert not list(run.glob("*.partial"))
 
     out = tmp_path / "evaluation"
@@ -180,8 +179,8 @@ def test_every_choice_about_learning_reaches_its_part(tmp_path: Path):
         reconstruction_coef=0.04, value_loss_coef=0.6, advantage_estimator="gae", gamma=0.9, gae_lambda=0.8,
         actor_lr=1e-4, critic_lr=2e-3, lr_warmup_steps=0, n_steps=77, group_size=3, seed=5, val_interval=0,
     )  # fmt: skip
-    env = EnvironmentConfig(task_ids=[4, 2], init_state_ids=[3, 5], val_init_state_ids=[8])
-    trainer, policy = assemble(TrainConfig(chosen, env, OpenVLAActorConfig(BUNDLED, lora_rank=2)), tmp_path)
+    chosen = replace(chosen, task_ids=[4, 2], init_state_ids=[3, 5], val_init_state_ids=[8])
+    trainer, policy = assemble(TrainConfig(chosen, OpenVLAActorConfig(BUNDLED, lora_rank=2)), tmp_path)
 
     loss, advantage, collector = trainer.loss, trainer.advantage, trainer.collector
     coefficients = {
@@ -280,9 +279,9 @@ class Idle:
 def test_a_validation_acts_as_asked_and_gives_the_rollouts_temperature_back(
     eval_temperature: float, greedy_at_0: bool, asked: tuple[float, ExplorationType], tmp_path: Path
 ):
-    ppo = PPOConfig(eval_temperature=eval_temperature, rollout_temperature=1.3, val_episodes=2, val_videos=False)
-    env = EnvironmentConfig(init_state_ids=[1], val_init_state_ids=[7, 8])
-    config = TrainConfig(ppo, env, OpenVLAActorConfig(deterministic_eval=greedy_at_0))
+    ppo = PPOConfig(eval_temperature=eval_temperature, rollout_temperature=1.3, val_episodes=2, val_videos=False,
+                    init_state_ids=[1], val_init_state_ids=[7, 8])  # fmt: skip
+    config = TrainConfig(ppo, OpenVLAActorConfig(deterministic_eval=greedy_at_0))
     logger, actor = RunLogger(tmp_path), Idle(temperature=1.3)
     _validation(config, actor, [ToyTrackingEnv(2)], logger)(0)  # type: ignore[arg-type]
     logger.close()
@@ -301,14 +300,14 @@ def test_a_validation_acts_as_asked_and_gives_the_rollouts_temperature_back(
 def test_greedy_validations_run_no_state_twice(
     options: dict[str, float], said: str | None, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    config = TrainConfig(PPOConfig(**options), env=EnvironmentConfig(task_ids=[0, 3], val_init_state_ids=[7, 8]))
+    config = TrainConfig(PPOConfig(task_ids=[0, 3], val_init_state_ids=[7, 8], **options))
     logger = RunLogger(tmp_path)
     _validation(config, load_policy(OpenVLAActorConfig(BUNDLED), task_suite="libero_spatial").actor, [], logger)
     logger.close()
     output = capsys.readouterr().out
     assert said in output if said else "Validations" not in output
     assert ("Training starts from the validations' initial states too" in output) is (config.ppo.val_interval > 0)
-    kept_apart = replace(config, env=replace(config.env, init_state_ids=[0, 1]))
+    kept_apart = replace(config, ppo=replace(config.ppo, init_state_ids=[0, 1]))
     logger = RunLogger(tmp_path / "apart")
     _validation(kept_apart, load_policy(OpenVLAActorConfig(BUNDLED), task_suite="libero_spatial").actor, [], logger)
     logger.close()
@@ -317,7 +316,7 @@ def test_greedy_validations_run_no_state_twice(
 
 def test_an_existing_folder_is_not_written_over(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="exists already. Choose another --run-dir, or go on with the run in it"):
+    with pytest.raises(SystemExit, match="exists already. Choose another --run-dir, or resume the run in it"):
         main(["train", *SMALL, "--run-dir", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -328,7 +327,7 @@ def test_an_error_before_the_first_rollout_is_the_one_that_is_seen(tmp_path: Pat
     # Workers start with their first use: these were never used, and have nothing to close.
     with pytest.raises(SystemExit, match="holds no checkpoint to resume from"):
         main(["train", "--resume", "--run-dir", str(tmp_path / "run"), "--num-envs", "4"])
-    assert TrainConfig.load(tmp_path / "run" / "config.json").env.num_envs == 1, "it did not go on with 4"
+    assert TrainConfig.load(tmp_path / "run" / "config.json").ppo.num_envs == 1, "it did not go on with 4"
 
 
 @pytest.mark.parametrize("arguments", ["train --help", "compare --help", "--help", ""])  # the first is a long text

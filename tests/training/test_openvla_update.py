@@ -84,11 +84,13 @@ def update(
 
 @pytest.mark.parametrize("accelerated", [False, True])
 def test_the_gradient_does_not_depend_on_the_micro_batch(tmp_path: Path, accelerated: bool) -> None:
-    _, expected = update(tmp_path / "all", COUNT, entropy_coef=0.01, recompute=0.0)
+    _, expected = update(tmp_path / "all", COUNT, entropy_coef=0.01, gradient_checkpointing=0.0)
     assert max(gradient.abs().max() for gradient in expected.values()) > 1e-3
     for batch_size, recompute in ((1, 0.0), (4, 1.0), (COUNT, 0.5)):
         folder = tmp_path / f"{batch_size}"
-        _, found = update(folder, batch_size, accelerated=accelerated, entropy_coef=0.01, recompute=recompute)
+        _, found = update(
+            folder, batch_size, accelerated=accelerated, entropy_coef=0.01, gradient_checkpointing=recompute
+        )
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 

@@ -276,7 +276,9 @@ def _check_memory(device: torch.device, needs: dict[str, MemoryEstimate]) -> Che
         return Check("memory", "ok", text)
     advice = "lower --num-envs, halve float32 weights (`torchrl-vla export --dtype bfloat16`)"
     if "training" in needs:
-        advice = "lower --batch-size or --num-envs, use adapters (--use-lora), --recompute 1 or --load-in-4bit"
+        advice = (
+            "lower --batch-size or --num-envs, use adapters (--use-lora), --gradient-checkpointing 1 or --load-in-4bit"
+        )
     return Check("memory", "problem", f"{text}: {advice}, or take a larger machine")
 
 

@@ -107,9 +107,9 @@ def load_run(folder: Path, checkpoint: Path, *, dtype: torch.dtype | None = None
     torch.manual_seed(config.ppo.seed)  # random:tiny is made from it
     # Weights that learned themselves did so in float32, whatever those they started from are stored in.
     stored: Literal["stored"] | None = "stored" if actor.use_lora or actor.freeze_vla_backbone else None
-    policy = load_policy(actor, task_suite=config.env.task_suite, dtype=dtype or stored)
+    policy = load_policy(actor, task_suite=config.ppo.task_suite, dtype=dtype or stored)
     if policy.model.config.use_proprio:
-        policy.model.config = replace(policy.model.config, proprio_format=config.env.proprio_format)
+        policy.model.config = replace(policy.model.config, proprio_format=config.ppo.proprio_format)
     try:
         Checkpoint(policy=TrainableState(policy.model)).load(checkpoint, components=["policy"], map_location="cpu")
     except CheckpointError as error:

@@ -48,7 +48,7 @@ class DoctorArguments:
     """Rank of the adapters."""
     freeze_vla_backbone: bool = False
     """Train the heads only."""
-    recompute: float | Literal["auto"] = "auto"
+    gradient_checkpointing: float | Literal["auto"] = "auto"
     """Share of the layers, 0 to 1, that are computed again in the backward pass to save memory; auto: none if the
     memory allows it, else all."""
     load_l1_action_head: bool = False
@@ -65,8 +65,8 @@ class DoctorArguments:
         for name in ("num_envs", "batch_size", "num_images_in_input", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.recompute != "auto" and not 0 <= self.recompute <= 1:
-            raise ValueError(f"recompute must be auto or from 0 to 1, got {self.recompute}.")
+        if self.gradient_checkpointing != "auto" and not 0 <= self.gradient_checkpointing <= 1:
+            raise ValueError(f"gradient_checkpointing must be auto or from 0 to 1, got {self.gradient_checkpointing}.")
         if self.load_in_4bit and self.purpose == "evaluate":
             raise ValueError(
                 "load_in_4bit is for --purpose train: `evaluate` loads the weights as they are, so leave out "
@@ -132,8 +132,10 @@ def main(arguments: Sequence[str]) -> None:
             **learning,
             **shared,
         )
-        needs["training"] = training(recompute=0.0 if options.recompute == "auto" else options.recompute)
-        if options.recompute == "auto" and not fits_memory(device, needs["training"]):
+        needs["training"] = training(
+            recompute=0.0 if options.gradient_checkpointing == "auto" else options.gradient_checkpointing
+        )
+        if options.gradient_checkpointing == "auto" and not fits_memory(device, needs["training"]):
             needs["training"] = training(recompute=1.0)
     checks = check_checkpoint(
         summary, purpose=options.purpose, task_suite=options.task_suite, num_images=options.num_images_in_input

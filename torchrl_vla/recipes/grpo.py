@@ -55,18 +55,17 @@ from torchrl_vla.training.validation import Validation
 __all__ = ["learn", "make_buffer", "train", "update"]
 
 
-def train(config: TrainConfig, preset: str = "none") -> Path:
+def train(config: TrainConfig) -> Path:
     """Train one policy from its start, or from the newest checkpoint, to the end, and return the run's folder.
 
     Args:
         config: the run.
-        preset: name of the preset it started from, for the record.
 
     Raises:
         ValueError: an option does not fit the checkpoint, the suite or this machine; nothing long was started.
         TrainingDiverged: too many optimizer steps in a row were not finite.
     """
-    ppo, env, suite = config.ppo, config.env, get_suite(config.env.task_suite)
+    ppo, suite = config.ppo, get_suite(config.ppo.task_suite)
     with ExitStack() as stack:
         # -- policy: checked, loaded, adapters added; a value head if the advantage needs one ------------------------
         policy, device, head_device = load_for_training(config)
@@ -75,30 +74,31 @@ def train(config: TrainConfig, preset: str = "none") -> Path:
         acting = critic.rollout if critic else policy.actor
 
         # -- the run's folder and logs -------------------------------------------------------------------------------
-        folder = open_run_folder(config, preset)
+        folder = open_run_folder(config)
         stack.enter_context(lock_run(folder))
         stack.enter_context(log_to(folder / "train.log"))
         logger = RunLogger(folder, use_wandb=ppo.use_wandb, wandb_entity=ppo.wandb_entity, config=described(config))
         stack.callback(logger.close)
         logger.print(
-            f"preset {preset}, policy {config.actor.pretrained_checkpoint} on {device}, results go to {folder}"
+            f"preset {config.preset}, policy {config.actor.pretrained_checkpoint} on {device}, results go to {folder}"
         )
 
         stop = stack.enter_context(StopRequest("the decision or optimizer step at hand, and a checkpoint"))
 
         # -- environments and collector: groups of whole episodes, at least n_steps control steps per update ----------
-        horizon = env.max_episode_steps or suite.horizon
+        horizon = ppo.max_episode_steps or suite.horizon
         envs = make_envs(
-            suite.name, task_ids=env.tasks, num_envs=env.num_envs, chunk_size=policy.model.config.chunk_size,
-            image_size=env.camera_size, cameras=("agentview", "robot0_eye_in_hand")[: policy.model.config.num_images],
-            proprio_format=env.proprio_format, max_episode_steps=horizon, reward_scale=env.reward_scale,
-            worker_timeout=env.worker_timeout, **env.simulation,
+            suite.name, task_ids=ppo.tasks, num_envs=ppo.num_envs, chunk_size=policy.model.config.chunk_size,
+            image_size=ppo.camera_size, cameras=("agentview", "robot0_eye_in_hand")[: policy.model.config.num_images],
+            proprio_format=ppo.proprio_format, max_episode_steps=horizon, reward_scale=ppo.reward_scale,
+            worker_timeout=ppo.worker_timeout, **ppo.simulation,
         )  # fmt: skip
         for each in envs:
             stack.callback(each.close, raise_if_closed=False)  # an error before its first use is the one to see
-        starts = initial_states(suite, env.tasks, env.init_state_ids)
+        starts = initial_states(suite, ppo.tasks, ppo.init_state_ids)
         collector = UpdateCollector(
-            GroupCollector(envs, acting, progress=EpisodeBar("rollout", stop.check)), env.tasks, next(iter(starts.values())), min_steps=ppo.n_steps, group_size=ppo.group_size, horizon=horizon,
+            GroupCollector(envs, acting, progress=EpisodeBar("rollout", stop.check)), ppo.tasks,
+            next(iter(starts.values())), min_steps=ppo.n_steps, group_size=ppo.group_size, horizon=horizon,
             seed=ppo.seed,
         )  # fmt: skip
 
@@ -121,7 +121,7 @@ def train(config: TrainConfig, preset: str = "none") -> Path:
         if critic:
             groups.append({"params": list(critic.to(head_device).value_head.parameters()), "lr": ppo.critic_lr})
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=device.type == "cuda")
-        schedule = LearningRateSchedule(optimizer, warmup_steps=ppo.lr_warmup_steps)
+        schedule = LearningRateSchedule(optimizer, warmup_steps=ppo.lr_warmup_steps, decay=ppo.lr_schedule)
         recorded = can_be_recorded(policy.model) and (critic is None or head_device == device)  # on one GPU
         step = OptimizerStep(
             loss, optimizer, ppo, schedule=schedule, device=device, report=logger.print,
@@ -141,8 +141,8 @@ def train(config: TrainConfig, preset: str = "none") -> Path:
         if config.resume:
             came_from = checkpoints.load_latest() or "its start, as it ended before its first checkpoint"
             logger.restore(progress.updates)
-            logger.print(f"Going on from {came_from}: update {progress.updates}, {progress.env_steps:,} control steps.")
-        describe_run(config, folder, preset=preset)  # only now: options that do not fit the checkpoint do not stay
+            logger.print(f"Resumed from {came_from}: update {progress.updates}, {progress.env_steps:,} control steps.")
+        describe_run(config, folder)  # only now: options that do not fit the checkpoint do not stay
         validates = ppo.val_interval and ppo.val_episodes
         with checkpoints.kept_at_the_end(progress, logger.print):
             learn(

@@ -20,7 +20,7 @@ from torchrl_vla.checkpoints.policy import (
     save_policy,
 )
 from torchrl_vla.checkpoints.trainable import weights_dtype
-from torchrl_vla.config.finetune import FinetuneConfig
+from torchrl_vla.config import FinetuneConfig
 from torchrl_vla.datasets import DemonstrationDataset
 from torchrl_vla.datasets.statistics import write_statistics
 from torchrl_vla.modules import ActionTokenizer, OpenVLA, OpenVLAConfig, OpenVLAProcessor, load_tokenizer, make_actor
@@ -50,13 +50,13 @@ def load_student(config: FinetuneConfig, dataset: DemonstrationDataset, device: 
         use_lora=config.use_lora,
         freeze_vla_backbone=config.freeze_vla_backbone,
     )
-    if config.checkpoint.startswith(RANDOM):
-        name = config.checkpoint.removeprefix(RANDOM)
+    if config.pretrained_checkpoint.startswith(RANDOM):
+        name = config.pretrained_checkpoint.removeprefix(RANDOM)
         fresh = build_policy(name, device=device, dtype=choose_dtype(OpenVLAConfig.preset(name)))
         model, tokenizer = fresh.model, fresh.processor.tokenizer
         settings = {"backend": fresh.processor.images.backend}
     else:
-        folder = find_policy(config.checkpoint)
+        folder = find_policy(config.pretrained_checkpoint)
         if config.objective == "tokens":
             require_trained_tokens(
                 folder,
@@ -70,7 +70,7 @@ def load_student(config: FinetuneConfig, dataset: DemonstrationDataset, device: 
         settings = read_image_settings(folder)
     if dataset.action_dim != model.config.action_dim:
         raise ValueError(
-            f"{dataset.folder} has actions of {dataset.action_dim} numbers, {config.checkpoint} gives "
+            f"{dataset.folder} has actions of {dataset.action_dim} numbers, {config.pretrained_checkpoint} gives "
             f"{model.config.action_dim}: fine-tune a policy of that action dimension."
         )
     model.config = replace(
@@ -92,8 +92,8 @@ def load_student(config: FinetuneConfig, dataset: DemonstrationDataset, device: 
 def _new_l1_head(model: OpenVLA, config: FinetuneConfig) -> L1ActionHead:
     if config.freeze_l1_action_head:
         raise ValueError(
-            f"{config.checkpoint} has no L1 head to keep as it is: leave out freeze_l1_action_head, and a new head is "
-            "trained."
+            f"{config.pretrained_checkpoint} has no L1 head to keep as it is: leave out freeze_l1_action_head, and a "
+            "new head is trained."
         )
     return L1ActionHead(model.config.hidden_size, model.config.action_dim).to(model.device)
 
@@ -108,7 +108,7 @@ def _choose_parameters(model: OpenVLA, config: FinetuneConfig) -> None:
     if model.action_head is not None:
         model.action_head.requires_grad_(config.objective == "l1" and not config.freeze_l1_action_head)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable(config.gradient_checkpointing)
 
 
 def save_student(policy: Policy, folder: Path, statistics: dict[str, Any]) -> int:

@@ -102,7 +102,7 @@ def check_wandb() -> None:
 
 def described(config: TrainConfig) -> dict[str, Any]:
     """The options of a run for W&B, where TorchRL writes under "env" what it runs on."""
-    return {"ppo": vars(config.ppo), "environment": vars(config.env), "actor": vars(config.actor)}
+    return {"ppo": vars(config.ppo), "actor": vars(config.actor)}
 
 
 def _encodes_videos(sink: Logger) -> bool:

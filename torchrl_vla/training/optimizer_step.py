@@ -73,7 +73,7 @@ class OptimizerStep:
         self._check = check
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.micro_batch = MicroBatch(
-            config.batch_size, config.recompute, memory_gb=config.memory_gb, set_recompute=set_recompute
+            config.batch_size, config.gradient_checkpointing, memory_gb=config.memory_gb, set_recompute=set_recompute
         )
         self.backward_pass = BackwardPass(loss, optimizer, self.device)
         if prepare is not None and isinstance(loss, Normalized):
@@ -155,7 +155,7 @@ class OptimizerStep:
         if not self.micro_batch.halve():
             raise RuntimeError(
                 "The GPU's memory does not hold the forward and backward pass of one decision: use a preset for a "
-                "smaller card, --recompute 1, --load-in-4bit, or a smaller --num-envs."
+                "smaller card, --gradient-checkpointing 1, --load-in-4bit, or a smaller --num-envs."
             )
         self.backward_pass.forget()
         free_memory()

@@ -38,20 +38,20 @@ class Validation:
         check: Callable[[], None] | None = None,
     ) -> None:
         self.config, self.actor, self.envs, self.logger, self.check = config, actor, envs, logger, check
-        ppo, env, suite = config.ppo, config.env, get_suite(config.env.task_suite)
-        states = initial_states(suite, env.tasks, env.val_init_state_ids)
-        trained_on = initial_states(suite, env.tasks, env.init_state_ids)
-        if ppo.val_interval and any(set(states[task]) & set(trained_on[task]) for task in env.tasks):
+        ppo, suite = config.ppo, get_suite(config.ppo.task_suite)
+        states = initial_states(suite, ppo.tasks, ppo.val_init_state_ids)
+        trained_on = initial_states(suite, ppo.tasks, ppo.init_state_ids)
+        if ppo.val_interval and any(set(states[task]) & set(trained_on[task]) for task in ppo.tasks):
             logger.print(
                 "Training starts from the validations' initial states too: they say how the run goes, not how the "
                 "policy does where it has not trained. --init-state-ids and --val-init-state-ids keep them apart."
             )
-        self.instructions = {task: suite.task(task).instruction for task in env.tasks}
+        self.instructions = {task: suite.task(task).instruction for task in ppo.tasks}
         self.temperature = ppo.eval_temperature
         if not config.actor.deterministic_eval and not self.temperature:
             self.temperature = ppo.rollout_temperature
         wanted = max(ppo.val_episodes, 1)
-        self.plan = spread_episodes(env.tasks, states, wanted, repeat=self.temperature > 0)
+        self.plan = spread_episodes(ppo.tasks, states, wanted, repeat=self.temperature > 0)
         if len(self.plan) < wanted and ppo.val_interval:
             logger.print(
                 f"Validations run {len(self.plan)} episodes, not val_episodes={wanted}: greedy ones from one initial "
@@ -75,7 +75,7 @@ class Validation:
                 self.envs,
                 self.actor,
                 self.plan,
-                task_suite=self.config.env.task_suite,
+                task_suite=self.config.ppo.task_suite,
                 instructions=self.instructions,
                 greedy=self.temperature == 0,
                 progress=EpisodeBar("validation", self.check),
@@ -83,10 +83,10 @@ class Validation:
         finally:
             self.actor.temperature = sampling
         if self.config.ppo.val_videos:
-            for video in film(report, choose_episodes(report.episodes, per_task=False), **self.config.env.simulation):
+            for video in film(report, choose_episodes(report.episodes, per_task=False), **self.config.ppo.simulation):
                 outcome = "success" if video.episode.success else "failure"
                 self.logger.log_video(f"val/{outcome}", video.frames, env_steps=env_steps)
         figures = {f"val/{name}": value for name, value in report.figures().items()}
-        figures["val/mean_reward"] = self.config.env.reward_scale * report.total.rate
+        figures["val/mean_reward"] = self.config.ppo.reward_scale * report.total.rate
         figures |= {f"val/success_task_{task}": result.success.rate for task, result in report.tasks.items()}
         return figures | {"time/val_seconds": time.perf_counter() - started}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from torchrl_vla.commands.finetune import main
-from torchrl_vla.config.finetune import FinetuneConfig
+from torchrl_vla.config import FinetuneConfig
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_a_resumed_run_keeps_its_options(runs: list[FinetuneConfig], tmp_path: P
         [
             "--dataset",
             "demos",
-            "--out",
+            "--run-dir",
             str(out),
             "--steps",
             "1600",
@@ -37,14 +37,14 @@ def test_a_resumed_run_keeps_its_options(runs: list[FinetuneConfig], tmp_path: P
     out.mkdir()
     runs[0].save(out / "config.json")
     moved = out.rename(tmp_path / "moved")
-    main(["--resume", "--out", str(moved), "--learning-rate", "1e-4"])
-    expected = {**vars(runs[0]), "out": moved, "resume": True, "learning_rate": 1e-4}
+    main(["--resume", "--run-dir", str(moved), "--actor-lr", "1e-4"])
+    expected = {**vars(runs[0]), "run_dir": moved, "resume": True, "actor_lr": 1e-4}
     assert runs[0].steps == 1600 and runs[0].dataset == Path("demos") and vars(runs[1]) == expected
 
 
 def test_resuming_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="it has no config.json. Leave out --resume to start one"):
-        main(["--resume", "--out", str(tmp_path), "--dataset", "demos"])
+        main(["--resume", "--run-dir", str(tmp_path), "--dataset", "demos"])
     (tmp_path / "config.json").write_text('{"ppo": {}}')
     with pytest.raises(ValueError, match="was not written by this version of `torchrl-vla finetune`"):
-        main(["--resume", "--out", str(tmp_path)])
+        main(["--resume", "--run-dir", str(tmp_path)])
