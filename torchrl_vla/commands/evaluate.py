@@ -216,7 +216,7 @@ def _plan(config: EvaluateConfig, acting: _Acting) -> EpisodePlan:
 def _settings(config: EvaluateConfig, checkpoint: str) -> dict[str, Any]:
     """What the report says of how it was made; the policy's own part is added when it is loaded."""
     from torchrl_vla.envs import get_suite
-    from torchrl_vla.training.run_folder import versions
+    from torchrl_vla.versions import versions
 
     simulation = config.simulation
     return {
