@@ -12,9 +12,9 @@ from small_openvla import decided_model, small_openvla_config
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from torchrl_vla.checkpoints.openvla_format import load_openvla
 from torchrl_vla.modules import (
     ActionTokenizer,
-    OpenVLA,
     OpenVLAAutoregressiveActor,
     OpenVLAProcessor,
     build_tokenizer,
@@ -66,8 +66,8 @@ def observations(*batch: int) -> TensorDict:
 
 def test_tokens_and_action_are_upstreams(base: Path) -> None:
     data = load_file(DATA / "openvla_ar.safetensors")
-    model = OpenVLA.from_pretrained(base)
-    actions = ActionTokenizer.from_statistics(base, "bridge_orig")
+    model = load_openvla(base)
+    actions = ActionTokenizer(model.config.statistics["bridge_orig"])
     processor = OpenVLAProcessor(load_tokenizer(base), actions, image_size=56)
     processor.images = GivenPixels(data["pixel_values"])  # type: ignore[assignment]
     actor = make_autoregressive_actor(model, processor)

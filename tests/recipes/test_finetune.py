@@ -17,11 +17,13 @@ from small_openvla import small_openvla_config
 from tensordict import TensorDict
 from torch import nn
 
+from torchrl_vla.checkpoints.architecture_file import read_architecture
+from torchrl_vla.checkpoints.openvla_format import load_openvla, save_openvla
 from torchrl_vla.checkpoints.policy import load_policy
 from torchrl_vla.commands.finetune import main
 from torchrl_vla.config import FinetuneConfig, OpenVLAActorConfig
 from torchrl_vla.datasets import DemonstrationDataset, DemonstrationIndex, Episode, write_episode
-from torchrl_vla.modules import ActionTokenizer, OpenVLA, OpenVLAConfig, build_tokenizer
+from torchrl_vla.modules import ActionTokenizer, OpenVLA, build_tokenizer
 from torchrl_vla.modules.openvla.augmentation import ImageAugmentation
 from torchrl_vla.modules.openvla.image_pipeline import center_crop_resize, lanczos3_resize, normalize
 from torchrl_vla.modules.openvla.jpeg import decode_jpeg, encode_jpeg
@@ -74,7 +76,7 @@ def save_start(folder: Path, *, l1_head: bool = False, **overrides) -> Path:
     """A small untrained policy's folder."""
     config = small_openvla_config(embed_dim=16, vocab_size=352, **overrides)
     torch.manual_seed(0)
-    OpenVLA(config, use_l1_head=l1_head).save_pretrained(folder)
+    save_openvla(OpenVLA(config, use_l1_head=l1_head), folder)
     build_tokenizer(INSTRUCTIONS.values(), vocab_size=config.tokenizer_vocab_size).save_pretrained(folder)
     return folder
 
@@ -180,24 +182,24 @@ def test_the_saved_weights_are_the_averages(config: FinetuneConfig, start: Path,
         return made[0]
 
     monkeypatch.setattr("torchrl_vla.recipes.finetune.Finetuner", make)
-    saved = OpenVLA.from_pretrained(finetune(replace(config, steps=6, lr_warmup_steps=1)), dtype=torch.float32)
+    saved = load_openvla(finetune(replace(config, steps=6, lr_warmup_steps=1)), dtype=torch.float32)
     (trainer,) = made
     trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     for name, average in zip(trained, trainer.average.average, strict=True):
         assert torch.equal(saved.get_parameter(name).bfloat16(), average.bfloat16()), name
     name = "language_model.model.layers.0.self_attn.q_proj.weight"
-    for other in (trained[name], OpenVLA.from_pretrained(start).get_parameter(name)):
+    for other in (trained[name], load_openvla(start).get_parameter(name)):
         assert not torch.equal(saved.get_parameter(name).bfloat16(), other.bfloat16())
 
 
 def test_the_policy_folder_is_complete(config: FinetuneConfig, data: Path):
     folder = finetune(replace(config, steps=2, lr_warmup_steps=1))
-    loaded = OpenVLAConfig.from_folder(folder)
+    loaded = read_architecture(folder)
     assert (loaded.torch_dtype, loaded.image_size, loaded.use_proprio) == ("bfloat16", 28, True)
     assert loaded.proprio_format == "axis_angle"
     assert loaded.dataset_statistics[SUITE] == DemonstrationDataset(data).statistics
     expected = DemonstrationDataset(data).statistics["action"]["q01"]
-    assert ActionTokenizer.from_statistics(folder, SUITE).action_q01.tolist() == expected
+    assert ActionTokenizer(loaded.statistics[SUITE]).action_q01.tolist() == expected
     with pytest.raises(ValueError, match="exists already"):
         finetune(config)
 
@@ -315,7 +317,7 @@ def test_inputs_are_what_evaluation_makes_of_the_same_observation(data: Path, st
 
 def test_only_adapters_and_heads_learn_with_lora(config: FinetuneConfig, start: Path):
     folder = finetune(replace(config, steps=3, lr_warmup_steps=1, use_lora=True, lora_rank=2, ema_decay=0.0))
-    before, after = (OpenVLA.from_pretrained(path, dtype=torch.float32) for path in (start, folder))
+    before, after = (load_openvla(path, dtype=torch.float32) for path in (start, folder))
     changed = {
         name
         for name, parameter in before.named_parameters()
@@ -345,8 +347,8 @@ def test_the_l1_head_is_added_and_learns_alone(config: FinetuneConfig, start: Pa
     run = replace(config, objective="l1", freeze_vla_backbone=True, actor_lr=1e-2)
     folder = finetune(run)
     assert rows(run)[-1]["train/l1"] < 0.6 * rows(run)[0]["train/l1"]
-    after = OpenVLA.from_pretrained(folder, dtype=torch.float32, load_l1_action_head=True)
-    before = OpenVLA.from_pretrained(start, dtype=torch.float32)
+    after = load_openvla(folder, dtype=torch.float32, load_l1_action_head=True)
+    before = load_openvla(start, dtype=torch.float32)
     name = "language_model.model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(after.get_parameter(name), before.get_parameter(name).bfloat16().float())
     assert after.action_head is not None

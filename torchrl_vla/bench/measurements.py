@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from torchrl_vla.training.run_folder import versions
+from torchrl_vla.versions import versions
 
 __all__ = ["Figure", "Report", "machine"]
 

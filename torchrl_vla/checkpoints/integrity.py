@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from torchrl_vla.checkpoints.files import read_json
+from torchrl_vla.files import read_json
 
 __all__ = ["CHECKSUMS", "find_damage", "flush_to_disk", "write_checksums"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -14,12 +13,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_vla.checkpoints.companions import save_companions
-from torchrl_vla.checkpoints.files import read_json
+from torchrl_vla.checkpoints.folder import open_checkpoint
+from torchrl_vla.checkpoints.hub import resolve_checkpoint
 from torchrl_vla.checkpoints.inspection import TrainedMode, trained_mode
-from torchrl_vla.checkpoints.openvla_format import resolve_checkpoint
+from torchrl_vla.checkpoints.openvla_format import load_openvla, save_openvla
+from torchrl_vla.checkpoints.statistics import action_tokenizer, add_statistics, write_statistics
 from torchrl_vla.checkpoints.trainable import check_tokens, prepare_for_ppo, weights_dtype
 from torchrl_vla.config import OpenVLAActorConfig
 from torchrl_vla.envs.tasks import get_suite
+from torchrl_vla.files import read_json, whole_folder, write_json
 from torchrl_vla.modules import (
     ActionTokenizer,
     OpenVLA,
@@ -36,9 +38,22 @@ from torchrl_vla.modules import (
 )
 from torchrl_vla.modules.openvla.lora import without_adapters
 from torchrl_vla.modules.openvla.tokenizer import empty_token_id
-from torchrl_vla.training.run_folder import written_whole
 
-__all__ = ["BUNDLED", "RANDOM", "Policy", "build_policy", "load_policy", "save_policy"]
+__all__ = [
+    "BUNDLED",
+    "CHECKPOINTS",
+    "GRAPH_BATCH_SIZE",
+    "RANDOM",
+    "Policy",
+    "build_policy",
+    "find_policy",
+    "load_policy",
+    "policy_mode",
+    "read_image_settings",
+    "require_cameras",
+    "require_proprio_format",
+    "save_policy",
+]
 
 #: What names of untrained policies begin with.
 RANDOM = "random:"
@@ -215,7 +230,7 @@ def policy_mode(name: str) -> TrainedMode:
     """
     if name.startswith(RANDOM):
         return TrainedMode("tokens", "it is untrained")
-    return trained_mode(find_policy(name))
+    return trained_mode(open_checkpoint(find_policy(name)))
 
 
 def load_policy(
@@ -239,7 +254,7 @@ def load_policy(
         temperature: sampling temperature.
         device: where to load it.
         head_device: where to put the L1 head; None for `device`.
-        dtype: as for :meth:`OpenVLA.from_pretrained`, but None for :func:`weights_dtype`'s.
+        dtype: as for :func:`~torchrl_vla.checkpoints.openvla_format.load_openvla`; None for :func:`weights_dtype`'s.
         trainable: add adapters or freeze parts as configured; False loads it to be used as it is.
         autoregressive: decode one token after the other and one control step at a time, as base OpenVLA does. Such a
             policy acts; it cannot be trained so.
@@ -284,11 +299,11 @@ def load_policy(
             instructions=instructions,
         )
     else:
-        folder = find_policy(actor.pretrained_checkpoint, use_local=actor.use_local)
-        if trainable and not actor.force:
-            check_tokens(folder, actor)
+        checkpoint = open_checkpoint(find_policy(actor.pretrained_checkpoint, use_local=actor.use_local))
+        folder, config = checkpoint.path, checkpoint.config
         # Small files first: what does not fit is said before gigabytes are read.
-        config = OpenVLAConfig.from_folder(folder)
+        if trainable and not actor.force:
+            check_tokens(checkpoint, actor)
         if config.use_proprio and not actor.use_proprio:
             raise ValueError(
                 f"use_proprio is off, but {folder} was trained with the robot's state: leave it on, or choose a "
@@ -304,11 +319,11 @@ def load_policy(
             require_proprio_format(config, proprio_format, folder)
         key = actor.unnorm_key or get_suite(task_suite).base or task_suite
         sizes = {"n_bins": config.n_action_bins, "vocab_size": config.tokenizer_vocab_size}
-        actions = ActionTokenizer.from_statistics(folder, key, **sizes)
+        actions = action_tokenizer(config.statistics, key, source=folder, **sizes)
         tokenizer = load_tokenizer(folder)
         settings = read_image_settings(folder)
-        model = OpenVLA.from_pretrained(
-            folder,
+        model = load_openvla(
+            checkpoint,
             dtype=dtype or choose_dtype(config),
             device=device,
             load_in_4bit=actor.load_in_4bit,
@@ -367,21 +382,24 @@ def read_image_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def save_policy(policy: Policy, folder: Path, **options: Any) -> None:
+def save_policy(policy: Policy, folder: Path, *, statistics: Mapping[str, Any] | None = None, **options: Any) -> None:
     """Write the policy in upstream's format, adapters merged, so that `load_policy` and upstream's tools read it.
 
     Args:
         policy: the policy; it is not changed.
         folder: replaced as a whole once everything is written.
-        options: of :meth:`OpenVLA.save_pretrained`.
+        statistics: by data set, to be written; None: those it was loaded with, and the percentiles that it acts by.
+        options: of :func:`~torchrl_vla.checkpoints.openvla_format.save_openvla`.
     """
-    with written_whole(folder) as partial:
-        policy.model.save_pretrained(partial, **options)
-        policy.processor.action_tokenizer.save_statistics(partial, policy.statistics_key)
-        images = policy.processor.images
-        settings = {"backend": images.backend, "center_crop": images.center_crop}
-        (partial / PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-        save_companions(policy.processor.tokenizer, policy.model.config, partial)
+    config, processor = policy.model.config, policy.processor
+    if statistics is None:
+        statistics = add_statistics(config.statistics, policy.statistics_key, processor.action_tokenizer)
+    with whole_folder(folder) as partial:
+        save_openvla(policy.model, partial, **options)
+        write_statistics(partial, statistics)
+        settings = {"backend": processor.images.backend, "center_crop": processor.images.center_crop}
+        write_json(partial / PROCESSOR_FILE, settings)
+        save_companions(processor.tokenizer, config, partial)
 
 
 def _assemble(

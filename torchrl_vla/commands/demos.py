@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> None:
     options = tyro.cli(DemosArguments, prog="torchrl-vla demos", args=arguments)
     prepare_processes()
     from torchrl_vla.demonstrations.collect import collect_demonstrations
-    from torchrl_vla.training.run_folder import versions
+    from torchrl_vla.versions import versions
 
     if options.export_lerobot is not None:
         from torchrl_vla.datasets.lerobot_export import check_lerobot

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,24 +86,27 @@ def main(arguments: Sequence[str]) -> None:
     import torch
 
     from torchrl_vla.checkpoints.diagnosis import Diagnosis, check_checkpoint, check_machine, fits_memory
+    from torchrl_vla.checkpoints.folder import open_checkpoint
     from torchrl_vla.checkpoints.inspection import inspect_checkpoint
     from torchrl_vla.checkpoints.memory_estimate import estimate_memory
     from torchrl_vla.checkpoints.policy import find_policy
     from torchrl_vla.checkpoints.trainable import weights_dtype
+    from torchrl_vla.files import write_json
     from torchrl_vla.training.devices import choose_device
 
     try:
         device = choose_device(options.device)
         summary = inspect_checkpoint(
-            find_policy(options.checkpoint), finetuned_on_discrete_actions=options.finetuned_on_discrete_actions
+            open_checkpoint(find_policy(options.checkpoint)),
+            finetuned_on_discrete_actions=options.finetuned_on_discrete_actions,
         )
     except ValueError as error:
         print(f"torchrl-vla doctor: {error}", file=sys.stderr)
         sys.exit(UNREADABLE)
-    trainable = options.purpose == "train"
+    config, trainable = summary.checkpoint.config, options.purpose == "train"
     learning: dict[str, Any] = dict(use_lora=options.use_lora, freeze_vla_backbone=options.freeze_vla_backbone)
     if options.dtype == "auto":
-        dtype = weights_dtype(summary.config, device, trainable=trainable, **learning)
+        dtype = weights_dtype(config, device, trainable=trainable, **learning)
     else:
         dtype = getattr(torch, options.dtype)
     acts_by = summary.mode.name if options.purpose == "evaluate" else "tokens"
@@ -115,7 +117,7 @@ def main(arguments: Sequence[str]) -> None:
         load_in_4bit=options.load_in_4bit,
     )
     rollout = estimate_memory(
-        summary.config,
+        config,
         batch_size=options.num_envs,
         training=False,
         autoregressive=acts_by == "autoregressive",
@@ -125,7 +127,7 @@ def main(arguments: Sequence[str]) -> None:
     if trainable:
         training = functools.partial(
             estimate_memory,
-            summary.config,
+            config,
             batch_size=options.batch_size,
             training=True,
             lora_rank=options.lora_rank,
@@ -145,6 +147,6 @@ def main(arguments: Sequence[str]) -> None:
     print(diagnosis)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(diagnosis.as_dict(), indent=2) + "\n")
+        write_json(options.json, diagnosis.as_dict())
         print(f"\nFindings: {options.json}")
     sys.exit(FITS if diagnosis.fits else PROBLEMS)

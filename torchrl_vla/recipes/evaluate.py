@@ -26,7 +26,7 @@ from torchrl_vla.evaluation.report import EpisodeResult, EvaluationReport, repor
 from torchrl_vla.evaluation.videos import choose_episodes, film, write_mp4
 from torchrl_vla.training.devices import choose_device
 from torchrl_vla.training.progress import EpisodeBar
-from torchrl_vla.training.run_folder import versions
+from torchrl_vla.versions import versions
 
 __all__ = ["evaluate_checkpoint"]
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import logging
-import platform
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -16,41 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from torchrl_vla.config import FinetuneConfig, TrainConfig
+from torchrl_vla.versions import versions
 
 __all__ = [
-    "NOT_A_PACKAGE",
     "check_run_folder",
     "describe_run",
     "log_to",
     "open_run_folder",
-    "package_version",
     "refuse_changes",
-    "versions",
-    "written_whole",
 ]
-
-#: In the place of a version.
-NOT_A_PACKAGE = "not installed as a package"
-
-_PACKAGES = ("torchrl-vla", "torch", "torchrl", "tensordict", "transformers", "peft", "mujoco", "robosuite", "numpy")
-
-
-def package_version(name: str) -> str:
-    """Version of an installed package; `NOT_A_PACKAGE` for one that is missing or lies on PYTHONPATH alone.
-
-    Args:
-        name: as pip knows it.
-    """
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return NOT_A_PACKAGE
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on, by package, and the machine they ran on."""
-    found = {name: package_version(name) for name in _PACKAGES}
-    return found | {"python": platform.python_version(), "machine": f"{platform.machine()} {platform.system()}"}
 
 
 def check_run_folder(config: TrainConfig | FinetuneConfig) -> None:
@@ -164,30 +135,6 @@ def _keep_old(path: Path) -> None:
     while (aside := path.with_stem(f"{path.stem}-{number}")).exists():
         number += 1
     path.rename(aside)
-
-
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write in, which takes the place of another as a whole once everything is written.
-
-    Args:
-        folder: the one to make or replace. If writing fails, it is left as it was.
-    """
-    folder = folder.resolve()
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    previous = folder.with_name(f"{folder.name}.previous")
-    if folder.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.rename(previous)
-    partial.rename(folder)
-    shutil.rmtree(previous, ignore_errors=True)
 
 
 @contextmanager
