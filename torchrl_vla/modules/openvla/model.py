@@ -261,6 +261,7 @@ class OpenVLA(nn.Module):
         *,
         vision_features: Tensor | None = None,
         temperature: float = 0.0,
+        uniform: Tensor | None = None,
     ) -> Tensor:
         """Base OpenVLA's decoding: seven tokens of one control step, one after the other.
 
@@ -271,6 +272,7 @@ class OpenVLA(nn.Module):
             vision_features: what :meth:`encode_images` gave for the same images.
             temperature: 0 takes the most likely token of the whole vocabulary, as upstream does; above 0, action tokens
                 alone are drawn, as in parallel decoding.
+            uniform: numbers in [0, 1) to draw with, float32 [B, 7]; None takes them from torch's global generator.
 
         Returns:
             Token ids int64 [B, 7].
@@ -281,11 +283,14 @@ class OpenVLA(nn.Module):
         check_temperature(temperature)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        heat = uniform = None
-        if temperature > 0:
+        heat = None
+        if temperature == 0:
+            uniform = None
+        else:
             # Tensors, so that a recorded graph can be replayed with others.
             heat = torch.full((), temperature, device=input_ids.device)
-            uniform = torch.rand(len(input_ids), self.config.action_dim, device=input_ids.device)
+            if uniform is None:
+                uniform = torch.rand(len(input_ids), self.config.action_dim, device=input_ids.device)
         return self._run(self._decode, pixel_values, input_ids, attention_mask, vision_features, heat, uniform)[0]
 
     def _decode(
