@@ -29,8 +29,7 @@ from torchrl.objectives.value import GAE
 from tqdm import tqdm
 
 from torchrl_vla.checkpoints.policy import save_policy
-from torchrl_vla.collectors import GroupCollector
-from torchrl_vla.collectors.update_batches import UpdateCollector
+from torchrl_vla.collectors import EpisodePlan, GroupCollector
 from torchrl_vla.config import PPOConfig, TrainConfig
 from torchrl_vla.envs import get_suite
 from torchrl_vla.envs.factory import make_envs
@@ -39,17 +38,16 @@ from torchrl_vla.objectives import AsymmetricClipPPOLoss, EstimateAdvantage, GRP
 from torchrl_vla.training.actor_critic import Critic
 from torchrl_vla.training.backward_pass import can_be_recorded
 from torchrl_vla.training.figures import group_figures, nothing_to_learn, rollout_figures, update_figures
-from torchrl_vla.training.logging import RunLogger, described, format_table
+from torchrl_vla.training.logging import RunLogger, format_table
 from torchrl_vla.training.micro_batch import trim_heap
 from torchrl_vla.training.optimizer_step import OptimizerStep
 from torchrl_vla.training.progress import EpisodeBar, RunProgress
 from torchrl_vla.training.reference import reference_policy
+from torchrl_vla.training.run import open_run
 from torchrl_vla.training.run_checkpoints import RunCheckpoints, TrainableState
-from torchrl_vla.training.run_folder import describe_run, log_to, open_run_folder
-from torchrl_vla.training.run_lock import lock_run
+from torchrl_vla.training.run_folder import describe_run
 from torchrl_vla.training.schedule import LearningRateSchedule
 from torchrl_vla.training.start import load_for_training
-from torchrl_vla.training.stopping import StopRequest
 from torchrl_vla.training.validation import Validation
 
 __all__ = ["learn", "make_buffer", "train", "update"]
@@ -69,37 +67,28 @@ def train(config: TrainConfig) -> Path:
     with ExitStack() as stack:
         # -- policy: checked, loaded, adapters added; a value head if the advantage needs one ------------------------
         policy, device, head_device = load_for_training(config)
-        gae, hidden_size = ppo.advantage_estimator == "gae", policy.model.config.hidden_size
-        critic = Critic(policy.actor, hidden_size).to(device) if gae else None
-        acting = critic.rollout if critic else policy.actor
+        gae = ppo.advantage_estimator == "gae"
+        critic = Critic(policy.actor, policy.model.config.hidden_size).to(device) if gae else None
 
-        # -- the run's folder and logs -------------------------------------------------------------------------------
-        folder = open_run_folder(config)
-        stack.enter_context(lock_run(folder))
-        stack.enter_context(log_to(folder / "train.log"))
-        logger = RunLogger(folder, use_wandb=ppo.use_wandb, wandb_entity=ppo.wandb_entity, config=described(config))
-        stack.callback(logger.close)
-        logger.print(
-            f"preset {config.preset}, policy {config.actor.pretrained_checkpoint} on {device}, results go to {folder}"
-        )
-
-        stop = stack.enter_context(StopRequest("the decision or optimizer step at hand, and a checkpoint"))
+        folder, logger, stop = stack.enter_context(open_run(config))
+        start = f"preset {config.preset}, policy {config.actor.pretrained_checkpoint} on {device}"
+        logger.print(f"{start}, results go to {folder}")
 
         # -- environments and collector: groups of whole episodes, at least n_steps control steps per update ----------
-        horizon = ppo.max_episode_steps or suite.horizon
         envs = make_envs(
             suite.name, task_ids=ppo.tasks, num_envs=ppo.num_envs, chunk_size=policy.model.config.chunk_size,
             image_size=ppo.camera_size, cameras=("agentview", "robot0_eye_in_hand")[: policy.model.config.num_images],
-            proprio_format=ppo.proprio_format, max_episode_steps=horizon, reward_scale=ppo.reward_scale,
-            worker_timeout=ppo.worker_timeout, **ppo.simulation,
+            proprio_format=ppo.proprio_format, max_episode_steps=ppo.max_episode_steps or suite.horizon,
+            reward_scale=ppo.reward_scale, worker_timeout=ppo.worker_timeout, **ppo.simulation,
         )  # fmt: skip
         for each in envs:
             stack.callback(each.close, raise_if_closed=False)  # an error before its first use is the one to see
         starts = initial_states(suite, ppo.tasks, ppo.init_state_ids)
-        collector = UpdateCollector(
-            GroupCollector(envs, acting, progress=EpisodeBar("rollout", stop.check)), ppo.tasks,
-            next(iter(starts.values())), min_steps=ppo.n_steps, group_size=ppo.group_size, horizon=horizon,
-            seed=ppo.seed,
+        collector = GroupCollector(
+            envs, critic.rollout if critic else policy.actor,
+            EpisodePlan.stream(starts, groups=1, group_size=ppo.group_size, seed=ppo.seed),
+            min_control_steps=ppo.n_steps, seed=ppo.seed, bootstrap_at_horizon=ppo.bootstrap_at_horizon,
+            progress=EpisodeBar("rollout", stop.check),
         )  # fmt: skip
 
         # -- buffer and loss -----------------------------------------------------------------------------------------
@@ -109,7 +98,7 @@ def train(config: TrainConfig) -> Path:
         loss = AsymmetricClipPPOLoss(
             policy.actor, critic.value_operator if critic else None,
             clip_ratio_low=ppo.clip_ratio_low, clip_ratio_high=ppo.clip_ratio_high, ratio_level=ppo.ratio_level,
-            dual_clip=ppo.dual_clip, entropy_coeff=ppo.entropy_coef, kl_coeff=ppo.kl_coef,
+            dual_clip=ppo.dual_clip, aggregation=ppo.aggregation, entropy_coeff=ppo.entropy_coef, kl_coeff=ppo.kl_coef,
             reference_context=reference_policy(policy.model) if ppo.kl_coef else None,
             reconstruction_coeff=ppo.reconstruction_coef,
             bin_centers=action_tokens.decode(torch.arange(action_tokens.n_bins)),

@@ -13,7 +13,7 @@ __all__ = ["group_figures", "nothing_to_learn", "rollout_figures", "update_figur
 #: TorchRL's names of the loss's terms -> the names in the logs.
 _NAMES = {
     "loss_objective": "policy_loss",
-    "loss_critic": "value_loss",
+    "loss_critic": "weighted_value_loss",
     "loss_entropy": "entropy_loss",
     "loss_kl": "kl_loss",
     "clip_fraction": "clipfrac",
@@ -62,6 +62,7 @@ def group_figures(stats: Mapping[str, float]) -> dict[str, float]:
         stats: of :meth:`~torchrl_vla.objectives.GRPOAdvantage.get_stats`; those of another transform are left out.
     """
     names = {"groups": "groups", "kept": "groups_kept"}
+    names |= {name: name for name in ("advantage_mean", "advantage_std", "advantage_nonzero")}
     names |= {name: f"groups_{name}" for name in stats if name.startswith("dropped_") and "groups" in stats}
     return {f"rollout/{shown}": stats[name] for name, shown in names.items() if name in stats}
 
