@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from torchrl_vla.config import TrainConfig
 from torchrl_vla.evaluation.videos import FRAMES_PER_SECOND, write_mp4
+from torchrl_vla.training.health import Health
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,7 @@ class RunLogger:
         use_wandb: log to Weights & Biases too.
         wandb_entity: W&B user or team.
         config: the run's parameters, shown with it on W&B.
+        health: reads every row, and what it says is printed.
 
     Examples:
         >>> import tempfile
@@ -135,8 +137,10 @@ class RunLogger:
         use_wandb: bool = False,
         wandb_entity: str | None = None,
         config: Mapping[str, Any] | None = None,
+        health: Health | None = None,
     ) -> None:
         self.run_dir = run_dir
+        self.health = health
         self.csv_path = run_dir / "metrics.csv"
         self.curve_path = run_dir / "learning_curve.png"
         self.rows: list[dict[str, float]] = []
@@ -182,6 +186,8 @@ class RunLogger:
             update: number of the update; 0 is before the first.
             env_steps: control steps collected so far: the x axis of every plot.
         """
+        if self.health is not None:
+            metrics = {**metrics, **self.health.figures()}
         row = {"update": float(update), "env_steps": float(env_steps), **{k: float(v) for k, v in metrics.items()}}
         joins = bool(self.rows) and self.rows[-1]["update"] == row["update"]
         if joins:
@@ -198,6 +204,8 @@ class RunLogger:
         for name, value in metrics.items():
             for sink in self.loggers:
                 sink.log_scalar(name, float(value), step=env_steps)
+        for warning in [] if self.health is None else self.health.warnings(self.rows):
+            self.print(f"Watch out: {warning}")
 
     def _write(self, path: Path, rows: list[dict[str, float]]) -> None:
         partial = path.with_suffix(".partial")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from torchrl_vla.config import TrainConfig
+from torchrl_vla.training.health import Health
 from torchrl_vla.training.logging import RunLogger, described
 from torchrl_vla.training.run_folder import log_to, open_run_folder
 from torchrl_vla.training.run_lock import lock_run
@@ -44,7 +45,13 @@ def open_run(config: TrainConfig) -> Iterator[Run]:
     finishing = StopRequest("the decision or optimizer step at hand, and a checkpoint")
     with lock_run(folder), log_to(folder / "train.log"), finishing as stop:
         ppo = config.ppo
-        logger = RunLogger(folder, use_wandb=ppo.use_wandb, wandb_entity=ppo.wandb_entity, config=described(config))
+        logger = RunLogger(
+            folder,
+            use_wandb=ppo.use_wandb,
+            wandb_entity=ppo.wandb_entity,
+            config=described(config),
+            health=Health(folder, ppo.val_episodes),
+        )
         try:
             yield Run(folder, logger, stop)
         finally:
