@@ -10,7 +10,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
-from torchrl.envs import Compose, DoubleToFloat, InitTracker, RenameTransform, StepCounter, Transform, TransformedEnv
+from torchrl.envs import CatTensors, Compose, DoubleToFloat, InitTracker, StepCounter, Transform, TransformedEnv
 
 from torchrl_vla.envs.toy import ToyTrackingEnv
 from torchrl_vla.objectives import GRPOAdvantage
@@ -118,7 +118,7 @@ def make_buffer(*transforms: Transform) -> TensorDictReplayBuffer:
 NOTHING = rows(3)  # no other episode to compare with
 
 
-@pytest.mark.parametrize("others", [[], [DoubleToFloat(in_keys_inv=["weight"]), InitTracker()]])
+@pytest.mark.parametrize("others", [[], [DoubleToFloat(in_keys_inv=["weight"]), CatTensors(["group_id"], "group")]])
 def test_a_buffer_stays_empty_when_nothing_is_left(others):
     buffer = make_buffer(GRPOAdvantage(), *(transform.clone() for transform in others))
     for _ in range(2):
@@ -145,5 +145,5 @@ def test_a_transform_that_would_have_to_work_on_nothing_is_refused_at_once():
 
 
 def test_a_transform_without_an_inverse_may_come_first():
-    buffer = make_buffer(RenameTransform(["group_id"], ["group"]), GRPOAdvantage())
+    buffer = make_buffer(CatTensors(["group_id"], "group"), GRPOAdvantage())
     assert len(buffer.extend(NOTHING.clone())) == 0
