@@ -12,7 +12,7 @@ from threading import Thread
 
 import pytest
 
-from torchrl_vla.checkpoints.hub import resolve_checkpoint
+from torchrl_vla.checkpoints.locations import resolve_checkpoint
 from torchrl_vla.checkpoints.openvla_format import load_openvla
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from small_openvla import random_model, small_config
 from torch import Tensor
 
-from torchrl_vla.checkpoints.hub import resolve_checkpoint
+from torchrl_vla.checkpoints.locations import resolve_checkpoint
 from torchrl_vla.checkpoints.openvla_format import load_openvla, save_openvla
 from torchrl_vla.modules.openvla import OpenVLA, OpenVLAConfig
 
@@ -397,7 +397,7 @@ def test_a_network_lost_on_the_way_says_how_to_go_on(monkeypatch: pytest.MonkeyP
     def download(*_: object, **__: object) -> str:
         raise error
 
-    monkeypatch.setattr("torchrl_vla.checkpoints.hub.snapshot_download", download)
+    monkeypatch.setattr("torchrl_vla.checkpoints.locations.snapshot_download", download)
     with pytest.raises(ValueError, match=f"cannot be had .*{error}.*hf download OWNER/NAME --local-dir"):
         resolve_checkpoint("nobody/nothing-here")
 

@@ -17,7 +17,8 @@ from torchrl.envs import set_exploration_type
 from torchrl.envs.utils import ExplorationType
 
 from torchrl_vla.checkpoints.architecture_file import read_architecture
-from torchrl_vla.checkpoints.policy import BUNDLED, Policy, find_policy, load_policy, policy_mode, save_policy
+from torchrl_vla.checkpoints.locations import BUNDLED, find_policy
+from torchrl_vla.checkpoints.policy import Policy, load_policy, policy_mode, save_policy
 from torchrl_vla.checkpoints.trainable import weights_dtype
 from torchrl_vla.config import OpenVLAActorConfig
 from torchrl_vla.modules import (

@@ -11,8 +11,8 @@ import torch
 from huggingface_hub.errors import HTTPError
 
 from torchrl_vla.checkpoints import diagnosis as doctor
+from torchrl_vla.checkpoints.locations import BUNDLED
 from torchrl_vla.checkpoints.openvla_format import save_openvla
-from torchrl_vla.checkpoints.policy import BUNDLED
 from torchrl_vla.cli import main
 from torchrl_vla.commands.evaluate import EvaluateConfig, _acting
 from torchrl_vla.modules import OpenVLA, OpenVLAConfig
@@ -253,7 +253,7 @@ def test_a_checkpoint_that_cannot_be_had_has_its_own_code(
     def break_off(*_: object, **__: object) -> None:
         raise error("peer closed the connection")
 
-    monkeypatch.setattr("torchrl_vla.checkpoints.hub.snapshot_download", break_off)
+    monkeypatch.setattr("torchrl_vla.checkpoints.locations.snapshot_download", break_off)
     assert diagnose(name, "--device", "cpu") == 2
     assert "hf download OWNER/NAME --local-dir FOLDER" in capsys.readouterr().err
 

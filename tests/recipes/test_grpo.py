@@ -16,7 +16,8 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.objectives.value import GAE
 
-from torchrl_vla.checkpoints.policy import BUNDLED, Policy, build_policy, load_policy, save_policy
+from torchrl_vla.checkpoints.locations import BUNDLED
+from torchrl_vla.checkpoints.policy import Policy, build_policy, load_policy, save_policy
 from torchrl_vla.cli import main
 from torchrl_vla.config import OpenVLAActorConfig, PPOConfig, TrainConfig
 from torchrl_vla.envs import get_suite

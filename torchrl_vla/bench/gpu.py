@@ -65,7 +65,7 @@ class GpuBench:
             raise ValueError("the 7B model is measured on a GPU, and there is none: use --model tiny to try it out.")
         settings = {"model": self.model, "sections": ", ".join(self.sections), "decisions": self.decisions}
         report = Report("GPU: a decision of 7B is 349 tokens" if self.model == "7b" else "tiny", settings, self.json)
-        bench = Bench(self, report, started)
+        bench = Bench(self.model, num_envs=self.num_envs, num_decisions=self.decisions, report=report, started=started)
         report.section("what", "measured", "naive")
         for name in SECTIONS:
             if name in self.sections:

@@ -11,8 +11,8 @@ from torchrl_vla.checkpoints.adapters import load_adapter, save_adapter
 from torchrl_vla.checkpoints.architecture_file import CONFIG_FILE
 from torchrl_vla.checkpoints.companions import copy_companions, write_preprocessor
 from torchrl_vla.checkpoints.folder import open_checkpoint
+from torchrl_vla.checkpoints.locations import CHECKPOINTS, find_policy
 from torchrl_vla.checkpoints.openvla_format import load_openvla, save_openvla
-from torchrl_vla.checkpoints.policy import CHECKPOINTS, find_policy
 from torchrl_vla.files import read_json, whole_folder
 
 __all__ = ["MergeDtype", "check_out", "export_checkpoint"]

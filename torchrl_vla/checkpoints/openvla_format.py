@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchrl_vla.checkpoints.architecture_file import CONFIG_FILE, write_architecture
 from torchrl_vla.checkpoints.folder import CheckpointFolder, open_checkpoint
 from torchrl_vla.checkpoints.head_files import FOREIGN_HEADS, HEADS, head_step, read_head, write_head
-from torchrl_vla.checkpoints.hub import resolve_checkpoint
+from torchrl_vla.checkpoints.locations import resolve_checkpoint
 from torchrl_vla.checkpoints.names import parameter_names, unused_shapes, unused_weight
 from torchrl_vla.checkpoints.shards import INDEX, SINGLE, check_tensors
 from torchrl_vla.checkpoints.statistics import STATISTICS_FILE, write_statistics

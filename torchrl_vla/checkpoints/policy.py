@@ -13,9 +13,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_vla.checkpoints.companions import save_companions
-from torchrl_vla.checkpoints.folder import open_checkpoint
-from torchrl_vla.checkpoints.hub import resolve_checkpoint
+from torchrl_vla.checkpoints.folder import CheckpointFolder, open_checkpoint
 from torchrl_vla.checkpoints.inspection import TrainedMode, trained_mode
+from torchrl_vla.checkpoints.locations import RANDOM, find_policy
 from torchrl_vla.checkpoints.openvla_format import load_openvla, save_openvla
 from torchrl_vla.checkpoints.statistics import action_tokenizer, add_statistics, write_statistics
 from torchrl_vla.checkpoints.trainable import check_tokens, prepare_for_ppo, weights_dtype
@@ -40,13 +40,9 @@ from torchrl_vla.modules.openvla.lora import without_adapters
 from torchrl_vla.modules.openvla.tokenizer import empty_token_id
 
 __all__ = [
-    "BUNDLED",
-    "CHECKPOINTS",
     "GRAPH_BATCH_SIZE",
-    "RANDOM",
     "Policy",
     "build_policy",
-    "find_policy",
     "load_policy",
     "policy_mode",
     "read_image_settings",
@@ -55,15 +51,8 @@ __all__ = [
     "save_policy",
 ]
 
-#: What names of untrained policies begin with.
-RANDOM = "random:"
-#: The policy that comes with the package, made as docs/tiny_policy.md says.
-BUNDLED = "bundled:tiny"
-_BUNDLED_FOLDER = Path(__file__).parents[1] / "assets" / "tiny_policy"
 #: Image settings of a policy folder; released checkpoints have none.
 PROCESSOR_FILE = "processor.json"
-#: Subfolder of a run with what it can be resumed from.
-CHECKPOINTS = "checkpoints"
 #: As many environments as a 7B model's rollout has at most: to launch 8 decisions one by one takes longer than to
 #: compute them, and replaying larger batches costs nothing.
 GRAPH_BATCH_SIZE = 32
@@ -197,28 +186,6 @@ def require_proprio_format(config: OpenVLAConfig, proprio_format: str, folder: P
         )
 
 
-def find_policy(name: str, *, use_local: bool = True) -> Path:
-    """The folder of a policy that has one: the bundled one, a checkpoint, or the policy of a run's folder.
-
-    Args:
-        name: ``bundled:tiny``, a folder or a hub id.
-        use_local: look for a folder of that name before asking the hub.
-
-    Raises:
-        ValueError: it cannot be had.
-    """
-    folder = _BUNDLED_FOLDER if name == BUNDLED else resolve_checkpoint(name, use_local=use_local)
-    if (folder / CHECKPOINTS).is_dir() and (folder / "policy").is_dir():
-        return folder / "policy"
-    if (folder / CHECKPOINTS).is_dir() and not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"{folder} is a run without a policy of its own. One of `train` that was interrupted, or loaded in 4 bits: "
-            f"`torchrl-vla export {folder} OUT` writes it from the latest checkpoint. One of `finetune`: go on with it "
-            "by --resume."
-        )
-    return folder
-
-
 def policy_mode(name: str) -> TrainedMode:
     """For which way of acting a policy was trained.
 
@@ -234,9 +201,9 @@ def policy_mode(name: str) -> TrainedMode:
 
 
 def load_policy(
-    actor: OpenVLAActorConfig,
+    checkpoint: str | Path | CheckpointFolder | OpenVLAActorConfig,
     *,
-    task_suite: str,
+    task_suite: str = "libero_spatial",
     temperature: float = 1.6,
     device: torch.device | str = "cpu",
     head_device: torch.device | None = None,
@@ -245,12 +212,14 @@ def load_policy(
     autoregressive: bool = False,
     read_task_ids: bool = False,
     proprio_format: Literal["axis_angle", "quaternion"] | None = None,
+    **options: Any,
 ) -> Policy:
-    """Load the policy that a configuration names, and prepare what of it learns.
+    """Load a policy, and prepare what of it learns.
 
     Args:
-        actor: checkpoint, adapters and mode.
-        task_suite: the suite whose statistics to use if the configuration names none.
+        checkpoint: ``bundled:tiny``, ``random:tiny``, ``random:7b``, a folder, opened already or not, or a hub id; or a
+            configuration that names one of them.
+        task_suite: the suite whose statistics to use if `unnorm_key` names none.
         temperature: sampling temperature.
         device: where to load it.
         head_device: where to put the L1 head; None for `device`.
@@ -260,11 +229,25 @@ def load_policy(
             policy acts; it cannot be trained so.
         read_task_ids: read which task of the suite it is from ``task_id``, not from ``language_instruction``.
         proprio_format: how the robot's state will be written, noted when the policy is saved; None: as it notes itself.
+        options: fields of :class:`~torchrl_vla.config.OpenVLAActorConfig`, such as ``use_lora`` and ``lora_rank``, if
+            `checkpoint` is not a configuration.
 
     Raises:
-        ValueError: the checkpoint cannot be had, does not fit the configuration or its decoding, or is to be trained
-            and has no trained tokens.
+        ValueError: the checkpoint is not available, does not fit the options or its decoding, or is to be trained and
+            has no trained tokens.
+
+    Examples:
+        >>> policy = load_policy("bundled:tiny", task_suite="libero_spatial", lora_rank=4)
+        >>> sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+        204000
     """
+    if isinstance(checkpoint, OpenVLAActorConfig):
+        if options:
+            raise ValueError(f"{', '.join(options)}: the configuration of the policy has these options already.")
+        actor = checkpoint
+    else:
+        name = checkpoint.path if isinstance(checkpoint, CheckpointFolder) else checkpoint
+        actor = OpenVLAActorConfig(pretrained_checkpoint=str(name), **options)
     if autoregressive and (trainable or not actor.use_tokenized_actions):
         raise ValueError(
             "autoregressive decoding is for acting by tokens: load the policy with trainable=False and "
@@ -299,11 +282,13 @@ def load_policy(
             instructions=instructions,
         )
     else:
-        checkpoint = open_checkpoint(find_policy(actor.pretrained_checkpoint, use_local=actor.use_local))
-        folder, config = checkpoint.path, checkpoint.config
+        opened = checkpoint
+        if not isinstance(opened, CheckpointFolder):
+            opened = open_checkpoint(find_policy(actor.pretrained_checkpoint, use_local=actor.use_local))
+        folder, config = opened.path, opened.config
         # Small files first: what does not fit is said before gigabytes are read.
         if trainable and not actor.force:
-            check_tokens(checkpoint, actor)
+            check_tokens(opened, actor)
         if config.use_proprio and not actor.use_proprio:
             raise ValueError(
                 f"use_proprio is off, but {folder} was trained with the robot's state: leave it on, or choose a "
@@ -323,7 +308,7 @@ def load_policy(
         tokenizer = load_tokenizer(folder)
         settings = read_image_settings(folder)
         model = load_openvla(
-            checkpoint,
+            opened,
             dtype=dtype or choose_dtype(config),
             device=device,
             load_in_4bit=actor.load_in_4bit,

@@ -88,8 +88,8 @@ def main(arguments: Sequence[str]) -> None:
     from torchrl_vla.checkpoints.diagnosis import Diagnosis, check_checkpoint, check_machine, fits_memory
     from torchrl_vla.checkpoints.folder import open_checkpoint
     from torchrl_vla.checkpoints.inspection import inspect_checkpoint
+    from torchrl_vla.checkpoints.locations import find_policy
     from torchrl_vla.checkpoints.memory_estimate import estimate_memory
-    from torchrl_vla.checkpoints.policy import find_policy
     from torchrl_vla.checkpoints.trainable import weights_dtype
     from torchrl_vla.files import write_json
     from torchrl_vla.training.devices import choose_device

@@ -11,12 +11,11 @@ import torch
 
 from torchrl_vla.checkpoints.folder import open_checkpoint
 from torchrl_vla.checkpoints.inspection import require_trained_tokens
+from torchrl_vla.checkpoints.locations import RANDOM, find_policy
 from torchrl_vla.checkpoints.openvla_format import load_openvla
 from torchrl_vla.checkpoints.policy import (
-    RANDOM,
     Policy,
     build_policy,
-    find_policy,
     read_image_settings,
     require_cameras,
     save_policy,

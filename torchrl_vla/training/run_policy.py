@@ -12,7 +12,8 @@ from torchrl.checkpoint import Checkpoint, CheckpointError
 from torchrl_vla.checkpoints.adapters import save_adapter
 from torchrl_vla.checkpoints.exporting import MergeDtype, check_out, export_checkpoint
 from torchrl_vla.checkpoints.integrity import find_damage
-from torchrl_vla.checkpoints.policy import CHECKPOINTS, RANDOM, Policy, load_policy, save_policy
+from torchrl_vla.checkpoints.locations import CHECKPOINTS, RANDOM
+from torchrl_vla.checkpoints.policy import Policy, load_policy, save_policy
 from torchrl_vla.config import TrainConfig
 from torchrl_vla.files import read_json, whole_folder
 from torchrl_vla.modules.openvla.lora import has_lora

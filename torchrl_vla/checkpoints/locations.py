@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a folder, the hub's cache, or the hub."""
+"""Where a policy lies: with the package, in a folder, in a run, in the hub's cache, or on the hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFo
 
 from torchrl_vla.config.releases import TOKEN_CHECKPOINTS
 
-__all__ = ["resolve_checkpoint"]
+__all__ = ["BUNDLED", "CHECKPOINTS", "RANDOM", "find_policy", "resolve_checkpoint"]
+
+#: What names of untrained policies begin with.
+RANDOM = "random:"
+#: The policy that comes with the package, made as docs/tiny_policy.md says.
+BUNDLED = "bundled:tiny"
+_BUNDLED_FOLDER = Path(__file__).parents[1] / "assets" / "tiny_policy"
+#: Subfolder of a run with what it can be resumed from.
+CHECKPOINTS = "checkpoints"
 
 # The code is never run here: it says which upstream wrote the checkpoint, and goes along with an export.
 _HUB_FILES = ["*.json", "*.safetensors", "*_checkpoint.pt", "tokenizer*", "*.model", "*.py"]
@@ -49,3 +57,25 @@ def resolve_checkpoint(path_or_hub_id: str | Path, *, local_files_only: bool = F
             f"{repo_id!r} is no folder here, and the Hugging Face repository of that name cannot be had "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). {advice}"
         ) from error
+
+
+def find_policy(name: str, *, use_local: bool = True) -> Path:
+    """The folder of a policy that has one: the bundled one, a checkpoint, or the policy of a run's folder.
+
+    Args:
+        name: ``bundled:tiny``, a folder or a hub id.
+        use_local: look for a folder of that name before asking the hub.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    folder = _BUNDLED_FOLDER if name == BUNDLED else resolve_checkpoint(name, use_local=use_local)
+    if (folder / CHECKPOINTS).is_dir() and (folder / "policy").is_dir():
+        return folder / "policy"
+    if (folder / CHECKPOINTS).is_dir() and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{folder} is a run without a policy of its own. One of `train` that was interrupted, or loaded in 4 bits: "
+            f"`torchrl-vla export {folder} OUT` writes it from the latest checkpoint. One of `finetune`: go on with it "
+            "by --resume."
+        )
+    return folder
