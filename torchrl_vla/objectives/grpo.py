@@ -20,9 +20,9 @@ class GRPOAdvantage(Transform):
     r"""Score each episode against the other episodes that began in the same initial state.
 
     A replay-buffer transform: ``extend`` takes whole episodes, one after the other (``[T]``, each ending with
-    ``("next", "done")``), and stores the decisions of the groups that can teach something, each with the advantage
-    of its episode. With the episode's return :math:`R_i = \sum_t \gamma^t r_t` (t counts decisions) and the n
-    returns of its group, the advantage is
+    ``("next", "done")``), or several rows of such, ``[..., T]``, and stores the decisions of the groups that can teach
+    something, each with the advantage of its episode. With the episode's return :math:`R_i = \sum_t \gamma^t r_t` (t
+    counts decisions) and the n returns of its group, the advantage is
 
     ========= ============================================================= ==============================
     grpo      :math:`(R_i - \bar R) / (s + 10^{-6})`, s the unbiased std    https://arxiv.org/abs/2402.03300
@@ -68,7 +68,7 @@ class GRPOAdvantage(Transform):
         tensor([ 0.7071,  0.7071, -0.7071])
 
     Raises:
-        ValueError: if an argument is outside its range, or the data are not flat.
+        ValueError: if an argument is outside its range, or a row of several ends within an episode.
     """
 
     def __init__(
@@ -143,11 +143,13 @@ class GRPOAdvantage(Transform):
         return tensordict
 
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase | None:
-        if tensordict.ndim != 1:
+        if tensordict.ndim > 1 and not tensordict.get(self.done_key)[..., -1, :].all():
             raise ValueError(
-                f"GRPOAdvantage got data of shape {tuple(tensordict.shape)}, but episodes must come one after the "
-                "other, [T]: use GroupCollector, or a Collector with trajs_per_batch and traj_format='cat'."
+                f"GRPOAdvantage compares whole episodes, and of its data's rows {list(tensordict.shape[:-1])} some end "
+                "within one. Collect whole ones: GroupCollector, or TorchRL's Collector with trajs_per_batch=... and "
+                'traj_format="cat"; or use advantage_estimator=gae.'
             )
+        tensordict = tensordict.reshape(-1)
         done = tensordict.get(self.done_key).reshape(-1)
         # The episode a decision belongs to: the number of ends before it. Decisions after the last end have none.
         episode = done.cumsum(0) - done.long()
