@@ -138,6 +138,30 @@ def test_a_mini_batch_has_so_many_trajectories_worth_of_decisions(
     assert (metrics["train/episodes"], metrics["train/dropped_episodes"], metrics["train/decisions"]) == (6, 0, 12)
 
 
+@pytest.mark.parametrize(
+    ("episodes", "trajectories", "sizes"), [(13, 3, [6, 5, 5, 5, 5]), (6, 4, [6, 6]), (7, 100, [14]), (3, 1, [2, 2, 2])]
+)
+def test_mini_batches_of_an_epoch_differ_by_at_most_one(
+    make_run, episodes: int, trajectories: int, sizes: list[int]
+) -> None:
+    """Each is a step of the same length: the last one must not be a handful of decisions."""
+    run = make_run(traj_mini_batch_size=trajectories)
+    batch = make_batch(run.actor, outcomes=((1, *[0] * (episodes - 1)),))
+    run.advantage.keep_low = 0.0
+    assert [len(part) for part in run.minibatches(batch)] == 2 * sizes
+
+
+def test_fewer_decisions_than_mini_batches_are_one_each(make_run) -> None:
+    """A transform may keep less than one decision of each episode."""
+
+    class KeepTwo(Transform):
+        def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
+            return any_advantage(tensordict[:2])
+
+    run = make_run(advantage=KeepTwo(), traj_mini_batch_size=1)
+    assert [len(part) for part in run.minibatches(run.batch)] == 2 * [1, 1]
+
+
 def test_every_epoch_learns_from_each_decision_once_in_another_order(make_run) -> None:
     run = make_run(traj_mini_batch_size=4, n_epochs=3)
     run.batch["place"] = torch.arange(12)

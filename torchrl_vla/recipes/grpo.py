@@ -258,8 +258,8 @@ def update(
         step.report(nothing_to_learn(stats))
         return group_figures(stats)
     kept, decisions = int(stats.get("kept_episodes", episodes)), len(buffer)
-    size = math.ceil(decisions / math.ceil(kept / ppo.traj_mini_batch_size))
-    sizes = [min(size, decisions - begin) for begin in range(0, decisions, size)]
+    parts = min(decisions, math.ceil(kept / ppo.traj_mini_batch_size))
+    sizes = [len(part) for part in torch.arange(decisions).tensor_split(parts)]  # none is small, with a whole step
     with tqdm(total=ppo.n_epochs * decisions, desc="update", unit="decision", position=1, leave=False) as bar:
         steps = [step(buffer.sample(n).exclude("index"), bar.update) for _ in range(ppo.n_epochs) for n in sizes]
     buffer.empty()  # its images, while the next are collected
