@@ -1,123 +1,58 @@
-"""The loop: what it does to the policy, and when it validates, saves, skips and stops."""
+"""An optimizer step: the gradient it follows, in whatever memory there is, at the rate that the schedule says."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
-from torch import nn
+from tensordict import TensorDictBase
+from token_policy import K, make_actor, make_batch, weights
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ExponentialLR
 from torchrl.modules import ValueOperator
-from torchrl.objectives import ClipPPOLoss
+from torchrl.objectives import ClipPPOLoss, LossModule
 from torchrl.objectives.value import GAE
 
 from torchrl_vla.config import PPOConfig
-from torchrl_vla.modules.distributions import TokenCategorical
 from torchrl_vla.objectives import AsymmetricClipPPOLoss, GRPOAdvantage
-from torchrl_vla.training.logging import RunLogger
-from torchrl_vla.training.optimizer_step import PPOTrainer, TrainingDiverged
+from torchrl_vla.training.figures import update_figures
+from torchrl_vla.training.optimizer_step import OptimizerStep, TrainingDiverged
+from torchrl_vla.training.run_checkpoints import RunCheckpoints
+from torchrl_vla.training.schedule import LearningRateSchedule
 
-K, DIMS, BINS = 2, 3, 5
-
-
-def make_actor() -> ProbabilisticTensorDictSequential:
-    torch.manual_seed(0)
-    logits = nn.Sequential(nn.Linear(4, K * DIMS * BINS), nn.Unflatten(-1, (K, DIMS, BINS)))
-    return ProbabilisticTensorDictSequential(
-        TensorDictModule(logits, in_keys=[("observation", "state")], out_keys=[("vla_action", "logits")]),
-        ProbabilisticTensorDictModule(
-            in_keys={"logits": ("vla_action", "logits")},
-            out_keys=[("vla_action", "tokens")],
-            distribution_class=TokenCategorical,
-            return_log_prob=True,
-            log_prob_key=("vla_action", "log_probs"),
-        ),
-    )
+RATE = 1e-2
 
 
-def make_batch(actor: nn.Module, *, outcomes: tuple[tuple[int, ...], ...] = ((1, 0, 1), (0, 0, 1))) -> TensorDictBase:
-    """Episodes of two decisions of two control steps; `outcomes` holds one success flag per episode, by group."""
-    torch.manual_seed(1)
-    episodes = [(group, success) for group, row in enumerate(outcomes) for success in row]
-    rows = [(group, bool(success) and last, last) for group, success in episodes for last in (False, True)]
-    group, success, done = (torch.tensor(column).unsqueeze(-1) for column in zip(*rows, strict=True))
-    data = TensorDict(
-        {
-            "observation": {"state": torch.randn(len(rows), 4)},
-            "group_id": group,
-            "next": {
-                "done": done,
-                "success": success,
-                "reward": success.float(),
-                "num_control_steps": torch.full_like(group, K),
-            },
-        },
-        batch_size=[len(rows)],
-    )
-    with torch.no_grad():
-        return actor(data).exclude(("vla_action", "logits"))
+def make_step(
+    actor: nn.Module, loss: LossModule | None = None, *modules: nn.Module, rate: float = RATE, **values
+) -> OptimizerStep:
+    parameters = [parameter for module in (actor, *modules) for parameter in module.parameters()]
+    config = PPOConfig(**{"lr_warmup_steps": 0, "traj_split_num": 1, "val_interval": 0} | values)
+    loss = AsymmetricClipPPOLoss(actor) if loss is None else loss
+    return OptimizerStep(loss, torch.optim.SGD(parameters, lr=rate), config)
 
 
-class Collector:
-    """Yields the same batch for ever, as an on-policy collector would yield fresh ones."""
-
-    def __init__(self, batch: TensorDictBase) -> None:
-        self.batch = batch
-
-    def __iter__(self) -> Iterator[TensorDictBase]:
-        while True:
-            yield self.batch.clone()
+def scored(actor: nn.Module) -> TensorDictBase:
+    """Twelve decisions with advantages."""
+    return GRPOAdvantage().inv(make_batch(actor))
 
 
-def make_trainer(tmp_path: Path, *, batch: TensorDictBase | None = None, loss_class=AsymmetricClipPPOLoss, **values):
-    actor = make_actor()
-    calls = values.pop("calls", {})
-    defaults = {"n_epochs": 2, "actor_lr": 1e-2, "lr_warmup_steps": 0, "entropy_coef": 0.0, "val_interval": 0}
-    config = PPOConfig(**{**defaults, **values})
-    loss = loss_class(actor, None) if loss_class is AsymmetricClipPPOLoss else loss_class
-    trainer = PPOTrainer(
-        config,
-        Collector(make_batch(actor) if batch is None else batch),
-        loss,
-        GRPOAdvantage(),
-        torch.optim.SGD(actor.parameters(), lr=config.actor_lr),
-        RunLogger(tmp_path),
-        **calls,
-    )
-    return trainer, actor
-
-
-def weights(actor: nn.Module) -> torch.Tensor:
-    return nn.utils.parameters_to_vector(actor.parameters()).detach()
-
-
-def test_a_batch_is_freed_before_the_next_is_collected(tmp_path: Path) -> None:
-    trainer, actor = make_trainer(tmp_path, total_timesteps=3 * 12 * K)
-    freed = []
-
-    def batches() -> Iterator[TensorDictBase]:
-        while True:
-            batch = make_batch(actor)
-            state = weakref.ref(batch["observation", "state"])
-            yield batch
-            del batch
-            freed.append(state() is None)
-
-    trainer.collector = batches()
-    trainer.train()
-    assert trainer.updates == 3 and freed == [True, True]
+def stock_loss(actor: nn.Module) -> ClipPPOLoss:
+    loss = ClipPPOLoss(actor, None, entropy_bonus=False, clip_epsilon=(0.2, 0.28), functional=False)
+    loss.set_keys(action=("vla_action", "tokens"), sample_log_prob=("vla_action", "log_probs"))
+    return loss
 
 
 @pytest.mark.parametrize("traj_split_num", [1, 4])
-def test_the_update_does_not_depend_on_the_micro_batch(tmp_path: Path, traj_split_num: int):
+@pytest.mark.parametrize("make_loss", [AsymmetricClipPPOLoss, stock_loss])
+def test_steps_do_not_depend_on_the_micro_batch(make_loss, traj_split_num: int):
     results = []
     for batch_size in (1, 5, 100):
-        trainer, actor = make_trainer(tmp_path, batch_size=batch_size, traj_split_num=traj_split_num)
-        trainer.update(trainer.collector.batch)
+        actor = make_actor()
+        step = make_step(actor, make_loss(actor), batch_size=batch_size, traj_split_num=traj_split_num)
+        for _ in range(2):
+            step(scored(actor))
         results.append(weights(actor))
     assert not torch.allclose(results[0], weights(make_actor()), atol=1e-4)
     for result in results[1:]:
@@ -125,7 +60,7 @@ def test_the_update_does_not_depend_on_the_micro_batch(tmp_path: Path, traj_spli
 
 
 @pytest.mark.parametrize("ratio_level", ["token", "action", "chunk"])
-def test_the_figures_do_not_depend_on_the_micro_batch(tmp_path: Path, ratio_level: str) -> None:
+def test_the_figures_do_not_depend_on_the_micro_batch(ratio_level: str) -> None:
     """With GAE, a value head and masks, so that micro-batches have different shares of what the figures are of."""
 
     def figures(batch_size: int) -> dict[str, float]:
@@ -141,17 +76,12 @@ def test_the_figures_do_not_depend_on_the_micro_batch(tmp_path: Path, ratio_leve
         # Returns that are far from 0 beside their spread.
         batch["next", "reward"] = torch.randn(len(batch), 1) + 30
         critic = ValueOperator(nn.Linear(4, 1), in_keys=[("observation", "state")])
-        trainer = PPOTrainer(
-            PPOConfig(n_epochs=2, batch_size=batch_size, traj_split_num=1, traj_mini_batch_size=3, val_interval=0),
-            [],
-            AsymmetricClipPPOLoss(
-                actor, critic, ratio_level=ratio_level, entropy_coeff=0.01, kl_coeff=0.1, clip_value=0.2
-            ),
-            GAE(gamma=0.9, lmbda=0.9, value_network=critic),
-            torch.optim.SGD([*actor.parameters(), *critic.parameters()], lr=1e-2),
-            RunLogger(tmp_path / f"{batch_size}"),
+        batch = GAE(gamma=0.9, lmbda=0.9, value_network=critic)(batch)
+        loss = AsymmetricClipPPOLoss(
+            actor, critic, ratio_level=ratio_level, entropy_coeff=0.01, kl_coeff=0.1, clip_value=0.2
         )
-        return {name: value for name, value in trainer.update(batch).items() if name.startswith("train/")}
+        step = make_step(actor, loss, critic, batch_size=batch_size)
+        return update_figures([step(minibatch) for _ in range(2) for minibatch in batch.split(6)])
 
     expected = figures(100)
     assert {"train/max_ratio", "train/ESS", "train/explained_variance", "train/value_clip_fraction"} <= set(expected)
@@ -159,183 +89,119 @@ def test_the_figures_do_not_depend_on_the_micro_batch(tmp_path: Path, ratio_leve
         assert figures(batch_size) == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_first_gradient_is_the_policy_gradient(tmp_path: Path):
+def test_the_first_gradient_is_the_policy_gradient():
     """Before the first step the ratio is 1, so the gradient is that of -mean(advantage * log-probability)."""
-    trainer, actor = make_trainer(tmp_path, n_epochs=1, traj_mini_batch_size=100, max_grad_norm=1e9)
-    batch = trainer.collector.batch
-    before = weights(actor)
-    metrics = trainer.update(batch)
-    other = make_actor()
-    data = GRPOAdvantage().inv(batch)
+    actor, other = make_actor(), make_actor()
+    before, data = weights(actor), scored(actor)
+    figures = make_step(actor, max_grad_norm=1e9)(data)
     log_prob = other.get_dist(data).log_prob(data["vla_action", "tokens"])
     (-(log_prob * data["advantage"].unsqueeze(-1)).mean()).backward()
     gradient = nn.utils.parameters_to_vector([p.grad for p in other.parameters()])
-    torch.testing.assert_close(before - weights(actor), 1e-2 * gradient, rtol=1e-4, atol=1e-7)
-    assert metrics["train/approx_kl"] == pytest.approx(0.0, abs=1e-6)
-    assert metrics["train/clipfrac"] == 0.0
-    assert metrics["train/grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
+    torch.testing.assert_close(before - weights(actor), RATE * gradient, rtol=1e-4, atol=1e-7)
+    assert figures["kl_approx"].item() == pytest.approx(0.0, abs=1e-6)
+    assert figures["clip_fraction"] == 0
+    assert figures["grad_norm"].item() == pytest.approx(gradient.norm().item(), rel=1e-4)
 
 
-def test_a_step_is_no_longer_than_the_bound_on_the_gradient(tmp_path: Path) -> None:
-    trainer, actor = make_trainer(tmp_path, n_epochs=1, traj_mini_batch_size=100, max_grad_norm=0.01)
+def test_a_step_is_no_longer_than_the_bound_on_the_gradient() -> None:
+    actor = make_actor()
     before = weights(actor)
-    metrics = trainer.update(trainer.collector.batch)
-    assert metrics["train/grad_norm"] > 0.02
-    assert (weights(actor) - before).norm().item() == pytest.approx(1e-2 * 0.01, rel=1e-2)
-
-
-@pytest.mark.parametrize(("trajectories", "steps_per_epoch"), [(1, 6), (2, 3), (4, 2), (100, 1)])
-def test_a_mini_batch_has_so_many_trajectories_worth_of_decisions(
-    tmp_path: Path, trajectories: int, steps_per_epoch: int
-) -> None:
-    """Six trajectories of two decisions."""
-    trainer, _ = make_trainer(tmp_path, n_epochs=2, traj_mini_batch_size=trajectories)
-    assert trainer.update(trainer.collector.batch)["train/optimizer_steps"] == 2 * steps_per_epoch
+    figures = make_step(actor, max_grad_norm=0.01)(scored(actor))
+    assert figures["grad_norm"] > 0.02
+    assert (weights(actor) - before).norm().item() == pytest.approx(RATE * 0.01, rel=1e-2)
 
 
 @pytest.mark.parametrize(("parts", "sizes"), [(1, [12]), (4, [3, 3, 3, 3])])
-def test_a_mini_batch_is_split_however_much_memory_there_is(tmp_path: Path, parts: int, sizes: list[int]) -> None:
-    trainer, _ = make_trainer(tmp_path, batch_size=100, traj_split_num=parts, n_epochs=1)
+def test_a_mini_batch_is_split_however_much_memory_there_is(parts: int, sizes: list[int]) -> None:
+    actor = make_actor()
+    step = make_step(actor, batch_size=100, traj_split_num=parts)
     seen: list[int] = []
-    trainer.loss.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    trainer.update(trainer.collector.batch)
+    step.loss.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    step(scored(actor))
     assert seen == sizes
 
 
+def rates_of(step: OptimizerStep, data: TensorDictBase, steps: int) -> list[float]:
+    """The learning rates that steps have, seen from how far the clipped gradient moves the weights."""
+    rates = []
+    for _ in range(steps):
+        before = weights(step.loss.actor_network)
+        step(data)
+        moved = (weights(step.loss.actor_network) - before).norm().item()
+        rates.append(moved / step.config.max_grad_norm)
+    return rates
+
+
 def test_the_learning_rate_rises_and_goes_on_from_where_it_was(tmp_path: Path) -> None:
-    def learning_rates(trainer: PPOTrainer, updates: int) -> list[float]:
-        rates = []
-        for _ in range(updates):
-            trainer.update(trainer.collector.batch)
-            rates.append(trainer.optimizer.param_groups[0]["lr"])
-        return rates
+    """Resumed through a checkpoint, at the rate that the options then say: the optimizer's state has the old one."""
 
-    one_step = {"n_epochs": 1, "traj_mini_batch_size": 100}
-    trainer, actor = make_trainer(tmp_path / "first", lr_warmup_steps=4, **one_step)
+    def make(folder: Path, rate: float, warmup_steps: int) -> tuple[OptimizerStep, RunCheckpoints]:
+        step = make_step(make_actor(), rate=rate, max_grad_norm=0.1)
+        step.schedule = LearningRateSchedule(step.optimizer, warmup_steps=warmup_steps)
+        parts = {"policy": step.loss.actor_network, "optimizer": step.optimizer, "schedule": step.schedule}
+        return step, RunCheckpoints(folder, keep=1, step=step, **parts)
+
+    data = scored(make_actor())
+    step, checkpoints = make(tmp_path, RATE, 4)
+    assert rates_of(step, data, 2) == pytest.approx([2.5e-3, 5e-3], rel=1e-2)
+    checkpoints.save(step=1, success=None)
+    resumed, checkpoints = make(tmp_path, 2 * RATE, 4)
+    checkpoints.load_latest()
+    assert resumed.optimizer_steps == 2
+    assert rates_of(resumed, data, 3) == pytest.approx([1.5e-2, 2e-2, 2e-2], rel=1e-2)
+    at_once, _ = make(tmp_path / "third", RATE, 0)
+    assert rates_of(at_once, data, 2) == pytest.approx([1e-2, 1e-2], rel=1e-2)
+
+
+def test_a_scheduler_of_torch_takes_effect() -> None:
+    actor = make_actor()
+    step = make_step(actor, max_grad_norm=0.1)
+    step.schedule = ExponentialLR(step.optimizer, gamma=0.5)
+    assert rates_of(step, scored(actor), 3) == pytest.approx([RATE, RATE / 2, RATE / 4], rel=1e-2)
+
+
+def test_without_a_schedule_the_optimizers_rates_stay() -> None:
+    """Whoever changes them between steps finds them as they were left."""
+    actor = make_actor()
+    step = make_step(actor, max_grad_norm=0.1, lr_warmup_steps=100, actor_lr=1.0)
+    step.optimizer.param_groups[0]["lr"] = 3e-3
+    assert rates_of(step, scored(actor), 2) == pytest.approx([3e-3, 3e-3], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 0.75, 0.5, 0]), ("cosine", [0.5, 0.853553, 0.5, 0])],
+)
+def test_the_rate_falls_with_the_runs_progress(decay: str, expected: list[float]) -> None:
+    """Two optimizer steps of warm-up, then down to 0 at the end of the run, for every group in its proportion."""
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (1.0, 10.0)]
+    optimizer = torch.optim.SGD(groups)
+    schedule = LearningRateSchedule(optimizer, warmup_steps=2, decay=decay)
+    rates = [schedule.get_last_lr()]
+    for progress in (0.25, 0.5, 1.5):
+        optimizer.step()
+        schedule.set_progress(progress)
+        schedule.step()
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    assert rates == [pytest.approx([factor, 10 * factor], abs=1e-5) for factor in expected]
+    with pytest.raises(ValueError, match="decay='quadratic' is unknown: choose one of"):
+        LearningRateSchedule(optimizer, decay="quadratic")
+
+
+def test_a_broken_gradient_is_skipped_and_ends_the_run_if_it_stays():
+    """Nor does the schedule move on."""
+    actor = make_actor()
+    step = make_step(actor, max_bad_updates=3)
+    step.schedule = LearningRateSchedule(step.optimizer, warmup_steps=10)
+    data = scored(actor)
+    data["observation", "state"][0] = float("nan")
     before = weights(actor)
-    assert learning_rates(trainer, 2) == pytest.approx([2.5e-3, 5e-3])
-    first_step = weights(actor) - before
-    resumed, _ = make_trainer(tmp_path / "second", lr_warmup_steps=4, actor_lr=2e-2, **one_step)
-    resumed.load_state_dict(trainer.state_dict())
-    resumed.optimizer.load_state_dict(trainer.optimizer.state_dict())
-    assert learning_rates(resumed, 3) == pytest.approx([1.5e-2, 2e-2, 2e-2]), "at the rate it is resumed with"
-    at_once, actor = make_trainer(tmp_path / "third", **one_step)
-    assert learning_rates(at_once, 2) == pytest.approx([1e-2, 1e-2])
-    assert first_step.norm() < 0.5 * (weights(actor) - before).norm()
-
-
-def test_stock_loss_runs_and_does_not_depend_on_the_micro_batch(tmp_path: Path):
-    results = []
-    for batch_size in (1, 100):
-        actor = make_actor()
-        stock = ClipPPOLoss(actor, None, entropy_bonus=False, clip_epsilon=(0.2, 0.28), functional=False)
-        stock.set_keys(action=("vla_action", "tokens"), sample_log_prob=("vla_action", "log_probs"))
-        trainer = PPOTrainer(
-            PPOConfig(n_epochs=2, batch_size=batch_size, traj_split_num=1, val_interval=0),
-            Collector(make_batch(actor)),
-            stock,
-            GRPOAdvantage(),
-            torch.optim.SGD(actor.parameters(), lr=1e-2),
-            RunLogger(tmp_path),
-        )
-        trainer.update(trainer.collector.batch)
-        results.append(weights(actor))
-    assert not torch.allclose(results[0], weights(make_actor()), atol=1e-5)
-    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-6)
-
-
-def test_nothing_is_learned_from_groups_without_both_outcomes(tmp_path: Path, capsys: pytest.CaptureFixture):
-    trainer, actor = make_trainer(tmp_path)
-    metrics = trainer.update(make_batch(actor, outcomes=((0, 0, 0), (1, 1, 1))))
-    assert torch.equal(weights(actor), weights(make_actor()))
-    assert "No group had both outcomes (1 failed throughout, 1 succeeded throughout" in capsys.readouterr().out
-    assert (metrics["rollout/groups"], metrics["rollout/groups_kept"]) == (2, 0)
-    assert not any(name.startswith("train/") for name in metrics)
-
-
-def test_rows_of_several_environments(tmp_path: Path):
-    """A stock collector's batch: an estimator sees each row along its own time, GRPO takes rows of whole episodes."""
-    trainer, actor = make_trainer(tmp_path)
-    flat = make_batch(actor)
-    rows = flat.reshape(2, 6)
-    assert trainer.update(rows)["train/episodes"] == trainer.update(flat)["train/episodes"] == 6
-    cut = flat.clone()
-    cut["next", "done"][5] = False
-    with pytest.raises(
-        ValueError, match=r"of the collector's rows \[2\] some end within one. Collect whole ones: Group"
-    ):
-        trainer.update(cut.reshape(2, 6))
-
-    def estimate(batch: TensorDictBase) -> TensorDictBase:
-        return batch.set("advantage", torch.arange(6.0).expand(batch.shape).unsqueeze(-1))
-
-    trainer.advantage, learned = estimate, []
-    trainer.backward_pass = lambda micro, **options: learned.append(micro["advantage"]) or {"loss": torch.ones(())}
-    trainer.backward_pass.zero_grad = lambda: None
-    trainer.update(cut.reshape(2, 6))
-    assert sorted(torch.cat(learned).flatten().tolist()) == sorted(2 * 2 * list(range(6))), "2 rows, 2 epochs"
-
-
-def test_validates_and_saves_when_the_interval_is_passed(tmp_path: Path):
-    """An update has 24 control steps, so the third reaches 72; validation is due every 40, saving every 50."""
-    events: list[tuple[str, int]] = []
-    trainer, _ = make_trainer(
-        tmp_path,
-        total_timesteps=72,
-        val_interval=40,
-        save_interval=50,
-        log_interval=1,
-        calls={
-            "validate": lambda: events.append(("validate", trainer.env_steps)) or {"val/success_rate": 0.5},
-            "save": lambda trainer: events.append(("save", trainer.env_steps)),
-        },
-    )
-    trainer.train()
-    assert events == [("validate", 0), ("validate", 48), ("validate", 72), ("save", 72)]
-    assert [row["env_steps"] for row in trainer.logger.rows] == [0.0, 24.0, 48.0, 72.0]
-    assert trainer.logger.rows[1]["rollout/success_rate"] == 0.5
-
-
-def test_every_validation_is_logged(tmp_path: Path) -> None:
-    calls = {"validate": lambda: {"val/success_rate": 0.5}}
-    trainer, _ = make_trainer(tmp_path, total_timesteps=120, val_interval=40, log_interval=1000, calls=calls)
-    trainer.train()
-    assert [row["env_steps"] for row in trainer.logger.rows if "val/success_rate" in row] == [0.0, 48.0, 96.0, 120.0]
-
-
-@pytest.mark.parametrize("interval", [24, 1000])
-def test_the_end_of_the_collector_is_the_end_of_the_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture, interval: int
-) -> None:
-    """Two updates of 24 control steps of the 120 wanted: the last is validated, logged and saved, and only once."""
-    events: list[tuple[str, int]] = []
-    trainer, actor = make_trainer(
-        tmp_path,
-        total_timesteps=120,
-        val_interval=interval,
-        save_interval=interval,
-        log_interval=interval,
-        calls={
-            "validate": lambda: events.append(("validate", trainer.env_steps)) or {"val/success_rate": 0.5},
-            "save": lambda trainer: events.append(("save", trainer.env_steps)),
-        },
-    )
-    trainer.collector = [make_batch(actor), make_batch(actor)]
-    trainer.train()
-    assert [event for event in events if event[1] == 48] == [("validate", 48), ("save", 48)]
-    (last,) = [row for row in trainer.logger.rows if row["env_steps"] == 48]
-    assert last["val/success_rate"] == 0.5 and "train/loss" in last
-    assert "The collector ended after 48 of 120 control steps." in capsys.readouterr().out
-
-
-def test_a_broken_gradient_is_skipped_and_ends_the_run_if_it_stays(tmp_path: Path):
-    trainer, actor = make_trainer(tmp_path, max_bad_updates=3, n_epochs=5)
-    batch = trainer.collector.batch
-    batch["observation", "state"][0] = float("nan")
-    before = weights(actor)
+    for _ in range(2):
+        step(data)
     with pytest.raises(TrainingDiverged, match="3 optimizer steps in a row were not finite"):
-        trainer.update(batch)
-    assert torch.equal(weights(actor), before)
+        step(data)
+    assert torch.equal(weights(actor), before) and step.optimizer_steps == 0
+    assert step.schedule.get_last_lr() == pytest.approx([RATE / 10])
 
 
 class Exhausted(AsymmetricClipPPOLoss):
@@ -347,34 +213,56 @@ class Exhausted(AsymmetricClipPPOLoss):
         return super().forward(tensordict)
 
 
-def test_out_of_memory_halves_the_micro_batch_and_repeats_the_batch(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_out_of_memory_halves_the_micro_batch_and_repeats_the_batch(capsys: pytest.CaptureFixture):
     """Mini-batches of 12 decisions: up to 10, 5, then 2 at a time, said once for each halving, with the same result."""
-    plain, expected = make_trainer(tmp_path, batch_size=2, traj_split_num=1)
-    plain.update(plain.collector.batch)
-    trainer, actor = make_trainer(tmp_path, batch_size=10, traj_split_num=1)
-    trainer.loss = trainer.backward_pass.loss = Exhausted(actor, None)
-    metrics = trainer.update(trainer.collector.batch)
+    actor, expected = make_actor(), make_actor()
+    plain, step = make_step(expected, batch_size=2), make_step(actor, Exhausted(actor, None), batch_size=10)
+    done: list[int] = []
+    for _ in range(2):
+        plain(scored(expected))
+        step(scored(actor), done.append)
     torch.testing.assert_close(weights(actor), weights(expected), rtol=0, atol=1e-6)
-    assert trainer.micro_batch.size == 2 and metrics["train/optimizer_steps"] == 2
+    assert step.micro_batch.size == 2 and step.optimizer_steps == 2
+    assert sum(done) == 2 * 12, "what is repeated is taken back from the progress"
     said = capsys.readouterr().out
     assert said.count("Out of GPU memory") == 2
     assert "with micro-batches of 5 decisions: from here on they have 2" in said
 
 
-def test_memory_for_not_even_one_decision_is_an_error_with_advice(tmp_path: Path):
+class ExhaustedLate(AsymmetricClipPPOLoss):
+    """Runs out of memory once, in the third pass, when gradients of two have been added up."""
+
+    calls = 0
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        self.calls += 1
+        if self.calls == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().forward(tensordict)
+
+
+def test_what_was_added_up_before_memory_ran_out_does_not_count_twice():
+    actor, expected = make_actor(), make_actor()
+    done: list[int] = []
+    make_step(expected, batch_size=4)(scored(expected))
+    make_step(actor, ExhaustedLate(actor, None), batch_size=4)(scored(actor), done.append)
+    torch.testing.assert_close(weights(actor), weights(expected), rtol=0, atol=1e-6)
+    assert done[:3] == [4, 4, -8] and sum(done) == 12
+
+
+def test_memory_for_not_even_one_decision_is_an_error_with_advice():
     class Full(AsymmetricClipPPOLoss):
         def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    trainer, actor = make_trainer(tmp_path, batch_size=2)
-    trainer.loss = trainer.backward_pass.loss = Full(actor, None)
+    actor = make_actor()
     before = weights(actor)
     with pytest.raises(RuntimeError, match="does not hold the forward and backward pass of one decision"):
-        trainer.update(trainer.collector.batch)
+        make_step(actor, Full(actor, None), batch_size=2)(scored(actor))
     assert torch.equal(weights(actor), before)
 
 
-def test_finite_steps_between_broken_ones_keep_the_run_going(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_finite_steps_between_broken_ones_keep_the_run_going(capsys: pytest.CaptureFixture):
     """Only broken steps in a row count, and each is skipped: here every other one, so that the run goes on."""
 
     class Flickering(AsymmetricClipPPOLoss):
@@ -385,9 +273,19 @@ def test_finite_steps_between_broken_ones_keep_the_run_going(tmp_path: Path, cap
             self.calls += 1
             return terms.set("loss_objective", terms["loss_objective"] * (float("inf") if self.calls % 2 else 1.0))
 
-    trainer, actor = make_trainer(tmp_path, batch_size=100, traj_split_num=1, n_epochs=4, max_bad_updates=2)
-    trainer.loss = trainer.backward_pass.loss = Flickering(actor, None)
-    trainer.update(trainer.collector.batch)
-    assert trainer.bad_steps == 0 and torch.isfinite(weights(actor)).all()
+    actor = make_actor()
+    step = make_step(actor, Flickering(actor, None), batch_size=100, max_bad_updates=2)
+    for _ in range(4):
+        step(scored(actor))
+    assert step.bad_steps == 0 and step.optimizer_steps == 2 and torch.isfinite(weights(actor)).all()
     assert not torch.equal(weights(actor), weights(make_actor()))
     assert capsys.readouterr().out.count("is skipped (1 in a row, the run stops at 2)") == 2
+
+
+def test_the_names_that_figures_have_in_logs() -> None:
+    """Means of the steps that have a figure, by the guide's names."""
+    step: dict[str, Tensor] = {name: torch.tensor(1.0) for name in ("loss_objective", "loss_critic", "kl_approx")}
+    other = {name: torch.tensor(3.0) for name in step} | {"kl_approx": torch.tensor(float("nan"))}
+    assert update_figures([step, other]) == {
+        "train/policy_loss": 2.0, "train/value_loss": 2.0, "train/approx_kl": 1.0,
+    }  # fmt: skip

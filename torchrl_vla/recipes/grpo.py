@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
+from torch import nn
 from torchrl.data import ListStorage, ReplayBuffer, SamplerWithoutReplacement, TensorDictReplayBuffer
 from torchrl.envs.transforms import Transform
 from torchrl.objectives.value import GAE
@@ -172,6 +173,7 @@ def learn(
     logger: RunLogger,
     *,
     advantage: Any = None,
+    policy: nn.Module | None = None,
     validate: Callable[[int], Mapping[str, float]] | None = None,
     checkpoints: RunCheckpoints | None = None,
 ) -> None:
@@ -187,11 +189,12 @@ def learn(
 
     Keyword Args:
         advantage: the buffer's transform; what its ``get_stats``, if it has one, says of groups is logged.
+        policy: its weights go to a collector that has ``update_policy_weights_``, after each update.
         validate: judges the policy, given the control steps so far, and returns figures named ``val/...``.
         checkpoints: what the run can be resumed from.
     """
     total, batches, validated, saved = ppo.total_timesteps, iter(collector), -1, -1
-    push_weights = getattr(collector, "update_policy_weights_", lambda: None)
+    push_weights = getattr(collector, "update_policy_weights_", None)
 
     def conclude(metrics: dict[str, float], *, last: bool) -> None:
         """Validate, log and save what is due after an update; at an end, whatever it has not had yet."""
@@ -228,7 +231,8 @@ def learn(
             metrics |= update(ppo, batch, buffer, step, advantage)
             del batch  # its images, while the next are collected
             trim_heap()
-            push_weights()
+            if push_weights:  # with none given, a collector made with a policy_factory would act with its first ones
+                push_weights(*([TensorDict.from_module(policy).data] if policy else []))
             bar.update(min(progress.env_steps, total) - bar.n)
             conclude(metrics, last=progress.env_steps >= total)
 
@@ -238,22 +242,22 @@ def update(
 ) -> dict[str, float]:
     """Fill the buffer with a batch, step through it `n_epochs` times, and return the figures named ``train/...``."""
     started, episodes = time.perf_counter(), max(1, int(batch["next", "done"].sum()))
-    buffer.empty()
     getattr(advantage, "reset_stats", lambda: None)()
     buffer.extend(batch)
     stats: dict[str, float] = getattr(advantage, "get_stats", dict)()
     if not len(buffer):
         step.report(nothing_to_learn(stats))
         return group_figures(stats)
-    kept = int(stats.get("kept_episodes", episodes))
-    size = math.ceil(len(buffer) / math.ceil(kept / ppo.traj_mini_batch_size))
-    sizes = [min(size, len(buffer) - begin) for begin in range(0, len(buffer), size)]
-    with tqdm(total=ppo.n_epochs * len(buffer), desc="update", unit="decision", position=1, leave=False) as bar:
+    kept, decisions = int(stats.get("kept_episodes", episodes)), len(buffer)
+    parts = min(decisions, math.ceil(kept / ppo.traj_mini_batch_size))
+    sizes = [len(part) for part in torch.arange(decisions).tensor_split(parts)]  # none is small, with a whole step
+    with tqdm(total=ppo.n_epochs * decisions, desc="update", unit="decision", position=1, leave=False) as bar:
         steps = [step(buffer.sample(n).exclude("index"), bar.update) for _ in range(ppo.n_epochs) for n in sizes]
+    buffer.empty()  # its images, while the next are collected
     seconds = time.perf_counter() - started
     return {
         **group_figures(stats), **update_figures(steps),
-        "train/decisions": len(buffer), "train/episodes": kept, "train/dropped_episodes": episodes - kept,
+        "train/decisions": decisions, "train/episodes": kept, "train/dropped_episodes": episodes - kept,
         "train/optimizer_steps": len(steps), "time/update_seconds": seconds,
-        "time/update_decisions_per_second": ppo.n_epochs * len(buffer) / seconds,
+        "time/update_decisions_per_second": ppo.n_epochs * decisions / seconds,
     }  # fmt: skip

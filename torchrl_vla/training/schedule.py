@@ -66,6 +66,8 @@ class LearningRateSchedule(LambdaLR):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where `state_dict` was taken, and set the rates; load the optimizer's state before."""
         self.last_epoch, self._progress = int(state["steps"]), float(state["progress"])
-        self._last_lr = self.get_lr()
+        self._last_lr = [
+            rate * factor(self.last_epoch) for rate, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)
+        ]
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = rate
