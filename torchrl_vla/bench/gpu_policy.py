@@ -129,7 +129,7 @@ class Bench:
     @staticmethod
     def update(step: OptimizerStep, batch: TensorDictBase) -> dict[str, float]:
         """What `torchrl-vla train` does with a batch, here without an advantage to compute; its figures."""
-        return update(step.config, batch, make_buffer(), step)
+        return update(step.config, batch, make_buffer(), step, episodes=int(batch["next", "done"].sum()))
 
     def synchronize(self) -> None:
         """Wait for the device."""

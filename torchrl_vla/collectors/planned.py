@@ -121,20 +121,25 @@ class PlannedCollector(BaseCollector):
     def _next_batch(self) -> TensorDict | None:
         """The next plans' decisions; None if there are none."""
         parts: list[TensorDict] = []
-        steps = 0
+        steps = episodes = 0
         missing = self.min_control_steps or 0
         while steps < missing or not parts:
             plan = self._next_plan(missing - steps)
             if not plan:
                 break
             parts.append(self.collect(plan))
-            counts = parts[-1].get(("next", "num_control_steps"), None)
-            steps += len(parts[-1]) if counts is None else int(counts.sum())
+            steps += self._control_steps(parts[-1])
+            episodes += len(plan)
         if not parts:
             return None
         batch: TensorDict = torch.cat(parts) if len(parts) > 1 else parts[0]  # type: ignore[arg-type, assignment]
-        self._mean_steps = steps / int(batch["next", "done"].sum())
+        self._mean_steps = steps / episodes
         return batch
+
+    def _control_steps(self, batch: TensorDict) -> int:
+        """What counts towards the size of a batch."""
+        counts = batch.get(("next", "num_control_steps"), None)
+        return len(batch) if counts is None else int(counts.sum())
 
     def _next_plan(self, missing_steps: int) -> list[Episode]:
         """The next plan, or as many as are likely to have so many steps; empty if there are none."""

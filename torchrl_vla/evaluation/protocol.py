@@ -94,7 +94,7 @@ def spread_episodes(
 def evaluate(
     env: EnvBase | Sequence[EnvBase],
     policy: Callable[[TensorDictBase], TensorDictBase],
-    plan: EpisodePlan,
+    plan: Sequence[Episode],
     *,
     task_suite: str,
     instructions: dict[int, str],

@@ -24,14 +24,15 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import nn
-from torchrl.data import ListStorage, ReplayBuffer, SamplerWithoutReplacement, TensorDictReplayBuffer
+from torchrl.data import ListStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
 from torchrl.envs.transforms import Transform
 from torchrl.objectives.value import GAE
 from tqdm import tqdm
 
 from torchrl_vla.checkpoints.policy import save_policy
-from torchrl_vla.collectors import EpisodePlan, GroupCollector
+from torchrl_vla.collectors import EpisodePlan
 from torchrl_vla.config import PPOConfig, TrainConfig
+from torchrl_vla.distributed import SharedBuffer, SharedCollector, join_ranks
 from torchrl_vla.envs import get_suite
 from torchrl_vla.envs.factory import make_envs
 from torchrl_vla.evaluation.protocol import initial_states
@@ -57,23 +58,20 @@ __all__ = ["learn", "make_buffer", "train", "update"]
 def train(config: TrainConfig) -> Path:
     """Train one policy from its start, or from the newest checkpoint, to the end, and return the run's folder.
 
-    Args:
-        config: the run.
-
     Raises:
         ValueError: an option does not fit the checkpoint, the suite or this machine; nothing long was started.
         TrainingDiverged: too many optimizer steps in a row were not finite.
     """
     ppo, suite = config.ppo, get_suite(config.ppo.task_suite)
     with ExitStack() as stack:
+        ranks = stack.enter_context(join_ranks(ppo.device))  # torchrun's processes, or this one alone
         # -- policy: checked, loaded, adapters added; a value head if the advantage needs one ------------------------
-        policy, device, head_device = load_for_training(config)
+        policy, device, head_device = load_for_training(config, ranks)
         gae = ppo.advantage_estimator == "gae"
         critic = Critic(policy.actor, policy.model.config.hidden_size).to(device) if gae else None
 
-        folder, logger, stop = stack.enter_context(open_run(config))
-        start = f"preset {config.preset}, policy {config.actor.pretrained_checkpoint} on {device}"
-        logger.print(f"{start}, results go to {folder}")
+        folder, logger, stop = stack.enter_context(open_run(config, ranks))
+        logger.print(f"{config.actor.pretrained_checkpoint} on {device}, preset {config.preset}, results in {folder}")
 
         # -- environments and collector: groups of whole episodes, at least n_steps control steps per update ----------
         envs = make_envs(
@@ -85,16 +83,16 @@ def train(config: TrainConfig) -> Path:
         for each in envs:
             stack.callback(each.close, raise_if_closed=False)  # an error before its first use is the one to see
         starts = initial_states(suite, ppo.tasks, ppo.init_state_ids)
-        collector = GroupCollector(
+        collector = SharedCollector(
             envs, critic.rollout if critic else policy.actor,
             EpisodePlan.stream(starts, groups=1, group_size=ppo.group_size, seed=ppo.seed),
             min_control_steps=ppo.n_steps, seed=ppo.seed, bootstrap_at_horizon=ppo.bootstrap_at_horizon,
-            progress=EpisodeBar("rollout", stop.check),
+            progress=EpisodeBar("rollout", stop.check), ranks=ranks,
         )  # fmt: skip
 
         # -- buffer and loss -----------------------------------------------------------------------------------------
         advantage = make_advantage(ppo)
-        buffer = make_buffer(advantage)
+        buffer = make_buffer(advantage) if ranks.size == 1 else SharedBuffer(advantage, ranks)
         action_tokens = policy.processor.action_tokenizer
         loss = AsymmetricClipPPOLoss(
             policy.actor, critic.value_operator if critic else None,
@@ -116,14 +114,14 @@ def train(config: TrainConfig) -> Path:
         step = OptimizerStep(
             loss, optimizer, ppo, schedule=schedule, device=device, report=logger.print,
             set_recompute=policy.model.gradient_checkpointing_enable,
-            prepare=policy.actor.backbone.prepare if recorded else None, check=stop.check,
+            prepare=policy.actor.backbone.prepare if recorded else None, check=stop.agree, ranks=ranks,
         )  # fmt: skip
 
         # -- checkpoints ---------------------------------------------------------------------------------------------
         progress, in_4bit = RunProgress(), policy.model.is_loaded_in_4bit
         checkpoints = RunCheckpoints(
-            folder / "checkpoints", keep=ppo.keep_checkpoints, policy=TrainableState(policy.model),
-            **({"value_head": TrainableState(critic.value_head)} if critic else {}),
+            folder / "checkpoints", keep=ppo.keep_checkpoints, writes=ranks.is_first,
+            policy=TrainableState(policy.model), value_head=TrainableState(critic.value_head if critic else None),
             optimizer=optimizer, schedule=schedule, step=step, collector=collector, progress=progress,
             # Weights in 4 bits are rounded: `export` merges their adapters into the weights of the checkpoint.
             after_save=None if in_4bit else partial(save_policy, policy, folder / "policy"),
@@ -132,18 +130,17 @@ def train(config: TrainConfig) -> Path:
             came_from = checkpoints.load_latest() or "its start, as it ended before its first checkpoint"
             logger.restore(progress.updates)
             logger.print(f"Resumed from {came_from}: update {progress.updates}, {progress.env_steps:,} control steps.")
-        describe_run(config, folder)  # only now: options that do not fit the checkpoint do not stay
-        validates = ppo.val_interval and ppo.val_episodes
+        if ranks.is_first:
+            describe_run(config, folder)  # only now: options that do not fit the checkpoint do not stay
+        judged = ppo.val_interval and ppo.val_episodes
         with checkpoints.kept_at_the_end(progress, logger.print):
             learn(
                 ppo, collector, buffer, step, progress, logger, advantage=advantage, checkpoints=checkpoints,
-                validate=Validation(config, policy.actor, envs, logger, stop.check) if validates else None,
+                validate=Validation(config, policy.actor, envs, logger, stop.check, ranks) if judged else None,
             )  # fmt: skip
-        logger.print(
-            f"Done: {progress.updates} updates, {progress.env_steps:,} control steps. Policy: "
-            f"{f'`torchrl-vla export {folder} OUT`' if in_4bit else folder / 'policy'}   Figures: {logger.csv_path}   "
-            f"Learning curve: {logger.curve_path}"
-        )
+        done = f"Done: {progress.updates} updates, {progress.env_steps:,} control steps."
+        where = f"`torchrl-vla export {folder} OUT`" if in_4bit else folder / "policy"
+        logger.print(f"{done} Policy: {where}   Figures: {logger.csv_path}   Learning curve: {logger.curve_path}")
     return folder
 
 
@@ -152,10 +149,8 @@ def make_advantage(ppo: PPOConfig) -> Transform:
     if ppo.advantage_estimator == "gae":
         # The rollout wrote the values, of the last observations too: no network is needed here.
         return EstimateAdvantage(GAE(gamma=ppo.gamma, lmbda=ppo.gae_lambda, value_network=None, average_gae=True))
-    return GRPOAdvantage(
-        ppo.advantage_estimator, baseline=ppo.baseline, verifier_gamma=ppo.verifier_gamma,
-        keep_low=ppo.keep_low, keep_high=ppo.keep_high,
-    )  # fmt: skip
+    options = {name: getattr(ppo, name) for name in ("baseline", "verifier_gamma", "keep_low", "keep_high")}
+    return GRPOAdvantage(ppo.advantage_estimator, **options)
 
 
 def make_buffer(transform: Transform | None = None) -> TensorDictReplayBuffer:
@@ -167,7 +162,7 @@ def make_buffer(transform: Transform | None = None) -> TensorDictReplayBuffer:
 def learn(
     ppo: PPOConfig,
     collector: Iterable[TensorDictBase],
-    buffer: ReplayBuffer,
+    buffer: Any,
     step: OptimizerStep,
     progress: RunProgress,
     logger: RunLogger,
@@ -182,12 +177,10 @@ def learn(
     Args:
         ppo: how much is collected, how it is learned from, the intervals.
         collector: yields one update's decisions ``[T]``, episode after episode, or ``[N, T]``.
-        buffer: filled anew for each update; its transforms score the decisions, and may drop some.
+        buffer: a replay buffer, filled anew for each update; its transforms score the decisions, and may drop some.
         step: takes one optimizer step on a mini-batch.
         progress: how far the run has come; changed in place.
         logger: takes the figures.
-
-    Keyword Args:
         advantage: the buffer's transform; what its ``get_stats``, if it has one, says of groups is logged.
         policy: its weights go to a collector that has ``update_policy_weights_``, after each update.
         validate: judges the policy, given the control steps so far, and returns figures named ``val/...``.
@@ -206,9 +199,8 @@ def learn(
         if metrics:
             logger.log(metrics, update=progress.updates, env_steps=progress.env_steps)
         if metrics and (last or success is not None or progress.passed(ppo.log_interval)):
-            logger.print(
-                format_table(metrics, f"update {progress.updates}, {progress.env_steps:,} of {total:,} control steps")
-            )
+            steps = f"{progress.env_steps:,} of {total:,} control steps"
+            logger.print(format_table(metrics, f"update {progress.updates}, {steps}"))
             logger.draw()
         best = success is not None and progress.is_best(success)
         if checkpoints and saved < progress.updates and (last or best or progress.passed(ppo.save_interval)):
@@ -228,7 +220,8 @@ def learn(
                 break
             metrics = rollout_figures(batch, time.perf_counter() - started)
             progress.count(int(metrics["rollout/env_steps"]))
-            metrics |= update(ppo, batch, buffer, step, advantage)
+            step.set_progress(progress.env_steps / total)
+            metrics |= update(ppo, batch, buffer, step, advantage, episodes=int(metrics["rollout/num_trajectories"]))
             del batch  # its images, while the next are collected
             trim_heap()
             if push_weights:  # with none given, a collector made with a policy_factory would act with its first ones
@@ -238,10 +231,10 @@ def learn(
 
 
 def update(
-    ppo: PPOConfig, batch: TensorDictBase, buffer: ReplayBuffer, step: OptimizerStep, advantage: Any = None
+    ppo: PPOConfig, batch: TensorDictBase, buffer: Any, step: OptimizerStep, advantage: Any = None, *, episodes: int
 ) -> dict[str, float]:
-    """Fill the buffer with a batch, step through it `n_epochs` times, and return the figures named ``train/...``."""
-    started, episodes = time.perf_counter(), max(1, int(batch["next", "done"].sum()))
+    """Fill the buffer with a batch of so many episodes, step through it, and return the figures named ``train/...``."""
+    started = time.perf_counter()
     getattr(advantage, "reset_stats", lambda: None)()
     buffer.extend(batch)
     stats: dict[str, float] = getattr(advantage, "get_stats", dict)()
@@ -254,10 +247,5 @@ def update(
     with tqdm(total=ppo.n_epochs * decisions, desc="update", unit="decision", position=1, leave=False) as bar:
         steps = [step(buffer.sample(n).exclude("index"), bar.update) for _ in range(ppo.n_epochs) for n in sizes]
     buffer.empty()  # its images, while the next are collected
-    seconds = time.perf_counter() - started
-    return {
-        **group_figures(stats), **update_figures(steps),
-        "train/decisions": decisions, "train/episodes": kept, "train/dropped_episodes": episodes - kept,
-        "train/optimizer_steps": len(steps), "time/update_seconds": seconds,
-        "time/update_decisions_per_second": ppo.n_epochs * decisions / seconds,
-    }  # fmt: skip
+    counts = {"decisions": decisions, "epochs": ppo.n_epochs, "episodes": episodes, "kept": kept}
+    return group_figures(stats) | update_figures(steps, seconds=time.perf_counter() - started, **counts)

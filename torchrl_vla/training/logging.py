@@ -24,7 +24,7 @@ from torchrl_vla.training.health import Health
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["RunLogger", "check_wandb", "described", "format_table"]
+__all__ = ["RunLogger", "SilentLogger", "check_wandb", "described", "format_table"]
 
 # The rows of the console's table: title, then (label, metric, format) per cell.
 _TABLE = (
@@ -273,3 +273,29 @@ class RunLogger:
                 if hasattr(experiment, method):
                     getattr(experiment, method)()
                     break
+
+
+class SilentLogger(RunLogger):
+    """Keeps a run's figures to itself: for the processes beside the one that writes.
+
+    Args:
+        run_dir: the run's folder.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir, self.rows, self.loggers, self.health = run_dir, [], [], None
+        self.csv_path, self.curve_path = run_dir / "metrics.csv", run_dir / "learning_curve.png"
+
+    def restore(self, update: int) -> None:
+        """Nothing to take up."""
+
+    def log(self, metrics: Mapping[str, float], *, update: int, env_steps: int) -> None:
+        """Remember the figures."""
+        self.rows.append({"update": float(update), "env_steps": float(env_steps), **metrics})
+
+    def draw(self) -> None:
+        """Draw nothing."""
+
+    def print(self, text: str) -> None:
+        """Say nothing on the console."""
+        logger.info(text)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from torchrl_vla.config import TrainConfig
+from torchrl_vla.distributed.ranks import OneProcess
 from torchrl_vla.training.health import Health
-from torchrl_vla.training.logging import RunLogger, described
+from torchrl_vla.training.logging import RunLogger, SilentLogger, described
 from torchrl_vla.training.run_folder import log_to, open_run_folder
 from torchrl_vla.training.run_lock import lock_run
 from torchrl_vla.training.stopping import StopRequest
@@ -32,17 +33,24 @@ class Run(NamedTuple):
 
 
 @contextmanager
-def open_run(config: TrainConfig) -> Iterator[Run]:
+def open_run(config: TrainConfig, ranks: OneProcess) -> Iterator[Run]:
     """Make a run's folder, or open the one to resume, for this process alone, and close its logs at the end.
 
     Args:
         config: the run.
+        ranks: the processes of the run, of which only the first one writes.
 
     Raises:
         ValueError: the folder is not free, or the run in it cannot be resumed with these options.
     """
-    folder = open_run_folder(config)
-    finishing = StopRequest("the decision or optimizer step at hand, and a checkpoint")
+    finishing = StopRequest("the decision or optimizer step at hand, and a checkpoint", ranks)
+    if not ranks.is_first:
+        config.run_dir = ranks.gather(None)[0]
+        assert config.run_dir is not None
+        with finishing as stop:
+            yield Run(config.run_dir, SilentLogger(config.run_dir), stop)
+        return
+    folder = ranks.gather(open_run_folder(config))[0]
     with lock_run(folder), log_to(folder / "train.log"), finishing as stop:
         ppo = config.ppo
         logger = RunLogger(

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from torchrl_vla.checkpoints.integrity import CHECKSUMS, find_damage, flush_to_disk, write_checksums
 from torchrl_vla.training.progress import RunProgress
-from torchrl_vla.training.stopping import Stopped
 
 __all__ = ["RunCheckpoints", "TrainableState", "newest_whole"]
 
@@ -34,7 +33,7 @@ class TrainableState:
     """The parameters of a module that learn, as a state dict: adapters and heads, not the frozen 7B below them.
 
     Args:
-        module: the policy, or any part of it.
+        module: the policy, or any part of it; None for a part that this run does not have.
 
     Examples:
         >>> linear = nn.Linear(2, 1)
@@ -44,11 +43,12 @@ class TrainableState:
         ['weight']
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module | None) -> None:
         self.module = module
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        parameters = () if self.module is None else self.module.named_parameters()
+        return {name: parameter for name, parameter in parameters if parameter.requires_grad}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Trainable parameters by name."""
@@ -102,6 +102,7 @@ class RunCheckpoints:
     Args:
         folder: where they lie.
         keep: how many of the newest are kept; the best one is kept besides.
+        writes: False in a process that leaves the writing to another one, which has the same components.
         after_save: called after each one, such as for what is written beside them.
         components: what goes in, by name: anything with `state_dict` and `load_state_dict`. The random number
             generators' state is added.
@@ -117,8 +118,15 @@ class RunCheckpoints:
     """
 
     def __init__(
-        self, folder: Path, *, keep: int, after_save: Callable[[], None] | None = None, **components: Any
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        writes: bool = True,
+        after_save: Callable[[], None] | None = None,
+        **components: Any,
     ) -> None:
+        self._writes = writes
         self._after_save = after_save
         self._marked: dict[str, Any] = {}
         self._components = {**components, "rng": _RNGState()}
@@ -150,7 +158,7 @@ class RunCheckpoints:
         try:
             yield
         except BaseException as error:
-            if isinstance(error, Stopped) or self._marked:
+            if isinstance(error, SystemExit) or self._marked:
                 path = self._path(progress.env_steps)
                 if not path.exists():  # else nothing has changed since
                     self.save(step=progress.env_steps, success=None)
@@ -170,6 +178,8 @@ class RunCheckpoints:
         """
         metadata = {"format": _FORMAT, "success": _UNJUDGED if success is None else success}
         path, partial = self._path(step), self.folder / f"{_PARTIAL}{step:012d}"
+        if not self._writes:
+            return path
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sweep()
         self.checkpoint.save(partial, metadata=metadata)

@@ -8,6 +8,7 @@ import torch
 
 from torchrl_vla.checkpoints.policy import Policy, load_policy
 from torchrl_vla.config import TrainConfig
+from torchrl_vla.distributed.ranks import OneProcess
 from torchrl_vla.envs import get_suite
 from torchrl_vla.envs.rendering import configure_rendering
 from torchrl_vla.evaluation.protocol import initial_states
@@ -20,11 +21,12 @@ __all__ = ["load_for_training"]
 logger = logging.getLogger(__name__)
 
 
-def load_for_training(config: TrainConfig) -> tuple[Policy, torch.device, torch.device]:
+def load_for_training(config: TrainConfig, ranks: OneProcess) -> tuple[Policy, torch.device, torch.device]:
     """Check a run's options before anything long, seed what draws at random, and load its policy.
 
     Args:
         config: the run.
+        ranks: the processes that train together; each has a GPU of its own where there are some.
 
     Returns:
         The policy, the device it is on, and the device for its heads.
@@ -35,7 +37,7 @@ def load_for_training(config: TrainConfig) -> tuple[Policy, torch.device, torch.
     ppo = config.ppo
     check_run_folder(config)
     config.actor.require_tokens_for_ppo()
-    device = choose_device(ppo.device, config.actor.gpu_id)
+    device = choose_device(ppo.device, config.actor.gpu_id if ranks.size == 1 else ranks.local_rank)
     head_device = choose_head_device(
         device, use_multi_gpu=config.actor.use_multi_gpu, secondary_gpu_id=config.actor.secondary_gpu_id
     )

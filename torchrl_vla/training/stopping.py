@@ -10,7 +10,11 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
+from torchrl_vla.distributed.ranks import OneProcess
+
 __all__ = ["StopRequest", "Stopped"]
+
+_ALONE = OneProcess()
 
 #: What a terminal, a scheduler and a closed connection send; SIGUSR1 is what schedulers can send before a time limit.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -31,6 +35,7 @@ class StopRequest:
 
     Args:
         what: what will be finished first, for the message.
+        ranks: the processes that work together; :meth:`agree` asks them all.
 
     Examples:
         >>> with StopRequest("the decision at hand") as stop:
@@ -43,8 +48,9 @@ class StopRequest:
         143
     """
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, ranks: OneProcess = _ALONE) -> None:
         self.what = what
+        self.ranks = ranks
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -65,6 +71,16 @@ class StopRequest:
         """
         if self.received is not None:
             raise Stopped(self.received)
+
+    def agree(self) -> None:
+        """Stop here if any of the processes was asked to; all must call it at the same point.
+
+        Raises:
+            Stopped: a signal has come to one of them.
+        """
+        numbers = [number for number in self.ranks.gather(self.received) if number is not None]
+        if numbers:
+            raise Stopped(numbers[0])
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name

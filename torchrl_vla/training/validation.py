@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torchrl.envs import EnvBase
 
 from torchrl_vla.config import TrainConfig
+from torchrl_vla.distributed.ranks import OneProcess
 from torchrl_vla.envs import get_suite
 from torchrl_vla.evaluation.protocol import evaluate, initial_states, spread_episodes
 from torchrl_vla.evaluation.videos import choose_episodes, film
@@ -16,6 +18,9 @@ from torchrl_vla.training.logging import RunLogger
 from torchrl_vla.training.progress import EpisodeBar
 
 __all__ = ["Validation"]
+
+
+_ALONE = OneProcess()
 
 
 class Validation:
@@ -27,6 +32,7 @@ class Validation:
         envs: where the rollouts run too.
         logger: takes the films, and is told where training and validation share initial states.
         check: called after every decision; may raise to end the validation.
+        ranks: the processes that share the episodes; each has the figures of all.
     """
 
     def __init__(
@@ -36,8 +42,11 @@ class Validation:
         envs: Sequence[EnvBase],
         logger: RunLogger,
         check: Callable[[], None] | None = None,
+        ranks: OneProcess = _ALONE,
     ) -> None:
-        self.config, self.actor, self.envs, self.logger, self.check = config, actor, envs, logger, check
+        self.config, self.actor, self.envs, self.logger = config, actor, envs, logger
+        # One process that left would keep the others waiting: several stop after a validation, not in one.
+        self.ranks, self.check = ranks, check if ranks.size == 1 else None
         ppo, suite = config.ppo, get_suite(config.ppo.task_suite)
         states = initial_states(suite, ppo.tasks, ppo.val_init_state_ids)
         trained_on = initial_states(suite, ppo.tasks, ppo.init_state_ids)
@@ -74,7 +83,7 @@ class Validation:
             report = evaluate(
                 self.envs,
                 self.actor,
-                self.plan,
+                self.ranks.share(self.plan),
                 task_suite=self.config.ppo.task_suite,
                 instructions=self.instructions,
                 greedy=self.temperature == 0,
@@ -82,7 +91,13 @@ class Validation:
             )
         finally:
             self.actor.temperature = sampling
-        if self.config.ppo.val_videos:
+        parts = self.ranks.gather(report)
+        report = replace(
+            report,
+            episodes=[episode for part in parts for episode in part.episodes],
+            actions=[actions for part in parts for actions in part.actions],
+        )
+        if self.config.ppo.val_videos and self.ranks.is_first:
             for video in film(report, choose_episodes(report.episodes, per_task=False), **self.config.ppo.simulation):
                 outcome = "success" if video.episode.success else "failure"
                 self.logger.log_video(f"val/{outcome}", video.frames, env_steps=env_steps)
