@@ -158,7 +158,7 @@ def test_the_states_that_demonstrations_may_have_shown_are_not_said_to_be_new(ca
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "none is official, but they they are those of `demos` with the same number" in text
+    assert "none is official, but they are those of `demos` with the same number" in text
     assert "trained on them" not in text
 
 
