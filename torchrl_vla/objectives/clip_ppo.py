@@ -34,7 +34,7 @@ from torchrl_vla.objectives.clip_terms import (
     value_error,
     value_moments,
 )
-from torchrl_vla.objectives.masking import standardize, zero_invalid
+from torchrl_vla.objectives.masking import one_batch_size, standardize, zero_invalid
 
 
 class AsymmetricClipPPOLoss(SwitchedCoefficients, AveragedLoss, ClipPPOLoss):
@@ -135,6 +135,7 @@ class AsymmetricClipPPOLoss(SwitchedCoefficients, AveragedLoss, ClipPPOLoss):
         target_action: NestedKey = ("vla_action", "chunk")
 
     default_keys = _AcceptedKeys
+    _in_keys: list[NestedKey] | None
     _out_keys: list[NestedKey] | None
     _schedulable_buffers = frozenset({"kl_coeff", "reconstruction_coeff"})
 
@@ -234,6 +235,13 @@ class AsymmetricClipPPOLoss(SwitchedCoefficients, AveragedLoss, ClipPPOLoss):
         return None
 
     def _set_in_keys(self) -> None:
+        self._in_keys = None  # what a call reads depends on its terms, too
+
+    @ClipPPOLoss.in_keys.getter
+    def in_keys(self) -> list[NestedKey]:
+        """What a call reads, where the batch has it."""
+        if self._in_keys is not None:
+            return self._in_keys
         keys, critic = self.tensor_keys, self.critic_network
         names: list[Any] = [*self.actor_network.in_keys, keys.action, keys.sample_log_prob, keys.advantage]
         names += [keys.mask, keys.num_control_steps]
@@ -244,7 +252,7 @@ class AsymmetricClipPPOLoss(SwitchedCoefficients, AveragedLoss, ClipPPOLoss):
             given = [key for key in critic.in_keys if key not in self.actor_network.out_keys]
             names += [*given, keys.value_target, keys.value]
             names += map(_next, (*given, keys.value, keys.reward, keys.done, keys.terminated))
-        self._in_keys = list(dict.fromkeys(names))
+        return list(dict.fromkeys(names))
 
     @ClipPPOLoss.out_keys.getter
     def out_keys(self) -> list[NestedKey]:
@@ -291,7 +299,8 @@ class AsymmetricClipPPOLoss(SwitchedCoefficients, AveragedLoss, ClipPPOLoss):
             KeyError: if the batch lacks an entry the terms need.
             ValueError: if the shapes of log-probabilities, mask or advantage do not fit each other or the ratio level.
         """
-        batch, tensordict = tensordict, tensordict.clone(False)
+        batch = one_batch_size(tensordict)
+        tensordict = batch.clone(False)
         averages = self._averages(tensordict)
         if self._normalizer is not None:
             averages.counts = self._normalizer

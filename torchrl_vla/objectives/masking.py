@@ -93,6 +93,18 @@ def valid_entries(
     return valid if steps is None else valid & executed_actions(steps, shape)
 
 
+def one_batch_size(tensordict: TensorDictBase) -> TensorDictBase:
+    """Copy a batch, not its tensors, with the nested entries' batch size that of the whole.
+
+    A call with keywords (``dispatch``) gives a nested entry as many batch dimensions as its tensors share.
+    """
+    tensordict = tensordict.clone(False)
+    for value in list(tensordict.values(True)):
+        if isinstance(value, TensorDictBase) and value.ndim > tensordict.ndim:
+            value.batch_size = tensordict.batch_size
+    return tensordict
+
+
 def zero_invalid(values: Tensor, valid: Tensor) -> Tensor:
     """Zero the invalid entries, and with them their gradient, whatever they hold (NaN and infinity included)."""
     return torch.where(valid, values, torch.zeros_like(values))

@@ -11,7 +11,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives.common import LossModule
 
-from torchrl_vla.objectives.masking import masked_mean, valid_entries
+from torchrl_vla.objectives.masking import masked_mean, one_batch_size, valid_entries
 
 
 class TokenCrossEntropyLoss(LossModule):
@@ -73,7 +73,7 @@ class TokenCrossEntropyLoss(LossModule):
         """
         tokens = tensordict.get(self.tensor_keys.tokens)
         valid = _valid(self, tensordict, tokens)
-        logits = self.network(tensordict.clone(False)).get(self.tensor_keys.logits)
+        logits = self.network(one_batch_size(tensordict)).get(self.tensor_keys.logits)
         log_probs = torch.log_softmax(logits.float(), dim=-1)
         terms = {"loss_tokens": masked_mean(self._cross_entropy(log_probs, tokens), valid)}
         with torch.no_grad():
@@ -134,7 +134,7 @@ class ActionL1Loss(LossModule):
         """
         target = tensordict.get(self.tensor_keys.target)
         valid = _valid(self, tensordict, target)
-        prediction = self.network(tensordict.clone(False)).get(self.tensor_keys.prediction)
+        prediction = self.network(one_batch_size(tensordict)).get(self.tensor_keys.prediction)
         loss = masked_mean((prediction.float() - target).abs(), valid)
         return TensorDict({"loss_l1": loss, "l1": loss.detach()})
 
