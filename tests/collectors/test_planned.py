@@ -15,7 +15,7 @@ from torch import nn
 from torchrl.collectors import BaseCollector
 from torchrl.envs import SerialEnv
 
-from torchrl_vla.collectors import EpisodePlan, GroupCollector
+from torchrl_vla.collectors import EpisodePlan, GroupCollector, Progress
 from torchrl_vla.envs.toy import ToyTrackingEnv
 
 
@@ -107,6 +107,30 @@ def test_resuming_gives_the_batches_that_come_next(min_control_steps):
     resumed.load_state_dict(stopped.state_dict())
     assert_same([*first, *islice(resumed, 3)], undisturbed)
     assert resumed.stats()["frames"] == sum(map(len, undisturbed))
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_an_interrupted_batch_is_run_again(resumed):
+    undisturbed = list(islice(make(min_control_steps=100), 3))
+    decisions = 0
+
+    def interrupt(progress: Progress) -> None:
+        nonlocal decisions
+        decisions += 1
+        if decisions == 30:
+            raise KeyboardInterrupt
+
+    collector = make(min_control_steps=100, progress=interrupt)
+    batches = []
+    with pytest.raises(KeyboardInterrupt):
+        for batch in collector:
+            batches.append(batch)
+    assert 0 < len(batches) < 3
+    if resumed:
+        state = collector.state_dict()
+        collector = make(min_control_steps=100)
+        collector.load_state_dict(state)
+    assert_same([*batches, *islice(collector, 3 - len(batches))], undisturbed)
 
 
 def test_a_state_that_lies_behind_is_refused():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
@@ -292,6 +292,10 @@ class AsymmetricClipPPOLoss(SwitchedCoefficients, AveragedLoss, ClipPPOLoss):
             ValueError: if the shapes of log-probabilities, mask or advantage do not fit each other or the ratio level.
         """
         batch, tensordict = tensordict, tensordict.clone(False)
+        for entry in tensordict.values():
+            # Where dispatch made it of tensors, a nested entry has all dimensions that its own tensors share.
+            if is_tensor_collection(entry) and entry.ndim > tensordict.ndim:
+                entry.batch_size = tensordict.batch_size
         averages = self._averages(tensordict)
         if self._normalizer is not None:
             averages.counts = self._normalizer
