@@ -94,6 +94,7 @@ class PlannedCollector(BaseCollector):
             if batch is None:
                 return
             self._iter += 1
+            self._frames += len(batch)
             if self.post_collect_hook is not None:
                 self.post_collect_hook(batch)
             yield batch
@@ -123,11 +124,10 @@ class PlannedCollector(BaseCollector):
         for name, attribute in _STATE.items():
             setattr(self, attribute, state_dict[name])
 
-    def _count(self, plan: Sequence[Episode], batch: TensorDict) -> None:
+    def _count(self, plan: Sequence[Episode]) -> None:
         """Take note of a plan that was run."""
         self._collections += 1
         self._episodes += len(plan)
-        self._frames += len(batch)
 
     def _next_batch(self) -> TensorDict | None:
         """The next plans' decisions; None if there are none."""
