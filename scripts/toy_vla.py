@@ -158,7 +158,7 @@ def train(tolerance: float, seed: int, setting: Setting, run_dir: Path) -> Resul
         batch = validation.collect(held_out)
         return {"val/success_rate": batch["next", "success"].sum().item() / len(held_out)}
 
-    plans = EpisodePlan.stream([0], range(100_000), groups=setting.groups, group_size=setting.group_size, seed=seed)
+    plans = EpisodePlan.stream({0: range(100_000)}, groups=setting.groups, group_size=setting.group_size, seed=seed)
     logger = RunLogger(run_dir)
     trainer = PPOTrainer(
         config,

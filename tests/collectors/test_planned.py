@@ -15,7 +15,7 @@ from torch import nn
 from torchrl.collectors import BaseCollector
 from torchrl.envs import SerialEnv
 
-from torchrl_vla.collectors import EpisodePlan, GroupCollector
+from torchrl_vla.collectors import EpisodePlan, GroupCollector, Progress
 from torchrl_vla.envs.toy import ToyTrackingEnv
 
 
@@ -109,6 +109,30 @@ def test_resuming_gives_the_batches_that_come_next(min_control_steps):
     assert resumed.stats()["frames"] == sum(map(len, undisturbed))
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_an_interrupted_batch_is_run_again(resumed):
+    undisturbed = list(islice(make(min_control_steps=100), 3))
+    decisions = 0
+
+    def interrupt(progress: Progress) -> None:
+        nonlocal decisions
+        decisions += 1
+        if decisions == 30:
+            raise KeyboardInterrupt
+
+    collector = make(min_control_steps=100, progress=interrupt)
+    batches = []
+    with pytest.raises(KeyboardInterrupt):
+        for batch in collector:
+            batches.append(batch)
+    assert 0 < len(batches) < 3
+    if resumed:
+        state = collector.state_dict()
+        collector = make(min_control_steps=100)
+        collector.load_state_dict(state)
+    assert_same([*batches, *islice(collector, 3 - len(batches))], undisturbed)
+
+
 def test_a_state_that_lies_behind_is_refused():
     collector = make()
     state = collector.state_dict()
@@ -172,7 +196,14 @@ def test_updating_the_weights_of_the_learners_own_policy_changes_nothing():
     policy = make_linear()
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     collector = GroupCollector(ToyTrackingEnv(3), policy, groups())
-    for call in ({}, {"policy": policy}, {"weights": TensorDict.from_module(policy)}, {"model_id": "policy"}):
+    part = nn.ModuleList([policy])  # under other names
+    for call in (
+        {},
+        {"policy": policy},
+        {"policy": part},
+        {"weights": TensorDict.from_module(policy)},
+        {"model_id": "policy"},
+    ):
         collector.update_policy_weights_(**call)
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
     with pytest.raises(KeyError, match="model_id='critic' is unknown"):
@@ -198,20 +229,24 @@ def test_set_seed_seeds_episodes_and_environments():
         collector.set_seed(-3)
 
 
-def test_the_first_frames_are_random_and_belong_to_their_episodes():
+@pytest.mark.parametrize("min_control_steps", [None, 60])
+def test_the_first_frames_are_random_and_belong_to_their_episodes(min_control_steps):
     def stand_still(tensordict: TensorDictBase) -> TensorDictBase:
+        tensordict["written"] = torch.ones(len(tensordict), 1)
         return tensordict.set("action", torch.zeros(*tensordict.shape, 4, 2))
 
     def collect(slots: int) -> list[TensorDictBase]:
         torch.seed()
-        collector = GroupCollector(ToyTrackingEnv(slots), stand_still, groups(), seed=2, init_random_frames=30)
+        collector = GroupCollector(ToyTrackingEnv(slots), stand_still, groups(), seed=2, init_random_frames=30,
+                                   min_control_steps=min_control_steps)  # fmt: skip
         return list(islice(collector, 4))
 
     three, five = collect(3), collect(5)
     assert_same(three, five)
     frames = torch.tensor([0, *map(len, three)]).cumsum(0)[:-1]
     moves = [bool(batch["action"].any()) for batch in three]
-    assert moves == (frames < 30).tolist() and moves[1] and not moves[-1]
+    assert moves == (frames < 30).tolist() and 0 < sum(moves) < 4
+    assert ["written" not in batch.keys() for batch in three] == moves
     assert ((-1 <= three[0]["action"]) & (three[0]["action"] <= 1)).all()
 
 

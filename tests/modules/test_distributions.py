@@ -230,8 +230,9 @@ def test_a_module_passes_the_seeds_where_there_are_any() -> None:
         without = module(data.exclude(SEED_KEY))["tokens"]
     torch.manual_seed(0)
     assert torch.equal(TokenCategorical(logits).sample(), without)
-    with set_interaction_type(ExplorationType.DETERMINISTIC):
-        assert torch.equal(module(data)["tokens"], logits.argmax(-1))
+    for mode in (ExplorationType.DETERMINISTIC, ExplorationType.MODE, ExplorationType.MEAN):
+        with set_interaction_type(mode):
+            assert torch.equal(module(data.clone())["tokens"], logits.argmax(-1))
 
 
 @pytest.mark.parametrize("seed", [torch.zeros(2, 1, dtype=torch.int64), torch.zeros(3, 1), torch.zeros(3).long()])

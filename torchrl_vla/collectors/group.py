@@ -80,8 +80,9 @@ class GroupCollector(PlannedCollector):
             ``num_control_steps``): plans are put together until they have as many. How many that takes is guessed,
             before they run, from the episodes of the batch before, with a tenth to spare; where the guess falls short,
             more follow. Plans of one group each make batches of the nearest size. None: one plan per batch.
-        total_frames: decisions after which iterating stops; -1 for as long as there are plans.
-        init_random_frames: decisions after which the policy acts; batches begun before hold random actions of the
+        total_frames: decisions, of the batches that iterating yields, after which it stops; -1 for as long as there are
+            plans.
+        init_random_frames: likewise, after which the policy acts; batches begun before hold random actions of the
             environment's spec, and nothing that the policy writes.
         seed: of the episodes' random numbers, not negative; None draws one from torch's global generator.
         exploration_type: RANDOM to sample, DETERMINISTIC to judge the greedy policy.
@@ -96,9 +97,17 @@ class GroupCollector(PlannedCollector):
         post_collect_hook: called with each batch that iterating yields.
 
     Examples:
-        >>> plans = EpisodePlan.stream({0: range(50)}, groups=4, group_size=8, seed=0)  # doctest: +SKIP
-        >>> for batch in GroupCollector(LiberoEnv(num_envs=16), actor, plans):  # doctest: +SKIP
-        ...     replay_buffer.extend(batch)
+        >>> from torchrl_vla.collectors import EpisodePlan
+        >>> from torchrl_vla.envs.toy import ToyTrackingEnv
+        >>> def act(tensordict):  # to the target that the state shows
+        ...     target = tensordict["observation", "state"][..., 2:].unsqueeze(-2)
+        ...     return tensordict.set("action", target.expand(*tensordict.shape, 4, 2))
+        >>> plans = EpisodePlan.stream({0: range(50)}, groups=2, group_size=4, seed=0)
+        >>> collector = GroupCollector(ToyTrackingEnv(3), act, plans, total_frames=16)
+        >>> for batch in collector:
+        ...     print(len(batch), batch["group_id"].unique().tolist(), int(batch["next", "success"].sum()))
+        8 [0, 1] 8
+        8 [2, 3] 8
 
     Raises:
         ValueError: if the environment does not report ``task_id`` and ``init_state_id``, or a number is out of range.
@@ -181,7 +190,7 @@ class GroupCollector(PlannedCollector):
                         self._record(collection, lane, outcome)
                     self._send(collection, lane, executor)
         batch = self._label(collection)
-        self._count(plan, batch)
+        self._count(plan)
         return batch
 
     def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
@@ -214,15 +223,20 @@ class GroupCollector(PlannedCollector):
         return seed
 
     def _maybe_fallback_update(self, policy_or_weights: Any = None, *, model_id: str | None = None) -> None:
-        """What ``update_policy_weights_`` comes to: the policy is of this process, and mostly the learner's own."""
+        """Copy weights into the policy, as ``update_policy_weights_`` asks; without any there is nothing to do.
+
+        The policy is of this process, and mostly the learner's own.
+        """
         if model_id not in (None, "policy"):
             raise KeyError(f"model_id={model_id!r} is unknown: this collector has one model, 'policy'.")
         if policy_or_weights is None or policy_or_weights is self.policy:
             return
         if not isinstance(self.policy, nn.Module):
             raise TypeError(f"The policy is a {type(self.policy).__name__}, not a module: it has no weights to update.")
-        weights = policy_or_weights
+        weights, own = policy_or_weights, {id(parameter) for parameter in self.policy.parameters()}
         if isinstance(weights, nn.Module):
+            if own.issuperset(map(id, weights.parameters())):
+                return
             weights = TensorDict.from_module(weights)
         elif not isinstance(weights, TensorDictBase):
             weights = TensorDict(weights).unflatten_keys(".")
@@ -231,7 +245,7 @@ class GroupCollector(PlannedCollector):
             TensorDict.from_module(self.policy).update_(weights)
 
     def _send(self, collection: _Collection, lane: Lane, executor: Executor) -> None:
-        """Decides for the slots of an environment that run, and gives it its next turn."""
+        """Decide for the slots of an environment that run, and give it its next turn."""
         running = lane.running()
         starts = collection.waiting.take(lane)
         decision = None
@@ -243,7 +257,7 @@ class GroupCollector(PlannedCollector):
             lane.send(executor, collection.plan, decision, starts, keep_cut)
 
     def _record(self, collection: _Collection, lane: Lane, outcome: Outcome) -> None:
-        """Takes note of what followed from an environment's last decisions, and of the episodes begun since."""
+        """Take note of what followed from an environment's last decisions, and of the episodes begun since."""
         assert lane.decision is not None
         (slots, seen, written), lane.decision = lane.decision, None
         following, lost = outcome.following, outcome.lost
@@ -284,7 +298,7 @@ class GroupCollector(PlannedCollector):
         return self._act(seen.clone(False).set(SEED_KEY, seeds))
 
     def _act(self, seen: TensorDict) -> dict[NestedKey, Tensor]:
-        """What the policy writes, on its device, without what is not stored."""
+        """Ask the policy, on its device, and return what it writes, without what is not stored."""
         parameters = self.policy.parameters() if isinstance(self.policy, nn.Module) else ()
         device = next((parameter.device for parameter in parameters), seen.device)
         given = seen if device is None else seen.to(device)

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NoReturn
 
 import torch
@@ -65,6 +65,7 @@ class PlannedCollector(BaseCollector):
         self.total_frames = total_frames
         self.seed = int(torch.randint(1 << 62, ())) if seed is None else seed
         self._plans = iter(plans)
+        self._taken: list[Sequence[Episode]] = []
         # Named as stats() of TorchRL's collectors reads them.
         self._frames, self._iter = 0, -1
         self._collections = self._episodes = self._plans_taken = 0
@@ -82,10 +83,18 @@ class PlannedCollector(BaseCollector):
         while self.total_frames < 0 or self._frames < self.total_frames:
             if self.pre_collect_hook is not None:
                 self.pre_collect_hook()
-            batch = self._next_batch()
+            before, self._taken = self.state_dict(), []
+            try:
+                batch = self._next_batch()
+            except BaseException:
+                # Of a batch that nobody has seen, no plan counts as taken: the next iteration runs them again.
+                self._plans = chain(self._taken, self._plans)
+                self._set_state(before)
+                raise
             if batch is None:
                 return
             self._iter += 1
+            self._frames += len(batch)
             if self.post_collect_hook is not None:
                 self.post_collect_hook(batch)
             yield batch
@@ -108,15 +117,17 @@ class PlannedCollector(BaseCollector):
                 f"The state was taken after {state_dict['plans']} plans, and this collector has taken "
                 f"{self._plans_taken}: load it into a new one."
             )
-        for name, attribute in _STATE.items():
-            setattr(self, attribute, state_dict[name])
+        self._set_state(state_dict)
         next(islice(self._plans, ahead, ahead), None)
 
-    def _count(self, plan: Sequence[Episode], batch: TensorDict) -> None:
+    def _set_state(self, state_dict: Mapping[str, Any]) -> None:
+        for name, attribute in _STATE.items():
+            setattr(self, attribute, state_dict[name])
+
+    def _count(self, plan: Sequence[Episode]) -> None:
         """Take note of a plan that was run."""
         self._collections += 1
         self._episodes += len(plan)
-        self._frames += len(batch)
 
     def _next_batch(self) -> TensorDict | None:
         """The next plans' decisions; None if there are none."""
@@ -151,5 +162,6 @@ class PlannedCollector(BaseCollector):
             if plan is None:
                 break
             self._plans_taken += 1
+            self._taken.append(plan)
             episodes += plan
         return episodes

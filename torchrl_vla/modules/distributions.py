@@ -99,6 +99,11 @@ class TokenCategorical(Distribution):
         return self.logits.argmax(dim=-1)
 
     @property
+    def mean(self) -> Tensor:
+        """The most likely bins: bins have no average, and this is what TorchRL acts with under ``MEAN``."""
+        return self.mode
+
+    @property
     def deterministic_sample(self) -> Tensor:
         """The most likely bins: what TorchRL takes under ``ExplorationType.DETERMINISTIC``."""
         return self.mode
