@@ -54,15 +54,15 @@ class SharedCollector(GroupCollector):
             batch["collector", "traj_ids"] = first + self.ranks.rank + self.ranks.size * local
             self._nothing = batch[:0]
         else:
-            self._count(plan, TensorDict({}, [0]))
+            self._count(plan)
         if len(plan) < self.ranks.size:  # some have nothing, and learn from the others what it looks like
             looks = self.ranks.gather(self._nothing)
             batch = batch if batch is not None else next(look for look in looks if look is not None)
         assert batch is not None
         return batch
 
-    def _count(self, plan: Sequence[Episode], batch: TensorDict) -> None:
-        super()._count(self._plan, batch)
+    def _count(self, plan: Sequence[Episode]) -> None:
+        super()._count(self._plan)  # of which this process ran a share
 
     def _control_steps(self, batch: TensorDict) -> int:
         return self.ranks.sum(super()._control_steps(batch))

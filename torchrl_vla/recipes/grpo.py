@@ -32,7 +32,7 @@ from tqdm import tqdm
 from torchrl_vla.checkpoints.policy import save_policy
 from torchrl_vla.collectors import EpisodePlan
 from torchrl_vla.config import PPOConfig, TrainConfig
-from torchrl_vla.distributed import SharedBuffer, SharedCollector, join_ranks
+from torchrl_vla.distributed import OneProcess, SharedBuffer, SharedCollector, join_ranks
 from torchrl_vla.envs import get_suite
 from torchrl_vla.envs.factory import make_envs
 from torchrl_vla.evaluation.protocol import initial_states
@@ -51,6 +51,8 @@ from torchrl_vla.training.run_folder import describe_run
 from torchrl_vla.training.schedule import LearningRateSchedule
 from torchrl_vla.training.start import load_for_training
 from torchrl_vla.training.validation import Validation
+
+_ALONE = OneProcess()
 
 __all__ = ["learn", "make_buffer", "train", "update"]
 
@@ -135,8 +137,9 @@ def train(config: TrainConfig) -> Path:
         judged = ppo.val_interval and ppo.val_episodes
         with checkpoints.kept_at_the_end(progress, logger.print):
             learn(
-                ppo, collector, buffer, step, progress, logger, advantage=advantage, checkpoints=checkpoints,
+                ppo, collector, buffer, step, progress, logger, advantage=advantage, ranks=ranks,
                 validate=Validation(config, policy.actor, envs, logger, stop.check, ranks) if judged else None,
+                checkpoints=checkpoints,
             )  # fmt: skip
         done = f"Done: {progress.updates} updates, {progress.env_steps:,} control steps."
         where = f"`torchrl-vla export {folder} OUT`" if in_4bit else folder / "policy"
@@ -171,6 +174,7 @@ def learn(
     policy: nn.Module | None = None,
     validate: Callable[[int], Mapping[str, float]] | None = None,
     checkpoints: RunCheckpoints | None = None,
+    ranks: OneProcess = _ALONE,
 ) -> None:
     """Collect, extend, step, push the weights, validate, log, save: to `total_timesteps`, or the collector's end.
 
@@ -185,6 +189,7 @@ def learn(
         policy: its weights go to a collector that has ``update_policy_weights_``, after each update.
         validate: judges the policy, given the control steps so far, and returns figures named ``val/...``.
         checkpoints: what the run can be resumed from.
+        ranks: the processes that run this together.
     """
     total, batches, validated, saved = ppo.total_timesteps, iter(collector), -1, -1
     push_weights = getattr(collector, "update_policy_weights_", None)
@@ -218,7 +223,7 @@ def learn(
                 logger.print(f"The collector ended after {progress.env_steps:,} of {total:,} control steps.")
                 conclude({}, last=True)
                 break
-            metrics = rollout_figures(batch, time.perf_counter() - started)
+            metrics = rollout_figures(batch, time.perf_counter() - started, ranks)
             progress.count(int(metrics["rollout/env_steps"]))
             step.set_progress(progress.env_steps / total)
             metrics |= update(ppo, batch, buffer, step, advantage, episodes=int(metrics["rollout/num_trajectories"]))
