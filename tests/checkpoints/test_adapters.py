@@ -5,10 +5,54 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from small_openvla import adapted, logits, random_model
 
 from torchrl_vla.checkpoints.adapters import load_adapter, save_adapter
+from torchrl_vla.modules.openvla import merge_lora
+
+#: Options that make more of an adapter than is added, or say that it belongs to another base.
+OTHER_KINDS = {
+    "use_dora": True,
+    "use_rslora": True,
+    "use_qalora": True,
+    "use_bdlora": {"nblocks": 4},
+    "lora_bias": True,
+    "bias": "lora_only",
+    "fan_in_fan_out": True,
+    "rank_pattern": {"q_proj": 8},
+    "alpha_pattern": {"q_proj": 32},
+    "modules_to_save": ["lm_head"],
+    "layer_replication": [[0, 2], [1, 3]],
+    "trainable_token_indices": [5],
+    "target_parameters": ["experts.weight"],
+    "loftq_config": {"loftq_bits": 4},
+    "corda_config": {"corda_method": "kpm"},
+    "alora_invocation_tokens": [1, 2],
+    "an_option_of_next_year": 0.5,
+}
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", True, "gaussian"])
+def test_an_adapter_that_learned_nothing_changes_nothing(tmp_path: Path, start: str | bool) -> None:
+    """As peft's own files have it: either the weight stays what it is, or the adapter is refused."""
+    name = "language_model.model.layers.0.self_attn.q_proj"
+    model = random_model()
+    before = model.get_parameter(f"{name}.weight").detach().clone()
+    layer = torch.nn.Sequential()
+    layer.add_module("q_proj", torch.nn.Linear(16, 16, bias=False))
+    layer.q_proj.weight.data = before.clone()
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=start)
+    get_peft_model(layer, settings).save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({key.replace("model.q_proj", f"model.{name}"): t for key, t in load_file(path).items()}, path)
+    if start in ("pissa", "olora"):
+        with pytest.raises(ValueError, match=f"has init_lora_weights '{start}'"):
+            load_adapter(model, tmp_path)
+        return
+    merge_lora(load_adapter(model, tmp_path))
+    assert torch.equal(model.get_parameter(f"{name}.weight"), before)
 
 
 def test_an_adapter_goes_out_and_in(tmp_path: Path) -> None:
@@ -48,9 +92,12 @@ def test_upstreams_adapter_has_the_weight_under_the_head(tmp_path: Path) -> None
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
     head = "language_model.lm_head.base_layer.weight"
-    tensors[f"base_model.model.{head}"] = torch.zeros_like(model.get_parameter(head))
-    save_file(tensors, path)
+    weight = model.get_parameter(head).detach()
+    save_file(tensors | {f"base_model.model.{head}": weight}, path)
     torch.testing.assert_close(logits(load_adapter(random_model(), tmp_path)), logits(model), atol=0, rtol=0)
+    save_file(tensors | {f"base_model.model.{head}": weight + 1}, path)
+    with pytest.raises(ValueError, match="lm_head.base_layer.weight, which is not this model's"):
+        load_adapter(random_model(), tmp_path)
 
 
 def test_foreign_adapters_are_refused(tmp_path: Path) -> None:
@@ -67,10 +114,29 @@ def test_foreign_adapters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lora_A.weight is \[4, 2\] in .*, but this model needs \[4, 16\]"):
         load_adapter(random_model(), tmp_path)
     save_file(tensors, path)
-    for option in ({"use_dora": True}, {"alpha_pattern": {"q_proj": 32}}, {"lora_bias": True}):
-        config.write_text(json.dumps(settings | option))
-        with pytest.raises(ValueError, match=f"has {next(iter(option))}: only plain LoRA"):
+    for name, value in OTHER_KINDS.items():
+        config.write_text(json.dumps(settings | {name: value}))
+        with pytest.raises(ValueError, match=f"has {name}: only plain LoRA"):
             load_adapter(random_model(), tmp_path)
+    for start in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"):
+        config.write_text(json.dumps(settings | {"init_lora_weights": start}))
+        with pytest.raises(ValueError, match=f"has init_lora_weights '{start}'.* out of the base model"):
+            load_adapter(random_model(), tmp_path)
+    for wrong in ({"r": "4"}, {"r": 0}, {"r": True}, {"lora_alpha": float("nan")}, {"lora_alpha": -1}):
+        config.write_text(json.dumps(settings | wrong))
+        with pytest.raises(ValueError, match=f"adapter_config.json: {next(iter(wrong))} must be a positive number"):
+            load_adapter(random_model(), tmp_path)
+    config.write_text(json.dumps(settings))
+    bias = "base_model.model.language_model.model.layers.0.self_attn.q_proj.lora_B.bias"
+    save_file(tensors | {bias: torch.ones(16)}, path)
+    with pytest.raises(ValueError, match="q_proj.lora_B.bias, which a plain LoRA adapter has no place for"):
+        load_adapter(random_model(), tmp_path)
+    spoiled = {name: tensor.clone() for name, tensor in tensors.items()}
+    spoiled[next(iter(spoiled))][0] = float("nan")
+    save_file(spoiled, path)
+    with pytest.raises(ValueError, match="adapter_model.safetensors has .* numbers that are NaN or infinite"):
+        load_adapter(random_model(), tmp_path)
+    save_file(tensors, path)
     config.write_text(json.dumps(settings | {"peft_type": "IA3"}))
     with pytest.raises(ValueError, match="peft_type 'IA3'"):
         load_adapter(random_model(), tmp_path)

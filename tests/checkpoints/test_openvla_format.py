@@ -20,7 +20,9 @@ from torchrl_vla.checkpoints.locations import resolve_checkpoint
 from torchrl_vla.checkpoints.openvla_format import load_openvla, save_openvla
 from torchrl_vla.modules.openvla import OpenVLA, OpenVLAConfig
 
-Copy = Callable[[], Path]
+INDEX = "model.safetensors.index.json"
+SHARD = "model-00001-of-00003.safetensors"
+HEAD = "action_head--150000_checkpoint.pt"
 
 
 @pytest.fixture
@@ -68,6 +70,7 @@ def test_load_and_export_give_the_same_files(checkpoint: Path, tmp_path: Path, d
     assert_identical(again.state_dict(), model.state_dict())
     for name in ("config.json", "generation_config.json", "dataset_statistics.json", "vit_overrides.json"):
         mine, theirs = (json.loads((folder / name).read_text()) for folder in (tmp_path, checkpoint))
+        mine.pop("torchrl_vla", None)  # notes of ours
         assert {key: theirs[key] for key in mine if key in theirs} == mine
 
 
@@ -204,7 +207,8 @@ def test_no_more_than_one_shard_is_in_memory_beside_the_weights(checkpoint: Path
         model = OpenVLA(
             OpenVLAConfig.tiny(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, torch_dtype="bfloat16")
         )
-    save_openvla(model.to(torch.bfloat16).to_empty(device="cpu"), tmp_path, max_shard_bytes=20_000_000)
+    model.to(torch.bfloat16).to_empty(device="cpu").initialize()
+    save_openvla(model, tmp_path, max_shard_bytes=20_000_000)
     shard = max(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     ours, theirs = Pipe(duplex=False)
     # Forked, so that nothing is imported anew and the peak is the child's own.
@@ -250,6 +254,11 @@ def save_head(folder: Path, change: Callable[[dict], object]) -> None:
     state = torch.load(path, weights_only=True)
     change(state)
     torch.save(state, path)
+
+
+def edit_index(folder: Path, change: Callable[[dict], dict]) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps(index | {"weight_map": change(index["weight_map"])}))
 
 
 def edit_config(folder: Path, **values: object) -> None:
@@ -302,6 +311,53 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "model-00001-of-00003.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
         "model-00001-of-00003.safetensors is truncated or no safetensors file",
     ),
+    "index that leads out of the folder": (
+        lambda f: edit_index(f, lambda m: dict.fromkeys(m, "../outside.safetensors")),
+        "is in '../outside.safetensors'; only names of files beside the index are read",
+    ),
+    "index with an absolute path": (
+        lambda f: edit_index(f, lambda m: dict.fromkeys(m, "/etc/hostname")),
+        "is in '/etc/hostname'; only names of files beside the index are read",
+    ),
+    "index of numbers": (lambda f: edit_index(f, lambda m: dict.fromkeys(m, 3)), "is in 3; only names of files"),
+    "index that is a folder": (
+        lambda f: [(f / INDEX).unlink(), (f / INDEX).mkdir()],
+        "model.safetensors.index.json cannot be read .Is a directory",
+    ),
+    "shard that is a folder": (
+        lambda f: [(f / SHARD).unlink(), (f / SHARD).mkdir()],
+        "model-00001-of-00003.safetensors is truncated or no safetensors file",
+    ),
+    "head that is a folder": (
+        lambda f: [(f / HEAD).unlink(), (f / HEAD).mkdir()],
+        "action_head--150000_checkpoint.pt is truncated or no PyTorch file",
+    ),
+    "8-bit weights": (
+        lambda f: rewrite(f / SHARD, lambda t: t.update({"projector.fc1.bias": torch.zeros(176, dtype=torch.int8)})),
+        "projector.fc1.bias in .* is stored as I8; weights must be F32, BF16, F16",
+    ),
+    "complex weights": (
+        lambda f: rewrite(
+            f / SHARD, lambda t: t.update({"projector.fc1.bias": torch.zeros(176, dtype=torch.complex64)})
+        ),
+        "projector.fc1.bias in .* is stored as C64",
+    ),
+    "NaN": (
+        lambda f: rewrite(f / SHARD, lambda t: t["projector.fc1.bias"].view(-1)[3:5].fill_(float("nan"))),  # type: ignore[arg-type,return-value]
+        "projector.fc1.bias in .*model-00001-of-00003.safetensors has 2 of 176 numbers that are NaN or infinite",
+    ),
+    "infinity": (
+        lambda f: rewrite(f / SHARD, lambda t: t["projector.fc1.bias"].view(-1)[0].fill_(float("-inf"))),  # type: ignore[arg-type,return-value]
+        "projector.fc1.bias in .* has 1 of 176 numbers that are NaN or infinite",
+    ),
+    "head with NaN": (
+        lambda f: save_head(f, lambda s: s["module.model.fc2.bias"].fill_(float("nan"))),
+        "model.fc2.bias in .*action_head--150000_checkpoint.pt has 7 of 7 numbers",
+    ),
+    "head of whole numbers": (
+        lambda f: save_head(f, lambda s: s.update({"module.model.fc2.bias": torch.zeros(7, dtype=torch.int64)})),
+        "model.fc2.bias in .* is stored as torch.int64",
+    ),
     "index of another kind": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": []}'),
         "has no weight_map, so it is no index of shards",
@@ -316,7 +372,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a text for a number": (
         lambda f: edit_config(f, pad_to_multiple_of="64"),
-        "config.json has a value that this version cannot read",
+        "config.json has a value that this version cannot read .pad_to_multiple_of must be a whole number, got '64'",
     ),
     "another version's configuration": (
         lambda f: edit_config(f, torchrl_vla={"wings": 2}),
@@ -349,6 +405,14 @@ def test_spoiled_checkpoints_are_refused(copied: Path, case: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_openvla(copied)
     assert not Path("pwned").exists()
+
+
+def test_weights_that_another_dtype_cannot_hold_are_refused(copied: Path) -> None:
+    """They would be infinite."""
+    rewrite(copied / SHARD, lambda t: t["projector.fc1.bias"].view(-1)[0].fill_(1e6))  # type: ignore[arg-type,return-value]
+    with pytest.raises(ValueError, match="projector.fc1.bias in .* has 1 of 176 numbers .* infinite in torch.float16"):
+        load_openvla(copied, dtype=torch.float16)
+    load_openvla(copied, dtype=torch.float32)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")

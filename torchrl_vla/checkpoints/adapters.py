@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from torchrl_vla.checkpoints.names import unused_shapes, upstream_name
+from torchrl_vla.checkpoints.finite import require_finite
+from torchrl_vla.checkpoints.names import parameter_names, unused_shapes, upstream_name
+from torchrl_vla.checkpoints.shards import listed
 from torchrl_vla.files import read_json
 from torchrl_vla.modules.openvla.linear import ADAPTER
 from torchrl_vla.modules.openvla.lora import adaptable_modules, attach_adapters, lora_layers
@@ -18,8 +23,14 @@ from torchrl_vla.modules.openvla.model import OpenVLA
 __all__ = ["load_adapter", "save_adapter"]
 
 _PREFIX = "base_model.model."  # peft's name for the model that an adapter file belongs to
-# Options of peft's that make an adapter more than ``scale * B A`` of one rank and scale.
-_UNSUPPORTED = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
+# Options of peft's that an adapter ``scale * B A`` of one rank and scale may have at any value: what they say is in the
+# tensors, or says nothing of the weights. All others must be as peft has them where nobody asks for them.
+_FREE = {
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "base_model_name_or_path", "revision", "inference_mode", "peft_type", "peft_version", "task_type", "auto_mapping",
+}  # fmt: skip
+# Initial values that leave the base as it is. PiSSA, OLoRA, CorDA and LoftQ take their part out of it.
+_PLAIN_STARTS = (True, False, None, "gaussian")
 
 
 def save_adapter(model: OpenVLA, folder: str | Path, *, base_model: str | None = None) -> None:
@@ -73,25 +84,18 @@ def load_adapter(model: OpenVLA, folder: str | Path, *, dtype: torch.dtype = tor
         if not file.is_file():
             raise ValueError(f"{folder} has no {file.name}: name a folder that an adapter was saved in.")
     settings = read_json(config_file)
-    unsupported = [key for key in _UNSUPPORTED if settings.get(key)]
-    if settings.get("peft_type") != "LORA" or unsupported:
-        what = ", ".join(unsupported) or f"peft_type {settings.get('peft_type')!r}"
-        raise ValueError(f"{config_file} has {what}: only plain LoRA adapters can be added.")
-
-    missing = [key for key in ("r", "lora_alpha") if key not in settings]
-    if missing:
-        raise ValueError(f"{config_file} lacks {', '.join(missing)}: it was not written by peft.")
+    _require_plain(settings, config_file)
     try:
         stored = load_file(weights_file)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{weights_file} is truncated or no safetensors file ({error}): copy it again.") from error
     dead = {name.rpartition(".")[0] for name in unused_shapes(model.config)}
-    # Where an adapter is on lm_head, as upstream's are, peft writes the weight under it too: the base model has that.
     tensors = {
-        name: tensor
+        name: require_finite(tensor, name, weights_file)
         for key, tensor in stored.items()
-        if (name := key.removeprefix(_PREFIX)).split(".lora_")[0] not in dead and ".base_layer." not in name
+        if (name := key.removeprefix(_PREFIX)).split(".lora_")[0] not in dead
     }
+    _compare_base(model, tensors, weights_file)
     candidates = {upstream_name(f"{name}.").removesuffix("."): name for name in adaptable_modules(model)}
     modules = sorted({name.split(".lora_")[0] for name in tensors})
     foreign = [name for name in modules if name not in candidates]
@@ -116,4 +120,47 @@ def load_adapter(model: OpenVLA, folder: str | Path, *, dtype: torch.dtype = tor
             found = list(tensors[name].shape) if name in tensors else "missing"
             raise ValueError(f"{name} is {found} in {weights_file}, but this model needs {list(parameter.shape)}.")
         parameter.data.copy_(tensors[name])
+    left = sorted(set(tensors) - set(adapters))
+    if left:
+        raise ValueError(f"{weights_file} has {listed(left)}, which a plain LoRA adapter has no place for.")
     return model
+
+
+def _require_plain(settings: dict[str, Any], path: Path) -> None:
+    """Refuse an adapter that is more than ``scale * B A``, or belongs to a base that peft has changed."""
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(f"{path} has peft_type {settings.get('peft_type')!r}: only plain LoRA adapters can be added.")
+    start = settings.get("init_lora_weights")
+    if start not in _PLAIN_STARTS:
+        raise ValueError(
+            f"{path} has init_lora_weights {start!r}, for which peft takes the adapter's start out of the base model: "
+            "only plain LoRA adapters can be added. Convert it with peft's save_pretrained("
+            "path_initial_model_for_weight_conversion=...)."
+        )
+    usual = LoraConfig().to_dict()
+    # What this version of peft does not know has no value that is known to be harmless but an empty one.
+    unsupported = [
+        key
+        for key, value in settings.items()
+        if value and value != usual.get(key) and key not in _FREE and key != "init_lora_weights"
+    ]
+    if unsupported:
+        raise ValueError(f"{path} has {', '.join(sorted(unsupported))}: only plain LoRA adapters can be added.")
+    for key in ("r", "lora_alpha"):
+        value = settings.get(key)
+        if key not in settings:
+            raise ValueError(f"{path} lacks {key}: it was not written by peft.")
+        if isinstance(value, bool) or not isinstance(value, int if key == "r" else (int, float)) or not 0 < value < inf:
+            raise ValueError(f"{path}: {key} must be a positive number, got {value!r}.")
+
+
+def _compare_base(model: OpenVLA, tensors: dict[str, Tensor], path: Path) -> None:
+    """Take out what peft writes under an adapter on lm_head, as upstream's are: it must be the model's own weight."""
+    ours = parameter_names(model)
+    for name in [name for name in tensors if ".base_layer." in name]:
+        stored, own = tensors.pop(name), ours.get(name.replace(".base_layer.", "."))
+        weight = None if own is None else model.get_parameter(own).detach()
+        if weight is None or weight.shape != stored.shape or not torch.equal(stored.to(weight), weight):
+            raise ValueError(
+                f"{path} has {name}, which is not this model's: the adapter belongs to another base model."
+            )

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from torchrl_vla.checkpoints.statistics import STATISTICS_FILE
+from torchrl_vla.checkpoints.statistics import read_statistics
 from torchrl_vla.files import read_json, write_json
 from torchrl_vla.modules.openvla.architecture import LLM_FIELDS, OpenVLAConfig
 
@@ -22,9 +22,41 @@ _TOWER_IDS = ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_sigli
 # Fields of ours that upstream's config.json has no place for; they go under one key, and only where they differ.
 _EXTENSION_KEY = "torchrl_vla"
 _EXTENSION_FIELDS = (
-    "chunk_size", "action_dim", "num_images", "proprio_dim", "proprio_format", "bos_token_id", "eos_token_id",
-    "empty_token_id", "trained_for",
+    "chunk_size", "action_dim", "num_images", "use_proprio", "proprio_dim", "proprio_format", "bos_token_id",
+    "eos_token_id", "empty_token_id", "n_action_bins", "pad_to_multiple_of", "trained_for",
 )  # fmt: skip
+# Keys of config.json that make another network or other inputs of it, with the only values that are built. Other keys
+# say nothing about the network.
+_BUILT: dict[str, tuple[Any, ...]] = {
+    "model_type": ("openvla",),
+    "arch_specifier": ("no-align+fused-gelu-mlp",),
+    "vision_backbone_id": ("dinosiglip-vit-so-224px",),
+    "llm_backbone_id": ("llama2-7b-pure",),
+    "image_resize_strategy": ("resize-naive",),
+    "use_fused_vision_backbone": (True,),
+    "timm_model_ids": (list(_TOWER_IDS),),
+    "timm_override_act_layers": ([None, None],),
+    "quantization_config": (None,),
+    "tie_word_embeddings": (False,),
+}
+# The same for text_config. Llama's own fields that are built as they say are LLM_FIELDS.
+_BUILT_TEXT: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "attention_dropout": (0.0,),
+    "mlp_bias": (False,),
+    "tie_word_embeddings": (False,),
+    "rope_theta": (10000.0,),
+    "rope_scaling": (None, {"rope_type": "default"}, {"type": "default"}),
+    "rope_parameters": (
+        None, {"rope_type": "default"}, {"rope_theta": 10000.0}, {"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "partial_rotary_factor": (None, 1.0),
+    "pretraining_tp": (1,),
+    "sliding_window": (None,),
+    "quantization_config": (None,),
+}  # fmt: skip
 
 
 def read_architecture(folder: str | Path, **overrides: Any) -> OpenVLAConfig:
@@ -44,36 +76,96 @@ def read_architecture(folder: str | Path, **overrides: Any) -> OpenVLAConfig:
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json: name a folder with an OpenVLA checkpoint.")
     raw = read_json(path)
-    if raw.get("model_type") != "openvla":
-        raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}; only 'openvla' can be read.")
-    for key in ("text_config", _EXTENSION_KEY):
-        if not isinstance(raw.get(key, {}), dict):
+    if "model_type" not in raw:
+        raise ValueError(f"{path} has no model_type, so it is not of an OpenVLA: download the checkpoint again.")
+    for key in ("text_config", "norm_stats", _EXTENSION_KEY):
+        if raw.get(key) is not None and not isinstance(raw[key], dict):
             raise ValueError(f"{path}: {key} must be an object, got {raw[key]!r}.")
-    towers = tuple(raw.get("timm_model_ids", _TOWER_IDS))
-    if towers != _TOWER_IDS:
-        raise ValueError(f"{path}: timm_model_ids are {list(towers)}; only {list(_TOWER_IDS)} are built.")
+    text, extension = raw.get("text_config") or {}, raw.get(_EXTENSION_KEY) or {}
+    _refuse_others(raw, _BUILT, f"{path}: ")
+    _refuse_others(text, _BUILT_TEXT, f"{path}: text_config.")
+    unknown = sorted(set(extension) - set(_EXTENSION_FIELDS))
+    if unknown:
+        raise ValueError(f"{path} has a value that this version cannot read ({_EXTENSION_KEY}.{unknown[0]}).")
     sizes = raw.get("image_sizes", [224, 224])
-    if len(set(sizes)) != 1:
-        raise ValueError(f"{path}: image_sizes {sizes} differ; both towers must see the same size.")
+    if not isinstance(sizes, list) or len(sizes) != 2 or sizes[0] != sizes[1]:
+        raise ValueError(f"{path}: image_sizes must be the same number twice, once for each tower, got {sizes!r}.")
 
-    text = raw.get("text_config", {})
     values: dict[str, Any] = {name: text[name] for name in (*LLM_FIELDS, "vocab_size") if name in text}
     values |= {name: raw[name] for name in ("pad_token_id", "pad_to_multiple_of", "n_action_bins") if name in raw}
-    values |= raw.get(_EXTENSION_KEY, {})
+    values |= {name: value for name, value in extension.items() if name != "use_proprio"}
     values["image_size"] = sizes[0]
     values["use_proprio"] = any(folder.glob("proprio_projector--*_checkpoint.pt"))
+    if extension.get("use_proprio") and not values["use_proprio"]:
+        raise ValueError(
+            f"{folder} lacks proprio_projector--N_checkpoint.pt, and config.json notes that the policy reads the "
+            "robot's state: copy the file too."
+        )
     # Its name in transformers 4 and 5.
     values["torch_dtype"] = raw.get("torch_dtype", raw.get("dtype", "bfloat16"))
     values["norm_stats"] = raw.get("norm_stats") or {}
-    values["dataset_statistics"] = _read_if_there(folder / STATISTICS_FILE)
-    vit = _read_if_there(folder / _TOWERS_FILE)
+    values["dataset_statistics"] = read_statistics(folder)
+    vit = _read_towers(folder / _TOWERS_FILE)
     try:
         for (name, default), tower_id in zip(_released_towers().items(), _TOWER_IDS, strict=True):
             values[name] = replace(default, **vit.get(tower_id, {}))
-        return OpenVLAConfig(**{**values, "upstream": raw, **overrides})
+        config = OpenVLAConfig(**{**values, "upstream": raw, **overrides})
     except TypeError as error:
         where = ", or vit_overrides.json beside it," if "VisionTowerConfig" in str(error) else ""
         raise ValueError(f"{path}{where} has a value that this version cannot read ({error}).") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    _refuse_disagreement(config, raw, text, extension, path)
+    return config
+
+
+def _refuse_others(found: dict[str, Any], built: dict[str, tuple[Any, ...]], where: str) -> None:
+    for key, values in built.items():
+        if key in found and not any(_same(found[key], value) for value in values):
+            allowed = " or ".join(map(repr, values))
+            raise ValueError(
+                f"{where}{key} is {found[key]!r}, but only {allowed} is built: with it, the checkpoint is another "
+                "network than this package would run."
+            )
+
+
+def _same(found: Any, built: Any) -> bool:
+    """Equal, and not 1 for True."""
+    return found == built and isinstance(found, bool) == isinstance(built, bool)
+
+
+def _refuse_disagreement(
+    config: OpenVLAConfig, raw: dict[str, Any], text: dict[str, Any], extension: dict[str, Any], path: Path
+) -> None:
+    """Compare what a configuration says twice, and what it must say for the tokens to be where they are looked for."""
+    for key in ("n_action_bins", "pad_to_multiple_of"):
+        known = extension.get(key, getattr(OpenVLAConfig, key))
+        if raw.get(key, known) != known:
+            raise ValueError(
+                f"{path}: {key} is {raw[key]!r}, but OpenVLA's vocabulary has {known}: its action tokens would be "
+                "looked for among others."
+            )
+    says = [("text_config.head_dim", text.get("head_dim"), config.head_dim)]
+    if config.pad_to_multiple_of:
+        says.append(("pad_token_id", raw.get("pad_token_id"), config.tokenizer_vocab_size))
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        says.append((f"text_config.{key}", text.get(key), getattr(config, key)))
+    for key, value, expected in says:
+        if value is not None and value != expected:
+            raise ValueError(
+                f"{path}: {key} is {value!r}, but the rest of the configuration makes it {expected}: it is of another "
+                "network, or was edited."
+            )
+
+
+def _read_towers(path: Path) -> dict[str, Any]:
+    vit = read_json(path) if path.exists() else {}
+    for tower_id, tower in vit.items():
+        if tower_id not in _TOWER_IDS or not isinstance(tower, dict):
+            raise ValueError(
+                f"{path}: {tower_id} is {tower!r}; sizes of {' and '.join(_TOWER_IDS)} are expected, each an object."
+            )
+    return vit
 
 
 def write_architecture(config: OpenVLAConfig, folder: str | Path) -> None:
@@ -138,7 +230,3 @@ def _as_upstream(config: OpenVLAConfig) -> dict[str, Any]:
 def _released_towers() -> dict[str, Any]:
     released = OpenVLAConfig.seven_b()
     return {"dinov2": released.dinov2, "siglip": released.siglip}
-
-
-def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}

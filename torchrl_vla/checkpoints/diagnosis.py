@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from packaging.requirements import Requirement
 
+from torchrl_vla.checkpoints.finite import require_finite_files
 from torchrl_vla.checkpoints.folder import CheckpointFolder
 from torchrl_vla.checkpoints.inspection import CheckpointSummary, trained_mode
 from torchrl_vla.checkpoints.memory_estimate import MemoryEstimate
@@ -29,6 +30,8 @@ from torchrl_vla.versions import NOT_A_PACKAGE, package_version
 
 __all__ = ["Check", "Diagnosis", "check_checkpoint", "check_machine", "fits_memory"]
 
+# Checks without which a checkpoint acts by nothing that it learned.
+_NEEDED_TO_ACT = ("weights", "tokenizer", "statistics")
 #: CUDA's context and fragmentation, on top of what is counted.
 _OVERHEAD = 2**30
 
@@ -67,6 +70,12 @@ class Diagnosis:
         """Whether there is no problem."""
         return all(check.status != "problem" for check in self.checks)
 
+    @property
+    def can_seed_rl(self) -> bool:
+        """Whether RL can start from the checkpoint, whatever this machine can do."""
+        sound = all(check.status != "problem" for check in self.checks if check.name in _NEEDED_TO_ACT)
+        return self.checkpoint.mode.has_trained_tokens and sound
+
     def as_dict(self) -> dict[str, Any]:
         """The diagnosis as JSON has it; sizes are in bytes."""
         summary = self.checkpoint
@@ -75,7 +84,7 @@ class Diagnosis:
             "checkpoint": str(summary.checkpoint.path),
             "mode": summary.mode.name,
             "mode_reason": summary.mode.reason,
-            "can_seed_rl": summary.mode.has_trained_tokens,
+            "can_seed_rl": self.can_seed_rl,
             "parameters": sum(summary.parameters.values()),
             "parameters_by_part": summary.parameters,
             "dtypes": summary.dtypes,
@@ -96,7 +105,7 @@ class Diagnosis:
         rows = [
             ("checkpoint", str(summary.checkpoint.path)),
             ("trained for", f"{summary.mode.name}: {summary.mode.reason}"),
-            ("can seed RL", "yes" if summary.mode.has_trained_tokens else "no"),
+            ("can seed RL", "yes" if self.can_seed_rl else "no"),
             ("parameters", f"{total:,} ({dtypes}, {summary.bytes / 1e9:.2f} GB on disk)"),
             *(("", f"{count:>15,} {part}") for part, count in summary.parameters.items()),
             ("shards", f"{summary.num_shards} with {summary.num_tensors} tensors"),
@@ -130,11 +139,20 @@ def check_checkpoint(
     """
     return [
         _check_mode(summary, purpose),
+        _check_weights(summary.checkpoint),
         _check_tokenizer(summary.checkpoint),
         _check_cameras(summary, num_images),
         *_check_proprio_format(summary.checkpoint.config, purpose),
         _check_statistics(summary, task_suite),
     ]
+
+
+def _check_weights(checkpoint: CheckpointFolder) -> Check:
+    try:
+        require_finite_files(checkpoint.shards, checkpoint.heads.values())
+    except ValueError as error:
+        return Check("weights", "problem", str(error))
+    return Check("weights", "ok", "all of them are finite")
 
 
 def _check_cameras(summary: CheckpointSummary, num_images: int) -> Check:
@@ -177,11 +195,10 @@ def _check_statistics(summary: CheckpointSummary, task_suite: str | None) -> Che
         return Check("statistics", "problem", text)
     try:
         suites = libero if task_suite is None else [get_suite(task_suite).base or task_suite]
-        actions = [action_tokenizer(config.statistics, suite, source=summary.checkpoint.path) for suite in suites]
+        for suite in suites:
+            action_tokenizer(config, suite, source=summary.checkpoint.path)
     except ValueError as error:
         return Check("statistics", "problem", str(error))
-    if config.use_proprio and any(each.proprio_q01 is None for each in actions):
-        return Check("statistics", "problem", "it reads the robot's state, but its statistics have none")
     text = f"it has those of {task_suite or ', '.join(libero)}"
     default = EnvironmentConfig().task_suite
     if task_suite is None and default not in libero:

@@ -81,6 +81,8 @@ def read_head(module: nn.Module, path: Path, *, device: str = "cpu") -> dict[str
             raise ValueError(f"{path} lacks {name}.")
         if tuple(state[name].shape) != shape:
             raise ValueError(f"{name} is {list(state[name].shape)} in {path}, but this model makes it {list(shape)}.")
+        if not state[name].is_floating_point():
+            raise ValueError(f"{name} in {path} is stored as {state[name].dtype}: weights are floating-point numbers.")
     if set(state) - set(expected):
         raise ValueError(f"{path} has {listed(sorted(set(state) - set(expected)))}, which this head has no place for.")
     return state

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from torchrl_vla.checkpoints.architecture_file import CONFIG_FILE, write_architecture
+from torchrl_vla.checkpoints.finite import require_finite
 from torchrl_vla.checkpoints.folder import CheckpointFolder, open_checkpoint
 from torchrl_vla.checkpoints.head_files import FOREIGN_HEADS, HEADS, head_step, read_head, write_head
 from torchrl_vla.checkpoints.locations import resolve_checkpoint
@@ -66,8 +67,8 @@ def load_openvla(
         The model in eval mode. Its ``proprio_projector`` is there if the checkpoint has one.
 
     Raises:
-        ValueError: a file is missing, truncated or unsafe, a tensor has another shape than the configuration says, or
-            an option is not available here.
+        ValueError: a file is missing, truncated or unsafe, a tensor has another shape than the configuration says or
+            numbers that are not finite, or an option is not available here.
     """
     if not isinstance(checkpoint, CheckpointFolder):
         checkpoint = open_checkpoint(resolve_checkpoint(checkpoint))
@@ -102,14 +103,15 @@ def load_openvla(
                 # A copy: a tensor of the file's own memory map would change with the file.
                 tensor = shard.get_tensor(name)
                 if name in unused:
-                    model.unused_weights[name] = tensor.to("cpu", copy=True)
+                    model.unused_weights[name] = require_finite(tensor.to("cpu", copy=True), name, path)
                 else:
-                    _assign(model, ours[name], tensor.to(dtype, copy=device.type == "cpu"))
+                    tensor = require_finite(tensor.to(dtype, copy=device.type == "cpu"), name, path)
+                    _assign(model, ours[name], tensor)
     for kind, head in (("proprio_projector", proprio_file), ("action_head", action_file if use_l1_head else None)):
         if head is not None:
             for name, tensor in read_head(model.get_submodule(kind), head).items():
                 tensor = tensor.to(device, head_dtype or tensor.dtype, copy=True)
-                _assign(model, f"{kind}.{name}", tensor)
+                _assign(model, f"{kind}.{name}", require_finite(tensor, name, head))
             model.checkpoint_step = head_step(head)
     return model.eval()
 

@@ -303,8 +303,7 @@ def load_policy(
         if proprio_format is not None:
             require_proprio_format(config, proprio_format, folder)
         key = actor.unnorm_key or get_suite(task_suite).base or task_suite
-        sizes = {"n_bins": config.n_action_bins, "vocab_size": config.tokenizer_vocab_size}
-        actions = action_tokenizer(config.statistics, key, source=folder, **sizes)
+        actions = action_tokenizer(config, key, source=folder)
         tokenizer = load_tokenizer(folder)
         settings = read_image_settings(folder)
         model = load_openvla(

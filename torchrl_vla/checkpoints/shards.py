@@ -55,6 +55,11 @@ def read_shards(folder: Path) -> Shards:
         raise ValueError(f"{folder / INDEX} has no weight_map, so it is no index of shards: download it again.")
     names_by_file: dict[str, list[str]] = {}
     for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(
+                f"{folder / INDEX} says that {name} is in {file!r}; only names of files beside the index are read. "
+                "Download it again from a source that you trust."
+            )
         names_by_file.setdefault(file, []).append(name)
     missing = [file for file in names_by_file if not (folder / file).exists()]
     if missing:
@@ -86,9 +91,16 @@ def check_tensors(shards: Shards, expected: Mapping[str, tuple[int, ...]]) -> No
         expected: shapes by upstream's name.
 
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape.
+        ValueError: a tensor is missing, unknown, of another shape or stored in a dtype that weights do not have.
     """
     found = {name: info for header in shards.values() for name, info in header.items()}
+    for path, header in shards.items():
+        for name, info in header.items():
+            if info.dtype not in _DTYPES:
+                raise ValueError(
+                    f"{name} in {path} is stored as {info.dtype}; weights must be {', '.join(_DTYPES)}. Quantised ones "
+                    "are not read: take the checkpoint that they were made from."
+                )
     for name, shape in expected.items():
         if name in found and found[name].shape != shape:
             raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from torchrl_vla.files import read_json, write_json
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
+from torchrl_vla.modules.openvla.architecture import OpenVLAConfig
 
 __all__ = ["STATISTICS_FILE", "action_tokenizer", "add_statistics", "read_statistics", "write_statistics"]
 
@@ -37,26 +38,24 @@ def write_statistics(folder: str | Path, statistics: Mapping[str, Any]) -> None:
     write_json(Path(folder) / STATISTICS_FILE, dict(statistics), indent=1)
 
 
-def action_tokenizer(
-    statistics: Mapping[str, Any], key: str, *, source: Path, n_bins: int = 256, vocab_size: int = 32000
-) -> ActionTokenizer:
-    """Make the action tokenizer of one data set.
+def action_tokenizer(config: OpenVLAConfig, key: str, *, source: Path) -> ActionTokenizer:
+    """Make the action tokenizer of one data set, for a policy's action tokens, actions and states.
 
     Args:
-        statistics: by data set, as :func:`read_statistics` or ``OpenVLAConfig.statistics`` has them.
+        config: of the policy, with the statistics.
         key: name of the data set, e.g. ``"libero_spatial"``; ``key + "_no_noops"`` is tried next.
         source: the folder that they are of, for messages.
-        n_bins: as for :class:`ActionTokenizer`.
-        vocab_size: as for :class:`ActionTokenizer`.
 
     Raises:
-        ValueError: there are none, or none of that name, or they are damaged.
+        ValueError: there are none, or none of that name, or they are damaged or of another robot.
 
     Examples:
         >>> entry = {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}}
-        >>> action_tokenizer({"libero_goal_no_noops": entry}, "libero_goal", source=Path("policy")).n_bins
-        256
+        >>> config = OpenVLAConfig(norm_stats={"libero_goal_no_noops": entry})
+        >>> action_tokenizer(config, "libero_goal", source=Path("policy")).action_q01.numel()
+        7
     """
+    statistics = config.statistics
     if not statistics:
         raise ValueError(
             f"{source} holds no action statistics: neither {STATISTICS_FILE} nor 'norm_stats' in config.json. Take "
@@ -65,14 +64,31 @@ def action_tokenizer(
     for name in _names(key):
         if name in statistics:
             try:
-                return ActionTokenizer(statistics[name], n_bins=n_bins, vocab_size=vocab_size)
+                tokenizer = ActionTokenizer(
+                    statistics[name], n_bins=config.n_action_bins, vocab_size=config.tokenizer_vocab_size
+                )
+                _check_sizes(tokenizer, config)
             except ValueError as error:
-                raise ValueError(f"the statistics of {name!r} in {source} are damaged: {error}") from error
+                raise ValueError(f"the statistics of {name!r} in {source} cannot be used: {error}") from error
+            return tokenizer
     raise ValueError(
         f"No statistics for {key!r} in {source}; it has: {', '.join(sorted(statistics))}. Name the ones that the "
         "policy was trained with (--unnorm-key), or put the dataset_statistics.json of a release fine-tuned on "
         "the same data into the folder."
     )
+
+
+def _check_sizes(tokenizer: ActionTokenizer, config: OpenVLAConfig) -> None:
+    if tokenizer.action_q01.numel() != config.action_dim:
+        raise ValueError(f"they are of {tokenizer.action_q01.numel()} actions, the policy has {config.action_dim}.")
+    if not config.use_proprio:
+        return
+    if tokenizer.proprio_q01 is None:
+        raise ValueError("the policy reads the robot's state, but they have no 'proprio'.")
+    if tokenizer.proprio_q01.numel() != config.proprio_dim:
+        raise ValueError(
+            f"they are of states of {tokenizer.proprio_q01.numel()} numbers, the policy reads {config.proprio_dim}."
+        )
 
 
 def add_statistics(statistics: Mapping[str, Any], key: str, tokenizer: ActionTokenizer) -> dict[str, Any]:

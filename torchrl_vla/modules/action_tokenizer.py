@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ class ActionTokenizer(nn.Module):
         vocab_size: size of the language model's vocabulary, action tokens included, paddings excluded.
 
     Raises:
-        ValueError: if a size is too small, or percentiles are missing or of unequal length.
+        ValueError: if a size is too small, or percentiles are missing, not finite, swapped or of unequal length.
 
     Source: OpenVLA (arXiv:2406.09246, section 3.2) and OpenVLA-OFT (arXiv:2502.19645).
 
@@ -83,7 +84,10 @@ class ActionTokenizer(nn.Module):
             got = sorted(statistics) if isinstance(statistics, Mapping) else repr(statistics)
             raise ValueError(f"statistics must have the entry 'action', got {got}.")
         q01, q99 = _percentiles("action", statistics["action"])
-        mask = torch.as_tensor(statistics["action"].get("mask", [True] * len(q01)), dtype=torch.bool)
+        given = statistics["action"].get("mask", [True] * len(q01))
+        if not isinstance(given, Sequence) or any(value not in (True, False) for value in given):
+            raise ValueError(f"statistics['action']['mask'] must be a list of true and false, got {given!r}.")
+        mask = torch.tensor(list(given), dtype=torch.bool)
         if mask.shape != q01.shape:
             raise ValueError(f"statistics['action']['mask'] has {mask.numel()} entries, 'q01' has {q01.numel()}.")
         self.register_buffer("action_q01", q01)
@@ -203,4 +207,10 @@ def _percentiles(name: str, entry: Mapping[str, Sequence[Any]]) -> tuple[Tensor,
             f"statistics[{name!r}]: 'q01' and 'q99' must be lists of one length, got {list(q01.shape)} "
             f"and {list(q99.shape)}."
         )
+    for index, (low, high) in enumerate(zip(q01.tolist(), q99.tolist(), strict=True)):
+        if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+            raise ValueError(
+                f"statistics[{name!r}]: 'q01' and 'q99' of dimension {index} are {low} and {high}; both must be "
+                "finite, and 'q01' not above 'q99'."
+            )
     return q01, q99

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +21,11 @@ LLM_FIELDS = (
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _require_whole(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class VisionTowerConfig:
     num_prefix_tokens: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("embed_dim", "num_heads", "patch_size", "depth", "num_prefix_tokens"):
+            _require_whole(name, getattr(self, name))
         for name in ("embed_dim", "num_heads", "patch_size"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}.")
         _require(self.depth >= 2, f"depth must be at least 2 (block depth-2 gives the features), got {self.depth}.")
@@ -51,7 +59,7 @@ class VisionTowerConfig:
             self.embed_dim % self.num_heads == 0,
             f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}.",
         )
-        _require(self.mlp_ratio > 0, f"mlp_ratio must be positive, got {self.mlp_ratio}.")
+        _require(0 < self.mlp_ratio < math.inf, f"mlp_ratio must be positive and finite, got {self.mlp_ratio}.")
         _require(
             self.num_prefix_tokens in (0, 5),
             f"num_prefix_tokens must be 0 or 5 (class token and four registers), got {self.num_prefix_tokens}.",
@@ -103,6 +111,7 @@ class OpenVLAConfig:
 
     Raises:
         ValueError: if a field is out of range or does not fit another one.
+        TypeError: if a field is not a number that has to be one.
 
     Example:
         >>> OpenVLAConfig.tiny().action_token_begin
@@ -145,7 +154,14 @@ class OpenVLAConfig:
             "image_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
             "n_action_bins", "chunk_size", "action_dim", "num_images", "proprio_dim", "max_position_embeddings",
         ):  # fmt: skip
+            _require_whole(name, getattr(self, name))
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}.")
+        for name in (
+            "pad_to_multiple_of", "num_key_value_heads", "pad_token_id", "bos_token_id", "eos_token_id",
+            "empty_token_id",
+        ):  # fmt: skip
+            if getattr(self, name) is not None:
+                _require_whole(name, getattr(self, name))
         for name, tower in (("dinov2", self.dinov2), ("siglip", self.siglip)):
             _require(
                 self.image_size % tower.patch_size == 0,
@@ -164,7 +180,9 @@ class OpenVLAConfig:
             kv_heads is None or (kv_heads > 0 and heads % kv_heads == 0),
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}.",
         )
-        _require(self.rms_norm_eps > 0, f"rms_norm_eps must be positive, got {self.rms_norm_eps}.")
+        _require(
+            0 < self.rms_norm_eps < math.inf, f"rms_norm_eps must be positive and finite, got {self.rms_norm_eps}."
+        )
         _require(
             self.pad_to_multiple_of >= 0, f"pad_to_multiple_of must not be negative, got {self.pad_to_multiple_of}."
         )
@@ -172,6 +190,12 @@ class OpenVLAConfig:
             self.action_token_begin > 0,
             f"vocab_size {self.vocab_size} leaves no text tokens beside {self.n_action_bins} action tokens and "
             f"{self.pad_to_multiple_of} padding rows.",
+        )
+        patches = self.num_images * self.patches_per_image
+        _require(
+            patches + self.num_action_tokens < self.max_position_embeddings,
+            f"chunk_size {self.chunk_size} gives {self.num_action_tokens} action tokens, which beside {patches} image "
+            f"patches and a prompt exceed max_position_embeddings {self.max_position_embeddings}.",
         )
         for name in ("pad_token_id", "bos_token_id", "eos_token_id", "empty_token_id"):
             token = getattr(self, name)
