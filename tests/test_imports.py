@@ -15,7 +15,7 @@ PACKAGE = Path(torchrl_vla.__file__).parent
 #: The package's rooms, each group importing from groups further up only. Those of the first three groups know nothing
 #: of each other.
 GROUPS = (
-    {"files", "versions"},
+    {"errors", "files", "versions"},
     {"config"},
     {"envs", "modules", "objectives"},
     {"collectors", "checkpoints", "datasets"},

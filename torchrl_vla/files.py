@@ -2,16 +2,74 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_json", "replacing_files", "write_json", "whole_file", "whole_folder"]
+from torchrl_vla.errors import UserError
+
+__all__ = [
+    "check_output_file",
+    "check_output_folder",
+    "read_json",
+    "replacing_files",
+    "write_json",
+    "whole_file",
+    "whole_folder",
+]
+
+
+def check_output_folder(folder: Path, option: str) -> None:
+    """Refuse a folder that cannot be written, before the work whose results are to go there. Nothing is left behind.
+
+    Args:
+        folder: made for a moment if it is not there.
+        option: that names it, for the message.
+
+    Raises:
+        ValueError: it cannot be made, or nothing can be written in it.
+
+    Examples:
+        >>> check_output_folder(Path("/dev/null/a"), "--out")
+        Traceback (most recent call last):
+        ...
+        torchrl_vla.errors.UserError: --out /dev/null/a cannot be written (Not a directory): choose another folder.
+    """
+    missing: list[Path] = []
+    try:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:  # the latter for a name with a null character
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{option} {folder} cannot be written ({reason}): choose another folder.") from error
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError, ValueError):
+                path.rmdir()
+
+
+def check_output_file(path: Path, option: str) -> None:
+    """Refuse a file that cannot be written, before the work whose results are to go there.
+
+    Args:
+        path: the file; one that is there will be replaced.
+        option: that names it, for the message.
+
+    Raises:
+        ValueError: it is a folder, or its folder cannot be written.
+    """
+    if path.is_dir() or not path.name:
+        raise UserError(f"{option} {path} is a folder: name a file.")
+    check_output_folder(path.parent, option)
 
 
 def read_json(path: Path) -> dict[str, Any]:

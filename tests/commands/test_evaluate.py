@@ -79,6 +79,19 @@ def test_no_initial_state_is_run_twice_greedily() -> None:
         planned(task_ids=[5], episodes_per_task=51)
 
 
+def test_each_task_runs_its_own_states_where_they_are_not_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in some of LIBERO-PRO's suites."""
+    monkeypatch.setattr(evaluate, "initial_states", lambda *_: {3: list(range(60)), 5: [7, 8, 9]})
+    for temperature in (0.0, 1.0):
+        plan = planned(task_ids=[3, 5], eval_temperature=temperature)
+        assert [state for task, state in plan if task == 3] == list(range(50))
+        assert [state for task, state in plan if task == 5] == [7, 8, 9]
+    assert len(planned(task_ids=[3, 5], episodes_per_task=3)) == 6
+    with pytest.raises(ValueError, match="episodes_per_task=4 is more than the 3 initial states of task 5"):
+        planned(task_ids=[3, 5], episodes_per_task=4)
+    assert len(planned(task_ids=[3, 5], episodes_per_task=4, eval_temperature=1.0)) == 8
+
+
 def test_with_a_temperature_states_start_over() -> None:
     sampled = planned(task_ids=[5], init_state_ids=[41, 40], episodes_per_task=3, eval_temperature=1.0)
     assert sampled == [(5, 41), (5, 40), (5, 41)]

@@ -75,6 +75,9 @@ def main(arguments: Sequence[str]) -> None:
     """
     options = tyro.cli(DemosArguments, prog="torchrl-vla demos", args=arguments)
     prepare_processes()
+    from torchrl_vla.files import check_output_folder
+
+    check_output_folder(options.out, "--out")
     from torchrl_vla.demonstrations.collect import collect_demonstrations
     from torchrl_vla.versions import versions
 

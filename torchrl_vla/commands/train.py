@@ -9,7 +9,7 @@ import tyro
 from torchrl_vla.commands.options import given_options
 from torchrl_vla.config import TrainConfig
 from torchrl_vla.config.presets import PRESETS, choose_preset
-from torchrl_vla.envs.processes import prepare_processes
+from torchrl_vla.envs.processes import check_temporary_folder, prepare_processes
 
 __all__ = ["main"]
 
@@ -42,6 +42,8 @@ def main(arguments: Sequence[str]) -> None:
     config.preset = preset_name  # by its name, where auto has chosen it
     if config.ppo.num_envs > 1:
         prepare_processes()
+    else:
+        check_temporary_folder()  # videos are drawn in a process
     from torchrl_vla.recipes.grpo import train
 
     train(config)

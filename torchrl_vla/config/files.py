@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import typing
 from pathlib import Path
 from typing import Any, Self
@@ -43,7 +44,7 @@ class SavedConfig:
         Raises:
             ValueError: there is no such file, it is no JSON, or it is of a run of another command or version.
         """
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ValueError(
                 f"{path.parent} is not the folder of a run: it has no {path.name}. Leave out --resume to start one."
             )

@@ -89,7 +89,7 @@ class DemonstrationIndex:
                 f"{folder} is no data set of demonstrations: it has no {_INDEX}. Make one: torchrl-vla demos."
             )
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             instructions = {int(task_id): text for task_id, text in content["instructions"].items()}
             return cls(
                 content["task_suite"], instructions, content["options"], content["versions"], content["outcomes"]

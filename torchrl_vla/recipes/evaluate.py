@@ -24,6 +24,7 @@ from torchrl_vla.evaluation.html import write_html
 from torchrl_vla.evaluation.protocol import evaluate, initial_states, spread_episodes
 from torchrl_vla.evaluation.report import EpisodeResult, EvaluationReport, report_file
 from torchrl_vla.evaluation.videos import choose_episodes, film, write_mp4
+from torchrl_vla.files import check_output_folder
 from torchrl_vla.training.devices import choose_device
 from torchrl_vla.training.progress import EpisodeBar
 from torchrl_vla.versions import versions
@@ -52,6 +53,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> EvaluationReport:
         ValueError: something the user asked for is not available; nothing long was started then.
     """
     out = config.out or Path("evaluations") / f"{config.task_suite}-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_output_folder(out, "--out")
     if (out / "report.json").exists():
         raise ValueError(f"{out} holds a report already: choose another --out.")
     baseline = None

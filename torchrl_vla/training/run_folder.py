@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from torchrl_vla.config import FinetuneConfig, TrainConfig
+from torchrl_vla.errors import UserError
+from torchrl_vla.files import check_output_folder
 from torchrl_vla.versions import versions
 
 __all__ = [
@@ -27,23 +29,24 @@ __all__ = [
 def check_run_folder(config: TrainConfig | FinetuneConfig) -> None:
     """Refuse, before anything long is started, a folder that cannot be a new run's, or a run that cannot be resumed.
 
-    Nothing is written.
+    Nothing is left behind.
 
     Args:
         config: the run; `run_dir` None becomes `runs/SUITE-DATE-TIME`.
 
     Raises:
-        ValueError: the folder holds something already and the run is not a resumed one, or a resumed one is given
-            options that would change its policy or its data.
+        ValueError: the folder holds something already and the run is not a resumed one, a resumed one is given options
+            that would change its policy or its data, or the folder cannot be written.
     """
     if config.run_dir is None:
         config.run_dir = Path("runs") / f"{config.ppo.task_suite}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = config.run_dir
     if config.resume:
         refuse_changes(type(config).load(folder / "config.json"), config)
-    elif folder.exists() and any(folder.iterdir()):
+    check_output_folder(folder, "--run-dir")
+    if not config.resume and folder.is_dir() and any(folder.iterdir()):
         command = "train" if isinstance(config, TrainConfig) else "finetune"
-        raise ValueError(
+        raise UserError(
             f"{folder} exists already. Choose another --run-dir, or resume the run in it: "
             f"torchrl-vla {command} --resume --run-dir {folder}"
         )
@@ -108,7 +111,7 @@ def describe_run(config: TrainConfig | FinetuneConfig, folder: Path) -> None:
     about = {"command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"), **versions()}
     fresh = {name: folder / f"{name}.partial" for name in ("config.json", "about.json")}
     dataclasses.replace(config, resume=False, allow_changed=[]).save(fresh["config.json"])
-    fresh["about.json"].write_text(json.dumps(about, indent=2) + "\n")
+    fresh["about.json"].write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     for name, partial in fresh.items():
         # A run without these notes could not be resumed: the old ones go when the new ones are written.
         _keep_old(folder / name)
