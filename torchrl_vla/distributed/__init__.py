@@ -2,6 +2,6 @@
 
 from torchrl_vla.distributed.buffer import SharedBuffer
 from torchrl_vla.distributed.collector import SharedCollector
-from torchrl_vla.distributed.ranks import OneProcess, Ranks, join_ranks
+from torchrl_vla.distributed.ranks import ALONE, OneProcess, Ranks, join_ranks
 
-__all__ = ["OneProcess", "Ranks", "SharedBuffer", "SharedCollector", "join_ranks"]
+__all__ = ["ALONE", "OneProcess", "Ranks", "SharedBuffer", "SharedCollector", "join_ranks"]

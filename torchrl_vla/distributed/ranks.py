@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["OneProcess", "Ranks", "join_ranks"]
+__all__ = ["ALONE", "OneProcess", "Ranks", "join_ranks"]
 
 T = TypeVar("T")
 
@@ -53,6 +53,10 @@ class OneProcess:
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Add up the processes' gradients, one flat tensor, one message; a process without any adds zeros."""
+
+
+#: What a part that knows nothing of processes is made with.
+ALONE = OneProcess()
 
 
 class Ranks(OneProcess):

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from torchrl_vla.checkpoints.policy import save_policy
 from torchrl_vla.collectors import EpisodePlan
 from torchrl_vla.config import PPOConfig, TrainConfig
-from torchrl_vla.distributed import OneProcess, SharedBuffer, SharedCollector, join_ranks
+from torchrl_vla.distributed import ALONE, OneProcess, SharedBuffer, SharedCollector, join_ranks
 from torchrl_vla.envs import get_suite
 from torchrl_vla.envs.factory import make_envs
 from torchrl_vla.evaluation.protocol import initial_states
@@ -51,8 +51,6 @@ from torchrl_vla.training.run_folder import describe_run
 from torchrl_vla.training.schedule import LearningRateSchedule
 from torchrl_vla.training.start import load_for_training
 from torchrl_vla.training.validation import Validation
-
-_ALONE = OneProcess()
 
 __all__ = ["learn", "make_buffer", "train", "update"]
 
@@ -108,8 +106,7 @@ def train(config: TrainConfig) -> Path:
 
         # -- optimizer and step --------------------------------------------------------------------------------------
         groups = [{"params": [p for p in policy.model.parameters() if p.requires_grad], "lr": ppo.actor_lr}]
-        if critic:
-            groups.append({"params": list(critic.to(head_device).value_head.parameters()), "lr": ppo.critic_lr})
+        groups += [{"params": critic.to(head_device).value_head.parameters(), "lr": ppo.critic_lr}] if critic else []
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=device.type == "cuda")
         schedule = LearningRateSchedule(optimizer, warmup_steps=ppo.lr_warmup_steps, decay=ppo.lr_schedule)
         recorded = can_be_recorded(policy.model) and (critic is None or head_device == device)  # on one GPU
@@ -131,7 +128,7 @@ def train(config: TrainConfig) -> Path:
         if config.resume:
             came_from = checkpoints.load_latest() or "its start, as it ended before its first checkpoint"
             logger.restore(progress.updates)
-            logger.print(f"Resumed from {came_from}: update {progress.updates}, {progress.env_steps:,} control steps.")
+            logger.print(f"Resumed from {came_from}: {progress}.")
         if ranks.is_first:
             describe_run(config, folder)  # only now: options that do not fit the checkpoint do not stay
         judged = ppo.val_interval and ppo.val_episodes
@@ -141,9 +138,8 @@ def train(config: TrainConfig) -> Path:
                 validate=Validation(config, policy.actor, envs, logger, stop.check, ranks) if judged else None,
                 checkpoints=checkpoints,
             )  # fmt: skip
-        done = f"Done: {progress.updates} updates, {progress.env_steps:,} control steps."
         where = f"`torchrl-vla export {folder} OUT`" if in_4bit else folder / "policy"
-        logger.print(f"{done} Policy: {where}   Figures: {logger.csv_path}   Learning curve: {logger.curve_path}")
+        logger.print(f"Done: {progress}. Policy: {where}   Figures: {logger.csv_path}   Curve: {logger.curve_path}")
     return folder
 
 
@@ -174,7 +170,7 @@ def learn(
     policy: nn.Module | None = None,
     validate: Callable[[int], Mapping[str, float]] | None = None,
     checkpoints: RunCheckpoints | None = None,
-    ranks: OneProcess = _ALONE,
+    ranks: OneProcess = ALONE,
 ) -> None:
     """Collect, extend, step, push the weights, validate, log, save: to `total_timesteps`, or the collector's end.
 
@@ -204,8 +200,7 @@ def learn(
         if metrics:
             logger.log(metrics, update=progress.updates, env_steps=progress.env_steps)
         if metrics and (last or success is not None or progress.passed(ppo.log_interval)):
-            steps = f"{progress.env_steps:,} of {total:,} control steps"
-            logger.print(format_table(metrics, f"update {progress.updates}, {steps}"))
+            logger.print(format_table(metrics, f"{progress} of {total:,}"))
             logger.draw()
         best = success is not None and progress.is_best(success)
         if checkpoints and saved < progress.updates and (last or best or progress.passed(ppo.save_interval)):
@@ -220,7 +215,7 @@ def learn(
             with checkpoints.rollout("collector") if checkpoints else nullcontext():
                 batch = next(batches, None)
             if batch is None:
-                logger.print(f"The collector ended after {progress.env_steps:,} of {total:,} control steps.")
+                logger.print(f"The collector ended after {progress}, of {total:,} wanted.")
                 conclude({}, last=True)
                 break
             metrics = rollout_figures(batch, time.perf_counter() - started, ranks)
@@ -248,7 +243,7 @@ def update(
         return group_figures(stats)
     kept, decisions = int(stats.get("kept_episodes", episodes)), len(buffer)
     parts = min(decisions, math.ceil(kept / ppo.traj_mini_batch_size))
-    sizes = [len(part) for part in torch.arange(decisions).tensor_split(parts)]  # none is small, with a whole step
+    sizes = [decisions // parts + (part < decisions % parts) for part in range(parts)]  # none is small
     with tqdm(total=ppo.n_epochs * decisions, desc="update", unit="decision", position=1, leave=False) as bar:
         steps = [step(buffer.sample(n).exclude("index"), bar.update) for _ in range(ppo.n_epochs) for n in sizes]
     buffer.empty()  # its images, while the next are collected

@@ -8,11 +8,9 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from torchrl_vla.distributed.ranks import OneProcess
+from torchrl_vla.distributed.ranks import ALONE, OneProcess
 
 __all__ = ["group_figures", "nothing_to_learn", "rollout_figures", "update_figures"]
-
-_ALONE = OneProcess()
 
 #: TorchRL's names of the loss's terms -> the names in the logs.
 _NAMES = {
@@ -25,7 +23,7 @@ _NAMES = {
 }
 
 
-def rollout_figures(batch: TensorDictBase, seconds: float, ranks: OneProcess = _ALONE) -> dict[str, float]:
+def rollout_figures(batch: TensorDictBase, seconds: float, ranks: OneProcess = ALONE) -> dict[str, float]:
     """What was collected, by all processes together.
 
     Args:

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchrl.objectives import LossModule
 
 from torchrl_vla.config import PPOConfig
-from torchrl_vla.distributed.ranks import OneProcess
+from torchrl_vla.distributed.ranks import ALONE, OneProcess
 from torchrl_vla.modules.openvla.graphs import GraphRecorder
 from torchrl_vla.objectives.combining import combine
 from torchrl_vla.training.backward_pass import BackwardPass, Normalized, RecordedPass
@@ -20,9 +20,6 @@ from torchrl_vla.training.micro_batch import MicroBatch, free_memory
 from torchrl_vla.training.schedule import LearningRateSchedule
 
 __all__ = ["OptimizerStep", "TrainingDiverged"]
-
-
-_ALONE = OneProcess()
 
 
 class TrainingDiverged(RuntimeError):
@@ -70,7 +67,7 @@ class OptimizerStep:
         set_recompute: Callable[[float], None] | None = None,
         prepare: Callable[[TensorDictBase], TensorDictBase] | None = None,
         check: Callable[[], None] | None = None,
-        ranks: OneProcess = _ALONE,
+        ranks: OneProcess = ALONE,
     ) -> None:
         self.loss = loss
         self.optimizer = optimizer

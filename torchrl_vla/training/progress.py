@@ -36,6 +36,9 @@ class RunProgress:
     def __post_init__(self) -> None:
         self._before = self.env_steps
 
+    def __str__(self) -> str:
+        return f"{self.updates} updates, {self.env_steps:,} control steps"
+
     def count(self, env_steps: int) -> None:
         """Add an update that collected so many control steps."""
         self._before = self.env_steps

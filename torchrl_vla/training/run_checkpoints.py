@@ -163,8 +163,8 @@ class RunCheckpoints:
                 if not path.exists():  # else nothing has changed since
                     self.save(step=progress.env_steps, success=None)
                 report(
-                    f"Ended after {progress.updates} updates, {progress.env_steps:,} control steps; all of it is in "
-                    f"{path}. To go on: torchrl-vla train --resume --run-dir {self.folder.parent}"
+                    f"Ended after {progress}; all of it is in {path}. "
+                    f"To go on: torchrl-vla train --resume --run-dir {self.folder.parent}"
                 )
             raise
 

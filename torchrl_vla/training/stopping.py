@@ -10,11 +10,9 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
-from torchrl_vla.distributed.ranks import OneProcess
+from torchrl_vla.distributed.ranks import ALONE, OneProcess
 
 __all__ = ["StopRequest", "Stopped"]
-
-_ALONE = OneProcess()
 
 #: What a terminal, a scheduler and a closed connection send; SIGUSR1 is what schedulers can send before a time limit.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -48,7 +46,7 @@ class StopRequest:
         143
     """
 
-    def __init__(self, what: str, ranks: OneProcess = _ALONE) -> None:
+    def __init__(self, what: str, ranks: OneProcess = ALONE) -> None:
         self.what = what
         self.ranks = ranks
         self.received: int | None = None

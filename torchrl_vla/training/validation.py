@@ -9,7 +9,7 @@ from dataclasses import replace
 from torchrl.envs import EnvBase
 
 from torchrl_vla.config import TrainConfig
-from torchrl_vla.distributed.ranks import OneProcess
+from torchrl_vla.distributed.ranks import ALONE, OneProcess
 from torchrl_vla.envs import get_suite
 from torchrl_vla.evaluation.protocol import evaluate, initial_states, spread_episodes
 from torchrl_vla.evaluation.videos import choose_episodes, film
@@ -18,9 +18,6 @@ from torchrl_vla.training.logging import RunLogger
 from torchrl_vla.training.progress import EpisodeBar
 
 __all__ = ["Validation"]
-
-
-_ALONE = OneProcess()
 
 
 class Validation:
@@ -42,7 +39,7 @@ class Validation:
         envs: Sequence[EnvBase],
         logger: RunLogger,
         check: Callable[[], None] | None = None,
-        ranks: OneProcess = _ALONE,
+        ranks: OneProcess = ALONE,
     ) -> None:
         self.config, self.actor, self.envs, self.logger = config, actor, envs, logger
         # One process that left would keep the others waiting: several stop after a validation, not in one.
