@@ -75,7 +75,7 @@ def train(kind: str, slots: int = 3) -> dict[str, Any]:
         step = OptimizerStep(
             loss, torch.optim.AdamW(parameters, lr=1e-3), config, report=lambda text: None, ranks=ranks
         )  # fmt: skip
-        buffer = make_buffer(advantage) if ranks.size == 1 else SharedBuffer(advantage, ranks)
+        buffer = make_buffer(advantage) if ranks.size == 1 else SharedBuffer(advantage, ranks=ranks)
         logger, progress = SilentLogger(Path()), RunProgress()
         torch.manual_seed(1)
         learn(config, collector, buffer, step, progress, logger, advantage=advantage, ranks=ranks)

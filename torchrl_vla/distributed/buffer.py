@@ -26,11 +26,14 @@ class SharedBuffer:
 
     Args:
         transform: scores the decisions and may drop some, such as :class:`~torchrl_vla.objectives.GRPOAdvantage`.
+        others: transforms that then work on each process's own decisions, images included.
+
+    Keyword Args:
         ranks: the processes.
     """
 
-    def __init__(self, transform: Transform, ranks: OneProcess) -> None:
-        self.transform, self.ranks = transform, ranks
+    def __init__(self, transform: Transform, *others: Transform, ranks: OneProcess) -> None:
+        self.transform, self.others, self.ranks = transform, others, ranks
         self.empty()
 
     def __len__(self) -> int:
@@ -67,6 +70,8 @@ class SharedBuffer:
         self._place = torch.where(mine, mine.cumsum(0) - 1, -1)
         kept = data[local[row][mine]]
         self._data = kept.update(scored[mine].exclude(_ROW))
+        for other in self.others:
+            self._data = other.inv(self._data)
 
     def sample(self, batch_size: int) -> TensorDictBase:
         """This process's decisions of the next mini-batch of all, each of which is drawn once before any again.

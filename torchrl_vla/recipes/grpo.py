@@ -37,14 +37,15 @@ from torchrl_vla.envs import get_suite
 from torchrl_vla.envs.factory import make_envs
 from torchrl_vla.evaluation.protocol import initial_states
 from torchrl_vla.objectives import AsymmetricClipPPOLoss, EstimateAdvantage, GRPOAdvantage
-from torchrl_vla.training.actor_critic import Critic
+from torchrl_vla.training.actor_critic import make_critic
 from torchrl_vla.training.backward_pass import can_be_recorded
 from torchrl_vla.training.figures import group_figures, nothing_to_learn, rollout_figures, update_figures
 from torchrl_vla.training.logging import RunLogger, format_table
 from torchrl_vla.training.micro_batch import trim_heap
 from torchrl_vla.training.optimizer_step import OptimizerStep
+from torchrl_vla.training.profiling import UpdateProfiler
 from torchrl_vla.training.progress import EpisodeBar, RunProgress
-from torchrl_vla.training.reference import reference_policy
+from torchrl_vla.training.reference import ReferenceLogProb, reference_policy
 from torchrl_vla.training.run import open_run
 from torchrl_vla.training.run_checkpoints import RunCheckpoints, TrainableState
 from torchrl_vla.training.run_folder import describe_run
@@ -67,11 +68,11 @@ def train(config: TrainConfig) -> Path:
         ranks = stack.enter_context(join_ranks(ppo.device))  # torchrun's processes, or this one alone
         # -- policy: checked, loaded, adapters added; a value head if the advantage needs one ------------------------
         policy, device, head_device = load_for_training(config, ranks)
-        gae = ppo.advantage_estimator == "gae"
-        critic = Critic(policy.actor, policy.model.config.hidden_size).to(device) if gae else None
+        critic = make_critic(policy, device) if ppo.advantage_estimator == "gae" else None
 
         folder, logger, stop = stack.enter_context(open_run(config, ranks))
         logger.print(f"{config.actor.pretrained_checkpoint} on {device}, preset {config.preset}, results in {folder}")
+        profiler = stack.enter_context(UpdateProfiler(folder, config.profile))
 
         # -- environments and collector: groups of whole episodes, at least n_steps control steps per update ----------
         envs = make_envs(
@@ -87,12 +88,10 @@ def train(config: TrainConfig) -> Path:
             envs, critic.rollout if critic else policy.actor,
             EpisodePlan.stream(starts, groups=1, group_size=ppo.group_size, seed=ppo.seed),
             min_control_steps=ppo.n_steps, seed=ppo.seed, bootstrap_at_horizon=ppo.bootstrap_at_horizon,
-            progress=EpisodeBar("rollout", stop.check), ranks=ranks,
+            progress=EpisodeBar("rollout", stop.check), ranks=ranks, pre_collect_hook=profiler.next_update,
         )  # fmt: skip
 
         # -- buffer and loss -----------------------------------------------------------------------------------------
-        advantage = make_advantage(ppo)
-        buffer = make_buffer(advantage) if ranks.size == 1 else SharedBuffer(advantage, ranks)
         action_tokens = policy.processor.action_tokenizer
         loss = AsymmetricClipPPOLoss(
             policy.actor, critic.value_operator if critic else None,
@@ -103,6 +102,10 @@ def train(config: TrainConfig) -> Path:
             bin_centers=action_tokens.decode(torch.arange(action_tokens.n_bins)),
             critic_coeff=ppo.value_loss_coef if critic else None,
         ).to(device)  # fmt: skip
+
+        advantage, reference = make_advantage(ppo), [ReferenceLogProb(loss)] if ppo.kl_coef else []
+        several = ranks.size > 1
+        buffer = SharedBuffer(advantage, *reference, ranks=ranks) if several else make_buffer(advantage, *reference)
 
         # -- optimizer and step --------------------------------------------------------------------------------------
         groups = [{"params": [p for p in policy.model.parameters() if p.requires_grad], "lr": ppo.actor_lr}]
@@ -152,26 +155,21 @@ def make_advantage(ppo: PPOConfig) -> Transform:
     return GRPOAdvantage(ppo.advantage_estimator, **options)
 
 
-def make_buffer(transform: Transform | None = None) -> TensorDictReplayBuffer:
-    """A buffer of one update's decisions, each learned from once an epoch; they are scored as they come in."""
+def make_buffer(*transforms: Transform) -> TensorDictReplayBuffer:
+    """A buffer of one update's decisions, each learned from once an epoch; the transforms work as they come in."""
     storage = ListStorage(max_size=2**31)  # keeps rows as they are: updates differ in size, and images are large
-    return TensorDictReplayBuffer(storage=storage, sampler=SamplerWithoutReplacement(), transform=transform)
+    buffer = TensorDictReplayBuffer(storage=storage, sampler=SamplerWithoutReplacement())
+    for transform in reversed(transforms):  # what comes in meets the last one first
+        buffer.append_transform(transform)
+    return buffer
 
 
 def learn(
-    ppo: PPOConfig,
-    collector: Iterable[TensorDictBase],
-    buffer: Any,
-    step: OptimizerStep,
-    progress: RunProgress,
-    logger: RunLogger,
-    *,
-    advantage: Any = None,
-    policy: nn.Module | None = None,
-    validate: Callable[[int], Mapping[str, float]] | None = None,
-    checkpoints: RunCheckpoints | None = None,
+    ppo: PPOConfig, collector: Iterable[TensorDictBase], buffer: Any, step: OptimizerStep, progress: RunProgress,
+    logger: RunLogger, *, advantage: Any = None, policy: nn.Module | None = None,
+    validate: Callable[[int], Mapping[str, float]] | None = None, checkpoints: RunCheckpoints | None = None,
     ranks: OneProcess = ALONE,
-) -> None:
+) -> None:  # fmt: skip
     """Collect, extend, step, push the weights, validate, log, save: to `total_timesteps`, or the collector's end.
 
     Args:
