@@ -22,6 +22,15 @@ _LAG = 0.05
 _SHOULDER_HEIGHT, _WRIST_TO_SITE, _WRIST_OFFSET = 0.333, 0.21, 0.088
 #: Distance of wrist and shoulder from which on the elbow is almost stretched (it ends at 0.719).
 _REACH = 0.645
+#: Opposite corners of boxes around the flange, the hand, and the two fingers when they are open.
+_SOLID = np.array(
+    [
+        [[-0.055, -0.055, -0.25], [0.055, 0.055, -0.124]],
+        [[-0.105, -0.032, -0.124], [0.105, 0.032, -0.026]],
+        [[0.038, -0.011, -0.049], [0.068, 0.011, 0.0125]],
+        [[-0.068, -0.011, -0.049], [-0.038, 0.011, 0.0125]],
+    ]
+)
 _TILTS = np.radians(np.arange(0.0, 41.0, 2.0))
 
 
@@ -133,6 +142,29 @@ class Arm:
             on_object = self._geom_root[pairs[:, second]] == body
             touched.update(self._finger[pairs[on_object, first]].tolist())
         return len(touched - {0})
+
+    def hits(self, points: np.ndarray, position: np.ndarray, rotation: np.ndarray, margin: float = 0.002) -> int:
+        """How many points the flange, the hand and its open fingers would touch, what is between the fingers not.
+
+        Args:
+            points: columns of ``[3, n]`` in metres.
+            position: of the grip site, ``[3]`` in metres.
+            rotation: of the grip site, ``[3, 3]``.
+            margin: around them, in metres.
+        """
+        local = rotation.T @ points - (rotation.T @ position)[:, None]
+        low, high = _SOLID[:, 0, :, None] - margin, _SOLID[:, 1, :, None] + margin
+        return int(((local > low) & (local < high)).all(axis=1).any(axis=0).sum())
+
+    def lowest(self, position: np.ndarray, rotation: np.ndarray) -> float:
+        """Height of the lowest corner of the hand and its open fingers, in metres.
+
+        Args:
+            position: of the grip site, ``[3]`` in metres.
+            rotation: of the grip site, ``[3, 3]``.
+        """
+        corners = np.where(rotation[2] > 0, _SOLID[:, 0], _SOLID[:, 1])
+        return float(position[2] + (corners @ rotation[2]).min())
 
     def offset(self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What is left to a pose once the present motion has died down.

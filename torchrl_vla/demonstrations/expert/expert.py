@@ -9,7 +9,9 @@ import numpy as np
 
 from torchrl_vla.demonstrations.expert.arm import Arm
 from torchrl_vla.demonstrations.expert.geometry import CollisionPoints
-from torchrl_vla.demonstrations.expert.pick_and_place import PickAndPlace
+from torchrl_vla.demonstrations.expert.insertion import Insertion
+from torchrl_vla.demonstrations.expert.joints import MoveJoint
+from torchrl_vla.demonstrations.expert.skills import choose_skills
 from torchrl_vla.demonstrations.expert.task_goals import Goal
 
 __all__ = ["ScriptedExpert"]
@@ -40,10 +42,7 @@ class ScriptedExpert:
             raise ValueError("goals must not be empty: pass what read_goals(task.bddl_file) returns.")
         arm, surfaces = Arm(model), CollisionPoints(model)
         self._model = model
-        moved = {goal.subject for goal in goals}
-        # What something else belongs on has to be in its own place first.
-        ordered = sorted(goals, key=lambda goal: goal.target in moved)
-        self._parts = [PickAndPlace(model, arm, surfaces, goal) for goal in ordered]
+        self._parts = choose_skills(model, arm, surfaces, goals)
         self._script: Generator[np.ndarray, None, None] | None = None
 
     def reset(self, data: mujoco.MjData) -> None:
@@ -60,7 +59,8 @@ class ScriptedExpert:
         for refresh in (mujoco.mj_kinematics, mujoco.mj_comPos, mujoco.mj_comVel):
             refresh(self._model, data)
         for part in self._parts:
-            part.check(data)
+            if isinstance(part, MoveJoint | Insertion):
+                part.check(data)
         self._script = self._run(data)
 
     def action(self) -> np.ndarray:

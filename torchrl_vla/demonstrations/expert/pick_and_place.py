@@ -8,10 +8,18 @@ import mujoco
 import numpy as np
 
 from torchrl_vla.demonstrations.expert.arm import GRIPPER_CLOSE, GRIPPER_OPEN, Arm
-from torchrl_vla.demonstrations.expert.geometry import CollisionPoints
+from torchrl_vla.demonstrations.expert.articulation import find_articulation
+from torchrl_vla.demonstrations.expert.geometry import CollisionPoints, yaw_rotation
 from torchrl_vla.demonstrations.expert.grasps import Grasp, plan_grasp
-from torchrl_vla.demonstrations.expert.placement import clear_height, hand_pose_for, plan_carry, release_height
-from torchrl_vla.demonstrations.expert.task_goals import Goal, UnreachableGoalError, can_reach
+from torchrl_vla.demonstrations.expert.placement import (
+    clear_height,
+    free_place,
+    hand_pose_for,
+    leave_overhang,
+    plan_carry,
+    release_height,
+)
+from torchrl_vla.demonstrations.expert.task_goals import Goal, UnreachableGoalError
 
 __all__ = ["PickAndPlace"]
 
@@ -31,6 +39,10 @@ _LOST_STEPS = 3
 _OPEN_RADIUS = 0.02
 #: How far below the top of a container's wall the grip site may go.
 _WALL_OVERLAP = 0.02
+#: Where on a site that is shared an object stands, as a share of its half-size; what is higher than this, in metres,
+#: above the site is in its way.
+_SHARE, _SHARE_HEIGHT = 0.7, 0.01
+_ESCAPE_STEPS = 40
 
 
 class PickAndPlace:
@@ -41,25 +53,28 @@ class PickAndPlace:
         arm: the arm.
         surfaces: collision points of the model.
         goal: ``on`` or ``in``, the object, and the object or site where it belongs.
+        shared: whether another object belongs on the same site, so that this one leaves room for it.
 
     Raises:
         UnreachableGoalError: it is of another kind, or names something that the model does not have.
     """
 
-    def __init__(self, model: mujoco.MjModel, arm: Arm, surfaces: CollisionPoints, goal: Goal) -> None:
-        if not can_reach([goal]):
-            raise UnreachableGoalError(
-                f"The scripted expert cannot reach the goal {goal}: it moves objects ('on', 'in'), it does not open, "
-                "close or turn on anything. Choose a task whose goal is where an object lies."
-            )
+    def __init__(
+        self, model: mujoco.MjModel, arm: Arm, surfaces: CollisionPoints, goal: Goal, *, shared: bool = False
+    ) -> None:
         self._goal = goal
         self._arm = arm
         self._surfaces = surfaces
         self._into = goal.predicate == "in"
+        self._shared = shared
+        self._model = model
         self._body = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_BODY, f"{goal.subject}_main")
         self._site = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_SITE, goal.target)
         target = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_BODY, f"{goal.target}_main")
         self._target = int(model.body_rootid[model.site_bodyid[self._site]]) if self._site >= 0 else target
+        drawer = find_articulation(model, goal.target)
+        #: What has to be lowered into: a drawer's own walls, or the whole of another container.
+        self._walls = drawer.bodies if drawer else np.flatnonzero(model.body_rootid == self._target)
         free = model.jnt_bodyid[model.jnt_type == mujoco.mjtJoint.mjJNT_FREE]
         self._movable = free[free != self._body]
         if self._body < 0 or self._target < 0:
@@ -107,6 +122,14 @@ class PickAndPlace:
 
     def _target_position(self, data: mujoco.MjData) -> np.ndarray:
         return (data.site_xpos[self._site] if self._site >= 0 else data.xpos[self._target]).copy()
+
+    def _own_place(self, data: mujoco.MjData, points: np.ndarray, others: np.ndarray) -> np.ndarray:
+        site, origin = self._site, self._origin(data)
+        centre, axes = data.site_xpos[site], data.site_xmat[site].reshape(3, 3).T
+        turn = float(self._arm.azimuth(data, centre) - self._arm.azimuth(data, origin))
+        shape = (points - origin) @ yaw_rotation(turn).T
+        places = [centre + sign * _SHARE * self._model.site_size[site, i] * axes[i] for i in (0, 1) for sign in (1, -1)]
+        return free_place(shape, places, others[others[:, 2] > centre[2] + _SHARE_HEIGHT], centre)
 
     def _origin(self, data: mujoco.MjData) -> np.ndarray:
         return data.xpos[self._body].copy()
@@ -158,12 +181,19 @@ class PickAndPlace:
         arm = self._arm
         target = self._target_position(data)
         points, others = self._surfaces.split(data, self._body)
+        way_out = leave_overhang(points, others, self._origin(data), grasp.rotation, arm.pose(data)[0])
+        if way_out.any():
+            here, rotation = arm.pose(data)
+            yield from self._straight(data, here + way_out, rotation, GRIPPER_CLOSE, steps=_ESCAPE_STEPS)
+            points, others = self._surfaces.split(data, self._body)
+        if self._shared:
+            target = self._own_place(data, points, others)
         ground = self._surfaces.ground(data)
         origin, (here, rotation) = self._origin(data), arm.pose(data)
         held = rotation.T @ (origin - here)
         low = release_height(points, origin, others, target[:2], ground)
         if self._into:
-            walls, _ = self._surfaces.split(data, self._target)
+            walls, _ = self._surfaces.part(data, self._walls)
             low = max(low, walls[:, 2].max() - _WALL_OVERLAP + (origin - here)[2])
         path = plan_carry(points, origin, others, target[:2], ground, low)
         lost = self._loss_detector(data)
@@ -204,10 +234,16 @@ class PickAndPlace:
         return (yield from self._straight(data, position, rotation, GRIPPER_OPEN))
 
     def _straight(
-        self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray, gripper: float, speed: float = 1.0
+        self,
+        data: mujoco.MjData,
+        position: np.ndarray,
+        rotation: np.ndarray,
+        gripper: float,
+        speed: float = 1.0,
+        steps: int = _SHORT_STEPS,
     ) -> Phase:
         """A short straight move."""
-        for _ in range(_SHORT_STEPS):
+        for _ in range(steps):
             offset, _ = self._arm.offset(data, position, rotation)
             if np.linalg.norm(offset) < _HOVER_OFFSET:
                 return True
