@@ -22,6 +22,8 @@ _LAG = 0.05
 _SHOULDER_HEIGHT, _WRIST_TO_SITE, _WRIST_OFFSET = 0.333, 0.21, 0.088
 #: Distance of wrist and shoulder from which on the elbow is almost stretched (it ends at 0.719).
 _REACH = 0.645
+#: Horizontal distance of wrist and shoulder up to which the arm is folded too tightly to push.
+_FOLDED = 0.40
 #: Opposite corners of boxes around the flange, the hand, and the two fingers when they are open.
 _SOLID = np.array(
     [
@@ -31,6 +33,8 @@ _SOLID = np.array(
         [[-0.068, -0.011, -0.049], [-0.038, 0.011, 0.0125]],
     ]
 )
+#: Angle in radians from pointing down, fingers across the arm's direction, that the wrist's joints always allow.
+_EASY_TURN = 1.5
 _TILTS = np.radians(np.arange(0.0, 41.0, 2.0))
 
 
@@ -165,6 +169,33 @@ class Arm:
         """
         corners = np.where(rotation[2] > 0, _SOLID[:, 0], _SOLID[:, 1])
         return float(position[2] + (corners @ rotation[2]).min())
+
+    def turn(self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray) -> float:
+        """What it takes to turn the hand: radians from where it is, and twice those beyond what the wrist does easily.
+
+        Args:
+            data: current poses.
+            position: of the grip site, ``[3]`` in metres.
+            rotation: of the grip site, ``[3, 3]``.
+        """
+        rest = self.hand_rotation(float(self.azimuth(data, position)), np.pi / 2, 0.0)
+        away = float(np.linalg.norm(rotation_vector(rotation @ rest.T)))
+        here = float(np.linalg.norm(self.offset(data, position, rotation)[1]))
+        return here + 2.0 * max(0.0, away - _EASY_TURN)
+
+    def strain(self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray) -> float:
+        """By how much a pose asks the arm to stretch too far or to fold too near to its base, in metres.
+
+        Args:
+            data: current poses.
+            position: of the grip site, ``[3]`` in metres.
+            rotation: of the grip site, ``[3, 3]``.
+        """
+        shoulder = data.xpos[self._base] + [0.0, 0.0, _SHOULDER_HEIGHT]
+        wrist = position - _WRIST_TO_SITE * rotation[:, 2] - shoulder
+        flat = float(np.linalg.norm(wrist[:2]))
+        stretched = float(np.hypot(flat - _WRIST_OFFSET, wrist[2])) - _REACH
+        return max(0.0, stretched, _FOLDED - flat)
 
     def offset(self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What is left to a pose once the present motion has died down.

@@ -12,15 +12,18 @@ from torchrl_vla.demonstrations.expert.arm import Arm
 from torchrl_vla.demonstrations.expert.articulation import Articulation
 from torchrl_vla.demonstrations.expert.geometry import minimum_area_rectangle
 
-__all__ = ["Hold", "plan_hold", "plan_push"]
+__all__ = ["PUSH_GAP", "Hold", "plan_hold", "plan_push"]
 
 _DEPTH, _NEIGHBOURHOOD = 0.017, 0.35
 _SLANTS = np.radians([60.0, 70.0, 50.0, 80.0, 40.0])
-_PUSH_SLANTS = np.radians([30.0, 20.0, 40.0, 50.0, 10.0])
+_PUSH_SLANTS = np.radians([30.0, 20.0, 40.0, 50.0, 10.0, 0.0])
 _SHIFTS, _BACKS = (0.0, 0.008, 0.016), (0.0, 0.006)
-_PUSH_GAP, _PUSH_DEPTH = 0.03, 0.02
-#: Cost of a point that the hand would hit, a radian of turn, a metre that a hold is off the handle's middle.
-_HIT, _TURN, _OFF = 1.0, 1.0, 50.0
+#: How far in front of a part the fingers are put that push it, in metres.
+PUSH_GAP = 0.03
+_PUSH_DEPTH = 0.02
+#: Cost of a point that the hand would hit, a radian of turn, a metre that a hold is off the handle's middle, a metre of
+#: the arm's strain.
+_HIT, _TURN, _OFF, _STRAIN = 1.0, 1.0, 50.0, 50.0
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,9 @@ def plan_hold(
             if arm.lowest(position, rotation) < ground:
                 continue
             hits = arm.hits(obstacles, position, rotation) + arm.hits(obstacles, position - 0.02 * approach, rotation)
-            turn = float(np.linalg.norm(arm.offset(data, position, rotation)[1]))
-            cost = _HIT * hits + _TURN * turn + _OFF * (shift + back)
+            turn = arm.turn(data, position, rotation)
+            strain = arm.strain(data, position, rotation)
+            cost = _HIT * hits + _TURN * turn + _OFF * (shift + back) + _STRAIN * strain
             if best is None or cost < best[0]:
                 best = cost, Hold(position, rotation)
         if best is not None:
@@ -97,16 +101,18 @@ def plan_push(
     low, high = handle.min(axis=0), handle.max(axis=0)
     centre = (low + high) / 2
     across = np.cross(outward, [0.0, 0.0, 1.0])
-    position = np.array([*(centre + _PUSH_GAP * outward)[:2], max(high[2] - _PUSH_DEPTH, centre[2])])
+    position = np.array([*(centre + PUSH_GAP * outward)[:2], max(high[2] - _PUSH_DEPTH, centre[2])])
     change = joint.closed - joint.value(data)
     obstacles = _near(others, joint.carried(data, centre, np.eye(3), change)[0])
     found = []
     for order, (slant, sign) in enumerate(itertools.product(_PUSH_SLANTS, (1.0, -1.0))):
         approach = _slanted(outward, slant)
         rotation = np.column_stack([sign * across, np.cross(approach, sign * across), approach])
-        end, end_rotation = joint.carried(data, position - _PUSH_GAP / 2 * outward, rotation, change)
-        turns = [float(np.linalg.norm(arm.offset(data, position, turned)[1])) for turned in (rotation, end_rotation)]
-        found.append((_HIT * arm.hits(obstacles, end, end_rotation) + _TURN * max(turns), order, Hold(position, rotation)))
+        end, end_rotation = joint.carried(data, position - PUSH_GAP / 2 * outward, rotation, change)
+        turns = [arm.turn(data, position, turned) for turned in (rotation, end_rotation)]
+        strain = arm.strain(data, position, rotation) + arm.strain(data, end, end_rotation)
+        cost = _HIT * arm.hits(obstacles, end, end_rotation) + _TURN * max(turns) + _STRAIN * strain
+        found.append((cost, order, Hold(position, rotation)))
     ranked = sorted(found, key=lambda entry: entry[:2])
     return [hold for _, order, hold in ranked]
 

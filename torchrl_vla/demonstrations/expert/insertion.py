@@ -221,7 +221,7 @@ class Insertion:
                     rotation = np.column_stack([axis, np.cross(approach, axis), approach])
                     if min(arm.lowest(position, rotation) - ground, arm.lowest(position + way, rotation) - compartment.floor) < 0:
                         continue
-                    total = cost + _TURN * float(np.linalg.norm(arm.offset(data, position, rotation)[1]))
+                    total = cost + _TURN * arm.turn(data, position, rotation)
                     if best is not None and total >= best[0]:
                         continue
                     total += _HIT * (

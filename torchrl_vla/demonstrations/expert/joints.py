@@ -11,7 +11,7 @@ from torchrl_vla.demonstrations.expert.arm import GRIPPER_CLOSE, GRIPPER_OPEN, A
 from torchrl_vla.demonstrations.expert.articulation import Articulation, find_articulation
 from torchrl_vla.demonstrations.expert.geometry import CollisionPoints
 from torchrl_vla.demonstrations.expert.grasps import plan_grasp
-from torchrl_vla.demonstrations.expert.handles import Hold, plan_hold, plan_push
+from torchrl_vla.demonstrations.expert.handles import PUSH_GAP, Hold, plan_hold, plan_push
 from torchrl_vla.demonstrations.expert.motion import Phase, straight, travel
 from torchrl_vla.demonstrations.expert.task_goals import Goal, UnreachableGoalError
 
@@ -156,7 +156,8 @@ class MoveJoint:
         position, rotation = arm.pose(data)
         start = joint.value(data)
         length = joint.arm_length(data, position)
-        lead = _LEAD / length if joint.slides or length > 2 * _LEAD else _KNOB_LEAD
+        ahead = _LEAD if held else _LEAD + PUSH_GAP
+        lead = ahead / length if joint.slides or length > 2 * _LEAD else _KNOB_LEAD
         lead *= np.sign(joint.opened if self._opens else -joint.opened)
         last, stalled, without = start, 0, 0
         for _ in range(_FOLLOW_STEPS):
