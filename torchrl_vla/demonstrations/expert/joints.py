@@ -102,10 +102,10 @@ class MoveJoint:
                 yield from self._turn(data, points, others)
             elif self._opens:
                 holds = plan_hold(self._arm, data, self._joint, points, others, self._surfaces.ground(data))
-                yield from self._pull(data, holds[attempt % len(holds)], others)
+                yield from self._pull(data, holds[attempt % len(holds)], np.concatenate([points, others]))
             else:
                 holds = plan_push(self._arm, data, self._joint, points, others)
-                yield from self._push(data, holds[attempt % len(holds)], others)
+                yield from self._push(data, holds[attempt % len(holds)], np.concatenate([points, others]))
             attempt += 1
 
     def _is_enough(self, data: mujoco.MjData) -> bool:
