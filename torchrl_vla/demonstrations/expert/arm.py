@@ -170,6 +170,17 @@ class Arm:
         corners = np.where(rotation[2] > 0, _SOLID[:, 0], _SOLID[:, 1])
         return float(position[2] + (corners @ rotation[2]).min())
 
+    def turn_from_rest(self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray) -> float:
+        """Angle in radians from a hand that points down, the fingers across the arm's direction.
+
+        Args:
+            data: current poses.
+            position: of the grip site, ``[3]`` in metres.
+            rotation: of the grip site, ``[3, 3]``.
+        """
+        rest = self.hand_rotation(float(self.azimuth(data, position)), np.pi / 2, 0.0)
+        return float(np.linalg.norm(rotation_vector(rotation @ rest.T)))
+
     def turn(self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray) -> float:
         """What it takes to turn the hand: radians from where it is, and twice those beyond what the wrist does easily.
 
@@ -178,10 +189,8 @@ class Arm:
             position: of the grip site, ``[3]`` in metres.
             rotation: of the grip site, ``[3, 3]``.
         """
-        rest = self.hand_rotation(float(self.azimuth(data, position)), np.pi / 2, 0.0)
-        away = float(np.linalg.norm(rotation_vector(rotation @ rest.T)))
         here = float(np.linalg.norm(self.offset(data, position, rotation)[1]))
-        return here + 2.0 * max(0.0, away - _EASY_TURN)
+        return here + 2.0 * max(0.0, self.turn_from_rest(data, position, rotation) - _EASY_TURN)
 
     def strain(self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray) -> float:
         """By how much a pose asks the arm to stretch too far or to fold too near to its base, in metres.

@@ -19,12 +19,15 @@ __all__ = ["MoveJoint"]
 
 #: Shares of a range at which a joint is as LIBERO's goals want it: drawers from 0.875 on, doors from 0.62, knobs 0.24.
 _OPEN_SLIDE, _OPEN_HINGE, _ON = 0.92, 0.7, 0.36
+#: What a knob is turned by in one go, in radians.
+_KNOB_TURN = 1.3
 #: Share from which on a drawer or door lets things in.
 _AJAR = 0.7
 #: Shut doors may rest this share short of the end of their range; drawers and knobs must be pressed past 0.
 _SHUT = 0.002
 _LEAD, _KNOB_LEAD, _STALLED_STEPS, _STALLED = 0.03, 0.35, 12, 0.0005
-_CLOSE_STEPS, _LOST_STEPS, _FOLLOW_STEPS = 9, 4, 140
+_CLOSE_STEPS, _CLOSE_STEPS_AT_MOST, _FIRM_STEPS, _LOST_STEPS, _FOLLOW_STEPS = 9, 18, 3, 4, 140
+_OPEN_STEPS, _REACH_STEPS = 6, 25
 _KNOB_TOP, _APPROACH, _RETREAT = 0.03, 0.08, 0.07
 _HOLD_SPEED, _PUSH_SPEED, _REACH_SPEED = 0.5, 0.6, 0.6
 
@@ -120,7 +123,16 @@ class MoveJoint:
         """Grasps a knob from above and turns the hand with it."""
         ridge = points[points[:, 2] > points[:, 2].max() - _KNOB_TOP]
         grasp = plan_grasp(self._arm, data, ridge, others, approach=_APPROACH, carry=np.zeros(3))
-        hold = Hold(grasp.position, grasp.rotation)
+        left = (self._joint.opened * _ON if self._opens else self._joint.closed) - self._joint.value(data)
+        change = float(np.clip(left, -_KNOB_TURN, _KNOB_TURN))
+
+        def wrist_turn(rotation: np.ndarray) -> float:
+            end = self._joint.carried(data, grasp.position, rotation, change)
+            return max(self._arm.turn_from_rest(data, grasp.position, rotation), self._arm.turn_from_rest(data, *end))
+
+        # The hand fits either way round.
+        rotation = min((grasp.rotation, grasp.rotation * [-1.0, -1.0, 1.0]), key=wrist_turn)
+        hold = Hold(grasp.position, rotation)
         return (yield from self._pull(data, hold, np.concatenate([points, others])))
 
     def _pull(self, data: mujoco.MjData, hold: Hold, obstacles: np.ndarray) -> Phase:
@@ -128,12 +140,16 @@ class MoveJoint:
         before = hold.position - _APPROACH * hold.rotation[:, 2]
         if not (yield from travel(arm, data, before, hold.rotation, GRIPPER_OPEN, obstacles)):
             return False
-        yield from straight(arm, data, hold.position, hold.rotation, GRIPPER_OPEN, _REACH_SPEED, 25)
-        for _ in range(_CLOSE_STEPS):
+        yield from straight(arm, data, hold.position, hold.rotation, GRIPPER_OPEN, _REACH_SPEED, _REACH_STEPS)
+        firm = 0
+        for step in range(_CLOSE_STEPS_AT_MOST):
+            firm = firm + 1 if arm.fingers_touching(data, self._joint.root) == 2 else 0
+            if step >= _CLOSE_STEPS and firm >= _FIRM_STEPS:
+                break
             yield arm.towards(data, hold.position, hold.rotation, GRIPPER_CLOSE)
         went = yield from self._follow(data, GRIPPER_CLOSE, _HOLD_SPEED)
         here, rotation = arm.pose(data)
-        for _ in range(6):
+        for _ in range(_OPEN_STEPS):
             yield arm.towards(data, here, rotation, GRIPPER_OPEN)
         back = here - _RETREAT * rotation[:, 2]
         yield from straight(arm, data, back, rotation, GRIPPER_OPEN)
@@ -144,7 +160,7 @@ class MoveJoint:
         before = hold.position - _APPROACH * hold.rotation[:, 2]
         if not (yield from travel(arm, data, before, hold.rotation, GRIPPER_CLOSE, obstacles)):
             return False
-        yield from straight(arm, data, hold.position, hold.rotation, GRIPPER_CLOSE, _REACH_SPEED, 25)
+        yield from straight(arm, data, hold.position, hold.rotation, GRIPPER_CLOSE, _REACH_SPEED, _REACH_STEPS)
         went = yield from self._follow(data, GRIPPER_CLOSE, _PUSH_SPEED, held=False)
         here, rotation = arm.pose(data)
         yield from straight(arm, data, here - _RETREAT * rotation[:, 2], rotation, GRIPPER_CLOSE)
@@ -158,16 +174,18 @@ class MoveJoint:
         length = joint.arm_length(data, position)
         ahead = _LEAD if held else _LEAD + PUSH_GAP
         lead = ahead / length if joint.slides or length > 2 * _LEAD else _KNOB_LEAD
-        lead *= np.sign(joint.opened if self._opens else -joint.opened)
-        last, stalled, without = start, 0, 0
+        way = np.sign(joint.opened if self._opens else -joint.opened)
+        lead *= way
+        furthest, stalled, without = start, 0, 0
+        knob = abs(lead) == _KNOB_LEAD
         for _ in range(_FOLLOW_STEPS):
-            if self.done(data):
-                return True
             value = joint.value(data)
-            stalled = 0 if abs(value - last) > _STALLED * abs(joint.opened) else stalled + 1
+            if self.done(data) or knob and abs(value - start) > _KNOB_TURN:
+                return True  # a knob that is to be turned further is taken hold of anew
+            stalled = 0 if (value - furthest) * way > _STALLED * abs(joint.opened) else stalled + 1
             without = 0 if not held or arm.fingers_touching(data, joint.root) else without + 1
             if stalled >= _STALLED_STEPS or without >= _LOST_STEPS:
                 return False
-            last = value
+            furthest = max(furthest, value, key=lambda reached: reached * way)
             yield arm.towards(data, *joint.carried(data, position, rotation, value - start + lead), gripper, speed)
         return False
