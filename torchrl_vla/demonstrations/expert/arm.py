@@ -170,6 +170,15 @@ class Arm:
         corners = np.where(rotation[2] > 0, _SOLID[:, 0], _SOLID[:, 1])
         return float(position[2] + (corners @ rotation[2]).min())
 
+    def rest(self, data: mujoco.MjData, position: np.ndarray) -> np.ndarray:
+        """Rotation ``[3, 3]`` of a hand that points down with the wrist in the middle of its range.
+
+        Args:
+            data: current poses.
+            position: of the grip site, ``[3]`` in metres.
+        """
+        return self.hand_rotation(float(self.azimuth(data, position)), np.pi / 2, 0.0)
+
     def turn_from_rest(self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray) -> float:
         """Angle in radians from a hand that points down, the fingers across the arm's direction.
 
@@ -178,8 +187,7 @@ class Arm:
             position: of the grip site, ``[3]`` in metres.
             rotation: of the grip site, ``[3, 3]``.
         """
-        rest = self.hand_rotation(float(self.azimuth(data, position)), np.pi / 2, 0.0)
-        return float(np.linalg.norm(rotation_vector(rotation @ rest.T)))
+        return float(np.linalg.norm(rotation_vector(rotation @ self.rest(data, position).T)))
 
     def turn(self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray) -> float:
         """What it takes to turn the hand: radians from where it is, and twice those beyond what the wrist does easily.

@@ -15,7 +15,7 @@ __all__ = ["Phase", "release", "rise", "straight", "travel"]
 #: A phase yields actions and returns whether it went well.
 Phase = Generator[np.ndarray, None, bool]
 
-_NEAR, _NEAR_TURN = 0.012, 0.12
+_NEAR, _NEAR_TURN, _HALF_TURN = 0.012, 0.12, 2.2
 _SHORT_STEPS, _RELEASE_STEPS, _TRAVEL_STEPS = 15, 8, 80
 
 
@@ -97,5 +97,7 @@ def travel(
         # It comes down once it is above, and turned.
         far = np.linalg.norm(offset[:2]) > 2 * _NEAR or np.linalg.norm(turn) > 3 * _NEAR_TURN
         towards = np.array([*position[:2], max(position[2], clear)]) if far else position
-        yield arm.towards(data, towards, rotation, gripper)
+        # Half a turn goes back over the wrist's rest, not on into its limit.
+        by = arm.rest(data, position) if np.linalg.norm(turn) > _HALF_TURN else rotation
+        yield arm.towards(data, towards, by, gripper)
     return False
