@@ -82,9 +82,7 @@ def plan_hold(
     return [hold for _, hold in sorted(found, key=lambda pair: pair[0])]
 
 
-def plan_push(
-    arm: Arm, data: mujoco.MjData, joint: Articulation, points: np.ndarray, others: np.ndarray
-) -> list[Hold]:
+def plan_push(arm: Arm, data: mujoco.MjData, joint: Articulation, points: np.ndarray, others: np.ndarray) -> list[Hold]:
     """Finds ways for the closed fingers to push a part shut: from above and slantwise, at what sticks out furthest.
 
     Args:

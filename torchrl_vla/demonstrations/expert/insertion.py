@@ -13,7 +13,7 @@ from torchrl_vla.demonstrations.expert.arm import GRIPPER_CLOSE, GRIPPER_OPEN, A
 from torchrl_vla.demonstrations.expert.articulation import find_articulation
 from torchrl_vla.demonstrations.expert.geometry import CollisionPoints, yaw_rotation
 from torchrl_vla.demonstrations.expert.handles import Hold
-from torchrl_vla.demonstrations.expert.motion import release, rise, straight, travel
+from torchrl_vla.demonstrations.expert.motion import Phase, release, rise, straight, travel
 from torchrl_vla.demonstrations.expert.task_goals import Goal, UnreachableGoalError
 
 __all__ = ["Insertion", "is_covered"]
@@ -113,7 +113,7 @@ class Insertion:
             yield from release(arm, data, rotation)
             yield from rise(arm, data, here[2] + _RISE)
 
-    def _bring(self, data: mujoco.MjData, compartment: _Compartment, hold: Hold, way: np.ndarray):
+    def _bring(self, data: mujoco.MjData, compartment: _Compartment, hold: Hold, way: np.ndarray) -> Phase:
         arm, rotation = self._arm, hold.rotation
         approach = rotation[:, 2]
         _, others = self._surfaces.split(data, self._body)
@@ -219,7 +219,13 @@ class Insertion:
                 for sign in (1.0, -1.0):
                     axis = sign * fingers
                     rotation = np.column_stack([axis, np.cross(approach, axis), approach])
-                    if min(arm.lowest(position, rotation) - ground, arm.lowest(position + way, rotation) - compartment.floor) < 0:
+                    if (
+                        min(
+                            arm.lowest(position, rotation) - ground,
+                            arm.lowest(position + way, rotation) - compartment.floor,
+                        )
+                        < 0
+                    ):
                         continue
                     total = cost + _TURN * arm.turn(data, position, rotation)
                     if best is not None and total >= best[0]:
@@ -236,9 +242,6 @@ class Insertion:
                 f"The scripted expert cannot reach the goal {self._goal}: {self._goal.subject} has no part that the "
                 f"hand could hold to bring it into {self._goal.target} from its side."
             )
-        import os
-        if os.environ.get("DEBUG_EXPERT"):
-            print("insert", compartment, best, way, end)
         return best[1], way
 
 

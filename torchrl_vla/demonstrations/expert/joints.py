@@ -8,7 +8,7 @@ import mujoco
 import numpy as np
 
 from torchrl_vla.demonstrations.expert.arm import GRIPPER_CLOSE, GRIPPER_OPEN, Arm
-from torchrl_vla.demonstrations.expert.articulation import Articulation, find_articulation
+from torchrl_vla.demonstrations.expert.articulation import find_articulation
 from torchrl_vla.demonstrations.expert.geometry import CollisionPoints
 from torchrl_vla.demonstrations.expert.grasps import plan_grasp
 from torchrl_vla.demonstrations.expert.handles import PUSH_GAP, Hold, plan_hold, plan_push

@@ -24,7 +24,7 @@ _RELEASE_GAP = 0.008
 _CARRY_CLEARANCE, _SIDE_CLEARANCE, _BLOCKED_WITHIN, _LOOK_AHEAD = 0.025, 0.015, 0.10, 0.03
 #: How far from its way, in metres, the open hand and its fingers reach.
 _HAND_RADIUS = 0.07
-#: Of the hand along and across its finger axis, from the site, with some room; how far away something is not in the way.
+#: Of the hand along and across its finger axis, from the site, with some room; how far off nothing is in the way.
 _HAND_LENGTH, _HAND_WIDTH, _ROOM = 0.12, 0.07, 0.2
 #: How steeply the object climbs towards what is further ahead.
 _CLIMB_SLOPE = 0.7

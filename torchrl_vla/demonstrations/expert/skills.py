@@ -12,7 +12,7 @@ from torchrl_vla.demonstrations.expert.geometry import CollisionPoints
 from torchrl_vla.demonstrations.expert.insertion import Insertion, is_covered
 from torchrl_vla.demonstrations.expert.joints import MoveJoint
 from torchrl_vla.demonstrations.expert.pick_and_place import PickAndPlace
-from torchrl_vla.demonstrations.expert.task_goals import Goal
+from torchrl_vla.demonstrations.expert.task_goals import PREDICATES, Goal, UnreachableGoalError, can_reach
 
 __all__ = ["choose_skills", "order_goals"]
 
@@ -48,7 +48,7 @@ def order_goals(goals: Sequence[Goal], *, inside: Sequence[Goal] = ()) -> list[G
 
 def choose_skills(
     model: mujoco.MjModel, arm: Arm, surfaces: CollisionPoints, goals: Sequence[Goal]
-) -> list[Skill]:
+) -> list[tuple[Skill, ...]]:
     """Makes the skills that reach the goals one after the other.
 
     Args:
@@ -57,23 +57,31 @@ def choose_skills(
         surfaces: collision points of the model.
         goals: of the task.
 
+    Returns:
+        list: for each goal its skill, after what has to be opened before.
+
     Raises:
         UnreachableGoalError: a goal is of another kind, or names what the model does not have.
     """
+    if not can_reach(goals):
+        unknown = ", ".join(sorted({goal.predicate for goal in goals if not can_reach([goal])}))
+        raise UnreachableGoalError(
+            f"The scripted expert cannot reach a goal of the kind {unknown}: it knows {', '.join(PREDICATES)}. Choose "
+            "a task whose goal is of these."
+        )
     inside = [goal for goal in goals if goal.predicate == "in" and find_articulation(model, goal.target)]
-    skills: list[Skill] = []
+    steps: list[tuple[Skill, ...]] = []
     for goal in order_goals(goals, inside=inside):
         if goal.predicate not in ("on", "in"):
-            skills.append(MoveJoint(model, arm, surfaces, goal))
+            steps.append((MoveJoint(model, arm, surfaces, goal),))
             continue
-        if goal in inside:
-            skills.append(MoveJoint(model, arm, surfaces, Goal("open", goal.target), ajar=True))
-        if goal.predicate == "in" and _needs_insertion(model, surfaces, goal):
-            skills.append(Insertion(model, arm, surfaces, goal))
-            continue
+        before = (MoveJoint(model, arm, surfaces, Goal("open", goal.target), ajar=True),) if goal in inside else ()
         shared = goal.predicate == "on" and sum(other.target == goal.target for other in goals) > 1
-        skills.append(PickAndPlace(model, arm, surfaces, goal, shared=shared))
-    return skills
+        place: Skill = PickAndPlace(model, arm, surfaces, goal, shared=shared)
+        if goal.predicate == "in" and _needs_insertion(model, surfaces, goal):
+            place = Insertion(model, arm, surfaces, goal)
+        steps.append((*before, place))
+    return steps
 
 
 def _needs_insertion(model: mujoco.MjModel, surfaces: CollisionPoints, goal: Goal) -> bool:
