@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from torchrl_vla.datasets import CorruptEpisodeError, DemonstrationDataset, DemonstrationIndex, read_episode
-from torchrl_vla.demonstrations.expert.task_goals import can_reach, read_goals
+from torchrl_vla.demonstrations.expert.task_goals import PREDICATES, can_reach, read_goals
 from torchrl_vla.demonstrations.record import DemonstrationOptions, Job, Report, run_worker
 from torchrl_vla.envs.memory import available_memory, check_memory
 from torchrl_vla.envs.processes import make_process
@@ -209,8 +209,9 @@ def _check_goals(suite: TaskSuite, tasks: Sequence[LiberoTask]) -> None:
     unable = [task.task_id for task in tasks if task.task_id not in able]
     if unable:
         raise ValueError(
-            f"The scripted expert moves objects, and tasks {', '.join(map(str, unable))} of {suite.name} ask to open, "
-            f"close or turn on something: leave them out. Those of the suite that do not: {','.join(map(str, able))}."
+            f"The scripted expert has no skill for what tasks {', '.join(map(str, unable))} of {suite.name} ask: it "
+            f"knows {', '.join(PREDICATES)}. Leave them out. Those of the suite that it has skills for: "
+            f"{','.join(map(str, able))}."
         )
 
 

@@ -22,6 +22,19 @@ _LAG = 0.05
 _SHOULDER_HEIGHT, _WRIST_TO_SITE, _WRIST_OFFSET = 0.333, 0.21, 0.088
 #: Distance of wrist and shoulder from which on the elbow is almost stretched (it ends at 0.719).
 _REACH = 0.645
+#: Horizontal distance of wrist and shoulder up to which the arm is folded too tightly to push.
+_FOLDED = 0.40
+#: Opposite corners of boxes around the flange, the hand, and the two fingers when they are open.
+_SOLID = np.array(
+    [
+        [[-0.055, -0.055, -0.25], [0.055, 0.055, -0.124]],
+        [[-0.105, -0.032, -0.124], [0.105, 0.032, -0.026]],
+        [[0.038, -0.011, -0.049], [0.068, 0.011, 0.0125]],
+        [[-0.068, -0.011, -0.049], [-0.038, 0.011, 0.0125]],
+    ]
+)
+#: Angle in radians from pointing down, fingers across the arm's direction, that the wrist's joints always allow.
+_EASY_TURN = 1.5
 _TILTS = np.radians(np.arange(0.0, 41.0, 2.0))
 
 
@@ -133,6 +146,73 @@ class Arm:
             on_object = self._geom_root[pairs[:, second]] == body
             touched.update(self._finger[pairs[on_object, first]].tolist())
         return len(touched - {0})
+
+    def hits(self, points: np.ndarray, position: np.ndarray, rotation: np.ndarray, margin: float = 0.002) -> int:
+        """How many points the flange, the hand and its open fingers would touch, what is between the fingers not.
+
+        Args:
+            points: columns of ``[3, n]`` in metres.
+            position: of the grip site, ``[3]`` in metres.
+            rotation: of the grip site, ``[3, 3]``.
+            margin: around them, in metres.
+        """
+        local = rotation.T @ points - (rotation.T @ position)[:, None]
+        low, high = _SOLID[:, 0, :, None] - margin, _SOLID[:, 1, :, None] + margin
+        return int(((local > low) & (local < high)).all(axis=1).any(axis=0).sum())
+
+    def lowest(self, position: np.ndarray, rotation: np.ndarray) -> float:
+        """Height of the lowest corner of the hand and its open fingers, in metres.
+
+        Args:
+            position: of the grip site, ``[3]`` in metres.
+            rotation: of the grip site, ``[3, 3]``.
+        """
+        corners = np.where(rotation[2] > 0, _SOLID[:, 0], _SOLID[:, 1])
+        return float(position[2] + (corners @ rotation[2]).min())
+
+    def rest(self, data: mujoco.MjData, position: np.ndarray) -> np.ndarray:
+        """Rotation ``[3, 3]`` of a hand that points down with the wrist in the middle of its range.
+
+        Args:
+            data: current poses.
+            position: of the grip site, ``[3]`` in metres.
+        """
+        return self.hand_rotation(float(self.azimuth(data, position)), np.pi / 2, 0.0)
+
+    def turn_from_rest(self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray) -> float:
+        """Angle in radians from a hand that points down, the fingers across the arm's direction.
+
+        Args:
+            data: current poses.
+            position: of the grip site, ``[3]`` in metres.
+            rotation: of the grip site, ``[3, 3]``.
+        """
+        return float(np.linalg.norm(rotation_vector(rotation @ self.rest(data, position).T)))
+
+    def turn(self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray) -> float:
+        """What it takes to turn the hand: radians from where it is, and twice those beyond what the wrist does easily.
+
+        Args:
+            data: current poses.
+            position: of the grip site, ``[3]`` in metres.
+            rotation: of the grip site, ``[3, 3]``.
+        """
+        here = float(np.linalg.norm(self.offset(data, position, rotation)[1]))
+        return here + 2.0 * max(0.0, self.turn_from_rest(data, position, rotation) - _EASY_TURN)
+
+    def strain(self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray) -> float:
+        """By how much a pose asks the arm to stretch too far or to fold too near to its base, in metres.
+
+        Args:
+            data: current poses.
+            position: of the grip site, ``[3]`` in metres.
+            rotation: of the grip site, ``[3, 3]``.
+        """
+        shoulder = data.xpos[self._base] + [0.0, 0.0, _SHOULDER_HEIGHT]
+        wrist = position - _WRIST_TO_SITE * rotation[:, 2] - shoulder
+        flat = float(np.linalg.norm(wrist[:2]))
+        stretched = float(np.hypot(flat - _WRIST_OFFSET, wrist[2])) - _REACH
+        return max(0.0, stretched, _FOLDED - flat)
 
     def offset(self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What is left to a pose once the present motion has died down.

@@ -1,15 +1,18 @@
-"""A scripted demonstrator that solves LIBERO's pick-and-place tasks from the simulator's state."""
+"""A scripted demonstrator that solves LIBERO's tasks from the simulator's state."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import itertools
+from collections.abc import Generator, Iterable, Sequence
 
 import mujoco
 import numpy as np
 
-from torchrl_vla.demonstrations.expert.arm import Arm
+from torchrl_vla.demonstrations.expert.arm import GRIPPER_OPEN, Arm
 from torchrl_vla.demonstrations.expert.geometry import CollisionPoints
-from torchrl_vla.demonstrations.expert.pick_and_place import PickAndPlace
+from torchrl_vla.demonstrations.expert.insertion import Insertion
+from torchrl_vla.demonstrations.expert.joints import MoveJoint
+from torchrl_vla.demonstrations.expert.skills import choose_skills
 from torchrl_vla.demonstrations.expert.task_goals import Goal
 
 __all__ = ["ScriptedExpert"]
@@ -18,8 +21,9 @@ __all__ = ["ScriptedExpert"]
 class ScriptedExpert:
     """Looks at object poses that a policy never sees, and returns actions that a policy could take.
 
-    Each object of the goal is grasped, carried and put down in turn; what slipped or was missed is tried again. It
-    works from a model and its data alone, so that it drives any simulator of LIBERO, and it has no randomness.
+    Objects are grasped, carried and put down, drawers and doors opened and closed, knobs turned, in an order in which
+    one does not undo the other; what slipped or was missed is tried again. It works from a model and its data alone,
+    so that it drives any simulator of LIBERO, and it has no randomness.
 
     Args:
         model: the task's compiled model; shared models whose fixtures are moved per episode are fine.
@@ -27,7 +31,7 @@ class ScriptedExpert:
 
     Raises:
         ValueError: there is no goal.
-        UnreachableGoalError: a goal is not about where an object lies, or names what the model does not have.
+        UnreachableGoalError: a goal is of a kind that no skill reaches, or names what the model does not have.
 
     Examples:
         >>> expert = ScriptedExpert(model, read_goals(task.bddl_file))  # doctest: +SKIP
@@ -38,12 +42,9 @@ class ScriptedExpert:
     def __init__(self, model: mujoco.MjModel, goals: Sequence[Goal]) -> None:
         if not goals:
             raise ValueError("goals must not be empty: pass what read_goals(task.bddl_file) returns.")
-        arm, surfaces = Arm(model), CollisionPoints(model)
+        self._arm = Arm(model)
         self._model = model
-        moved = {goal.subject for goal in goals}
-        # What something else belongs on has to be in its own place first.
-        ordered = sorted(goals, key=lambda goal: goal.target in moved)
-        self._parts = [PickAndPlace(model, arm, surfaces, goal) for goal in ordered]
+        self._steps = choose_skills(model, self._arm, CollisionPoints(model), goals)
         self._script: Generator[np.ndarray, None, None] | None = None
 
     def reset(self, data: mujoco.MjData) -> None:
@@ -54,13 +55,14 @@ class ScriptedExpert:
                 episode's.
 
         Raises:
-            UnreachableGoalError: something belongs where the hand cannot put it from above.
+            UnreachableGoalError: the hand fits at no handle, or at no part of an object that goes into a compartment.
         """
         # A state that was just simulated and the same one restored differ in how fresh poses and velocities are.
         for refresh in (mujoco.mj_kinematics, mujoco.mj_comPos, mujoco.mj_comVel):
             refresh(self._model, data)
-        for part in self._parts:
-            part.check(data)
+        for skill in itertools.chain(*self._steps):
+            if isinstance(skill, MoveJoint | Insertion):
+                skill.check(data)
         self._script = self._run(data)
 
     def action(self) -> np.ndarray:
@@ -74,6 +76,18 @@ class ScriptedExpert:
         return next(self._script)
 
     def _run(self, data: mujoco.MjData) -> Generator[np.ndarray, None, None]:
+        yield from self._pass(data, range(len(self._steps)))
         while True:
-            for part in self._parts:
-                yield from part.script(data)
+            # What slid away or was pushed open again; everything, if nothing seems to be missing.
+            left = [index for index, step in enumerate(self._steps) if not step[-1].done(data)]
+            acted = False
+            for action in self._pass(data, left or range(len(self._steps))):
+                acted = True
+                yield action
+            if not acted:
+                yield self._arm.towards(data, *self._arm.pose(data), GRIPPER_OPEN)
+
+    def _pass(self, data: mujoco.MjData, indices: Iterable[int]) -> Generator[np.ndarray, None, None]:
+        for index in indices:
+            for skill in self._steps[index]:
+                yield from skill.script(data)

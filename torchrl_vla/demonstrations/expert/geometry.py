@@ -97,7 +97,8 @@ class CollisionPoints:
             owners.append(np.full(len(surface), geom))
         self._points = np.concatenate(points)
         self._owners = np.concatenate(owners)
-        self._roots = model.body_rootid[model.geom_bodyid[self._owners]]
+        self._bodies = model.geom_bodyid[self._owners]
+        self._roots = model.body_rootid[self._bodies]
 
     def ground(self, data: mujoco.MjData) -> float:
         """Height of the floor, or of the table top, in metres.
@@ -109,6 +110,18 @@ class CollisionPoints:
         above = (up * self._ground_centre + np.abs(up) * self._ground_half).sum(axis=1)
         return float((data.geom_xpos[self._ground, 2] + above).max())
 
+    def part(self, data: mujoco.MjData, bodies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """World positions of the points of some bodies, such as a drawer, and of everything else.
+
+        Args:
+            data: current poses.
+            bodies: their indices.
+
+        Returns:
+            tuple: ``[n, 3]`` of the bodies and ``[m, 3]`` of all others, in metres.
+        """
+        return self._partition(data, np.isin(self._bodies, bodies))
+
     def split(self, data: mujoco.MjData, body: int) -> tuple[np.ndarray, np.ndarray]:
         """World positions of one object's points and of everything else's.
 
@@ -119,9 +132,21 @@ class CollisionPoints:
         Returns:
             tuple: ``[n, 3]`` of the object and ``[m, 3]`` of the others, in metres.
         """
+        return self._partition(data, self._roots == body)
+
+    def pieces(self, data: mujoco.MjData, body: int) -> list[np.ndarray]:
+        """World positions of one object's points, geom by geom, each ``[n, 3]`` in metres.
+
+        Args:
+            data: current poses.
+            body: root body of the object.
+        """
+        own = self._roots == body
+        return [self._partition(data, own & (self._owners == geom))[0] for geom in np.unique(self._owners[own])]
+
+    def _partition(self, data: mujoco.MjData, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rotations = data.geom_xmat[self._owners].reshape(-1, 3, 3)
         world = data.geom_xpos[self._owners] + np.einsum("nij,nj->ni", rotations, self._points)
-        own = self._roots == body
         return world[own], world[~own]
 
 

@@ -20,6 +20,8 @@ _LARGEST_WIDTH = 0.072
 _LARGEST_WRIST_TURN = 1.9
 _RIM_ANGLES, _RIM_SECTOR, _RIM_THICKNESS = 24, np.radians(12.0), 0.006
 _RIM_INSET, _RIM_SHIFTS, _RIM_DEPTHS, _RIM_CLEARANCE = 0.0045, (0.0, 0.008, 0.016), (0.022, 0.016), 0.012
+#: How far a knob may stand out, how wide it may be, and how far the fingertips reach beyond the site, in metres.
+_KNOB_HEIGHTS, _KNOB_WIDTH, _TIP = (0.025, 0.02, 0.015), 0.04, 0.0125
 _SIDE_TURNS = np.radians([0.0, -8.0, 8.0, -16.0, 16.0, -24.0, 24.0])
 _SIDE_SHIFTS = (0.0, -0.4, 0.4, -0.6, 0.6)
 _SIDE_DEPTH, _LOW_HEIGHT, _LOW_CLEARANCE, _LOW_FRACTION = 0.026, 0.03, 0.010, 0.55
@@ -84,7 +86,8 @@ def plan_grasp(
     """
     centre, direction, long_half, short_half = minimum_area_rectangle(points[:, :2])
     if 2 * short_half > _LARGEST_WIDTH:
-        candidates = _rim_candidates(points)
+        knob = _knob(points)
+        candidates = _rim_candidates(points) if knob is None else _knob_candidates(points, knob)
     else:
         candidates = _side_candidates(points, centre, direction, (long_half, short_half))
     for failed in avoid:
@@ -112,6 +115,25 @@ def _rim_candidates(points: np.ndarray) -> _Candidates:
             yaws.append(angle)
             costs.append(_SHIFT * shift + _SHALLOW * (_RIM_DEPTHS[0] - depth))
     return _Candidates(np.array(positions), np.array(yaws), np.array(costs))
+
+
+def _knob(points: np.ndarray) -> np.ndarray | None:
+    """The part that a lid is lifted by: what stands out on top, in the middle, of something too wide to be held."""
+    top = points[:, 2].max()
+    for height in _KNOB_HEIGHTS:
+        knob = points[points[:, 2] > top - height]
+        if np.ptp(knob[:, :2], axis=0).max() < _KNOB_WIDTH:
+            return knob
+    return None
+
+
+def _knob_candidates(points: np.ndarray, knob: np.ndarray) -> _Candidates:
+    """Grasps across a knob, the fingertips just above what carries it."""
+    centre, direction, long_half, short_half = minimum_area_rectangle(knob[:, :2])
+    candidates = _side_candidates(knob, centre, direction, (long_half, short_half))
+    rest = points[points[:, 2] < knob[:, 2].min(), 2].max()
+    candidates.positions[:, 2] = np.maximum(candidates.positions[:, 2], rest + _TIP)
+    return candidates
 
 
 def _side_candidates(

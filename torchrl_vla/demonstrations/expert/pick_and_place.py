@@ -8,29 +8,39 @@ import mujoco
 import numpy as np
 
 from torchrl_vla.demonstrations.expert.arm import GRIPPER_CLOSE, GRIPPER_OPEN, Arm
-from torchrl_vla.demonstrations.expert.geometry import CollisionPoints
+from torchrl_vla.demonstrations.expert.articulation import find_articulation
+from torchrl_vla.demonstrations.expert.geometry import CollisionPoints, yaw_rotation
 from torchrl_vla.demonstrations.expert.grasps import Grasp, plan_grasp
-from torchrl_vla.demonstrations.expert.placement import clear_height, hand_pose_for, plan_carry, release_height
-from torchrl_vla.demonstrations.expert.task_goals import Goal, UnreachableGoalError, can_reach
+from torchrl_vla.demonstrations.expert.motion import Phase, release, rise, straight
+from torchrl_vla.demonstrations.expert.placement import (
+    clear_height,
+    free_place,
+    hand_pose_for,
+    leave_overhang,
+    plan_carry,
+    release_height,
+)
+from torchrl_vla.demonstrations.expert.task_goals import Goal, UnreachableGoalError
 
 __all__ = ["PickAndPlace"]
-
-#: A phase yields actions and returns whether it went well.
-Phase = Generator[np.ndarray, None, bool]
 
 _APPROACH, _LIFT, _LIFT_SPEED, _RETREAT = 0.07, 0.04, 0.3, 0.08
 _HOVER_OFFSET, _HOVER_TURN, _HOVER_STEPS = 0.012, 0.12, 60
 _DESCENT_SPEED, _DESCENT_OFFSET, _DESCENT_GAP, _DESCENT_STEPS = 0.8, 0.006, 0.004, 30
-_CLOSE_STEPS, _CLOSE_STEPS_AT_MOST, _FIRM_STEPS, _RELEASE_STEPS = 9, 18, 3, 8
-_LOWER_SPEED, _LOWER_STEPS, _CARRY_STEPS, _SHORT_STEPS = 0.7, 40, 100, 15
+_CLOSE_STEPS, _CLOSE_STEPS_AT_MOST, _FIRM_STEPS = 9, 18, 3
+_LOWER_SPEED, _LOWER_STEPS, _CARRY_STEPS = 0.7, 40, 100
 #: An object that moved this far since its grasp was planned needs another one.
 _MOVED = 0.008
 #: Control steps without both fingers' touch after which an object counts as lost.
 _LOST_STEPS = 3
-#: Where nothing may be above a region to put something in, in metres from its centre.
-_OPEN_RADIUS = 0.02
+#: How near to another object's origin LIBERO wants one that is on it, and how far outside a site, in metres.
+_ON_RADIUS, _ON_HEIGHT, _IN_SLACK = 0.03, 0.10, 0.01
 #: How far below the top of a container's wall the grip site may go.
 _WALL_OVERLAP = 0.02
+#: Where on a site that is shared an object stands, as a share of its half-size; what is higher than this, in metres,
+#: above the site is in its way.
+_SHARE, _SHARE_HEIGHT = 0.7, 0.01
+_ESCAPE_STEPS = 40
 
 
 class PickAndPlace:
@@ -41,50 +51,48 @@ class PickAndPlace:
         arm: the arm.
         surfaces: collision points of the model.
         goal: ``on`` or ``in``, the object, and the object or site where it belongs.
+        shared: whether another object belongs on the same site, so that this one leaves room for it.
 
     Raises:
         UnreachableGoalError: it is of another kind, or names something that the model does not have.
     """
 
-    def __init__(self, model: mujoco.MjModel, arm: Arm, surfaces: CollisionPoints, goal: Goal) -> None:
-        if not can_reach([goal]):
-            raise UnreachableGoalError(
-                f"The scripted expert cannot reach the goal {goal}: it moves objects ('on', 'in'), it does not open, "
-                "close or turn on anything. Choose a task whose goal is where an object lies."
-            )
+    def __init__(
+        self, model: mujoco.MjModel, arm: Arm, surfaces: CollisionPoints, goal: Goal, *, shared: bool = False
+    ) -> None:
         self._goal = goal
         self._arm = arm
         self._surfaces = surfaces
         self._into = goal.predicate == "in"
+        self._shared = shared
+        self._model = model
         self._body = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_BODY, f"{goal.subject}_main")
         self._site = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_SITE, goal.target)
         target = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_BODY, f"{goal.target}_main")
         self._target = int(model.body_rootid[model.site_bodyid[self._site]]) if self._site >= 0 else target
+        drawer = find_articulation(model, goal.target)
+        #: What has to be lowered into: a drawer's own walls, or the whole of another container.
+        self._walls = drawer.bodies if drawer else np.flatnonzero(model.body_rootid == self._target)
         free = model.jnt_bodyid[model.jnt_type == mujoco.mjtJoint.mjJNT_FREE]
         self._movable = free[free != self._body]
         if self._body < 0 or self._target < 0:
             missing = goal.subject if self._body < 0 else goal.target
             raise UnreachableGoalError(f"The model has no object or site {missing!r}, which the goal {goal} names.")
 
-    def check(self, data: mujoco.MjData) -> None:
-        """Refuses a region to put something in that is not open above, as that of a closed drawer.
+    def done(self, data: mujoco.MjData) -> bool:
+        """Whether the object is where it belongs, its contacts aside.
 
         Args:
             data: current poses.
-
-        Raises:
-            UnreachableGoalError: a part of what the region belongs to is above it.
         """
-        if not self._into or self._site < 0:
-            return
-        place = self._target_position(data)
-        around, _ = self._surfaces.split(data, self._target)
-        above = around[:, 2] > place[2]
-        if (np.linalg.norm(around[above, :2] - place[:2], axis=1) < _OPEN_RADIUS).any():
-            raise UnreachableGoalError(
-                f"The scripted expert cannot reach the goal {self._goal}: it puts objects down from above, and "
-                f"{self._goal.target} is covered, like a closed drawer or a shelf. Choose a task whose place is open."
-            )
+        offset = self._origin(data) - self._target_position(data)
+        if self._site < 0:
+            return bool(offset[2] >= 0.0 and np.linalg.norm(offset[:2]) < _ON_RADIUS)
+        matrix, size = data.site_xmat[self._site].reshape(3, 3), self._model.site_size[self._site]
+        if self._into:
+            return bool((np.abs(offset) < np.abs(matrix @ size) + [0.0, 0.0, _IN_SLACK]).all())
+        local = matrix @ offset
+        return bool((np.abs(local[:2]) < size[:2]).all() and abs(local[2]) < size[2] + _ON_HEIGHT)
 
     def script(self, data: mujoco.MjData) -> Generator[np.ndarray, None, None]:
         """Yields actions ``[7]`` until the object was put down at its place.
@@ -103,10 +111,18 @@ class PickAndPlace:
                 failed.append(grasp.position - origin)
             elif (yield from self._place(data, grasp)):
                 return
-            yield from self._rise(data, points[:, 2].max() + _APPROACH)
+            yield from rise(self._arm, data, points[:, 2].max() + _APPROACH)
 
     def _target_position(self, data: mujoco.MjData) -> np.ndarray:
         return (data.site_xpos[self._site] if self._site >= 0 else data.xpos[self._target]).copy()
+
+    def _own_place(self, data: mujoco.MjData, points: np.ndarray, others: np.ndarray) -> np.ndarray:
+        site, origin = self._site, self._origin(data)
+        centre, axes = data.site_xpos[site], data.site_xmat[site].reshape(3, 3).T
+        turn = float(self._arm.azimuth(data, centre) - self._arm.azimuth(data, origin))
+        shape = (points - origin) @ yaw_rotation(turn).T
+        places = [centre + sign * _SHARE * self._model.site_size[site, i] * axes[i] for i in (0, 1) for sign in (1, -1)]
+        return free_place(shape, places, others[others[:, 2] > centre[2] + _SHARE_HEIGHT], centre)
 
     def _origin(self, data: mujoco.MjData) -> np.ndarray:
         return data.xpos[self._body].copy()
@@ -121,7 +137,7 @@ class PickAndPlace:
         here, _ = arm.pose(data)
         clear = clear_height(here, above, others)
         if clear > here[2]:
-            yield from self._rise(data, clear)
+            yield from rise(self._arm, data, clear)
         for step in range(_HOVER_STEPS + 1):
             offset, turn = arm.offset(data, above, grasp.rotation)
             if np.linalg.norm(offset[:2]) < _HOVER_OFFSET and np.linalg.norm(turn) < _HOVER_TURN:
@@ -146,11 +162,11 @@ class PickAndPlace:
                 break
             yield arm.towards(data, grasp.position, grasp.rotation, GRIPPER_CLOSE)
         here, _ = arm.pose(data)
-        yield from self._straight(data, here + [0.0, 0.0, _LIFT], grasp.rotation, GRIPPER_CLOSE, _LIFT_SPEED)
+        yield from straight(arm, data, here + [0.0, 0.0, _LIFT], grasp.rotation, GRIPPER_CLOSE, _LIFT_SPEED)
         if (data.xpos[self._movable, 2] - heights).max(initial=0.0) > _LIFT / 2:
             # A bowl that stood in another one can take it along: put both down.
-            yield from self._straight(data, here, grasp.rotation, GRIPPER_CLOSE, _LIFT_SPEED)
-            yield from self._release(data, grasp.rotation)
+            yield from straight(arm, data, here, grasp.rotation, GRIPPER_CLOSE, _LIFT_SPEED)
+            yield from release(arm, data, grasp.rotation)
             return False
         return arm.fingers_touching(data, self._body) == 2
 
@@ -158,18 +174,25 @@ class PickAndPlace:
         arm = self._arm
         target = self._target_position(data)
         points, others = self._surfaces.split(data, self._body)
+        way_out = leave_overhang(points, others, self._origin(data), grasp.rotation, arm.pose(data)[0])
+        if way_out.any():
+            here, rotation = arm.pose(data)
+            yield from straight(arm, data, here + way_out, rotation, GRIPPER_CLOSE, steps=_ESCAPE_STEPS)
+            points, others = self._surfaces.split(data, self._body)
+        if self._shared:
+            target = self._own_place(data, points, others)
         ground = self._surfaces.ground(data)
         origin, (here, rotation) = self._origin(data), arm.pose(data)
         held = rotation.T @ (origin - here)
         low = release_height(points, origin, others, target[:2], ground)
         if self._into:
-            walls, _ = self._surfaces.split(data, self._target)
+            walls, _ = self._surfaces.part(data, self._walls)
             low = max(low, walls[:, 2].max() - _WALL_OVERLAP + (origin - here)[2])
         path = plan_carry(points, origin, others, target[:2], ground, low)
         lost = self._loss_detector(data)
         if path.rise_first:
             top = here + [0.0, 0.0, path.height(0.0) - origin[2]]
-            yield from self._straight(data, top, rotation, GRIPPER_CLOSE)
+            yield from straight(arm, data, top, rotation, GRIPPER_CLOSE)
         climb = path.height(path.length) - low
         low_position, rotation = hand_pose_for(arm, data, np.array([*target[:2], low]), held, grasp.wrist_angle, climb)
         for _ in range(_CARRY_STEPS):
@@ -189,30 +212,9 @@ class PickAndPlace:
                 return False
             yield arm.towards(data, low_position, rotation, GRIPPER_CLOSE, _LOWER_SPEED)
         here, _ = arm.pose(data)
-        yield from self._release(data, rotation)
-        yield from self._straight(data, here + [0.0, 0.0, _RETREAT], rotation, GRIPPER_OPEN)
+        yield from release(arm, data, rotation)
+        yield from straight(arm, data, here + [0.0, 0.0, _RETREAT], rotation, GRIPPER_OPEN)
         return True
-
-    def _release(self, data: mujoco.MjData, rotation: np.ndarray) -> Generator[np.ndarray, None, None]:
-        here, _ = self._arm.pose(data)
-        for _ in range(_RELEASE_STEPS):
-            yield self._arm.towards(data, here, rotation, GRIPPER_OPEN)
-
-    def _rise(self, data: mujoco.MjData, height: float) -> Phase:
-        position, rotation = self._arm.pose(data)
-        position[2] = max(position[2], height)
-        return (yield from self._straight(data, position, rotation, GRIPPER_OPEN))
-
-    def _straight(
-        self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray, gripper: float, speed: float = 1.0
-    ) -> Phase:
-        """A short straight move."""
-        for _ in range(_SHORT_STEPS):
-            offset, _ = self._arm.offset(data, position, rotation)
-            if np.linalg.norm(offset) < _HOVER_OFFSET:
-                return True
-            yield self._arm.towards(data, position, rotation, gripper, speed)
-        return False
 
     def _loss_detector(self, data: mujoco.MjData) -> Callable[[], bool]:
         """Says, asked once a control step, whether the object slipped out of the fingers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mujoco
@@ -9,12 +10,22 @@ import numpy as np
 
 from torchrl_vla.demonstrations.expert.arm import Arm
 
-__all__ = ["CarryPath", "clear_height", "hand_pose_for", "plan_carry", "release_height"]
+__all__ = [
+    "CarryPath",
+    "clear_height",
+    "free_place",
+    "hand_pose_for",
+    "leave_overhang",
+    "plan_carry",
+    "release_height",
+]
 
 _RELEASE_GAP = 0.008
 _CARRY_CLEARANCE, _SIDE_CLEARANCE, _BLOCKED_WITHIN, _LOOK_AHEAD = 0.025, 0.015, 0.10, 0.03
 #: How far from its way, in metres, the open hand and its fingers reach.
 _HAND_RADIUS = 0.07
+#: Of the hand along and across its finger axis, from the site, with some room; how far off nothing is in the way.
+_HAND_LENGTH, _HAND_WIDTH, _ROOM = 0.12, 0.07, 0.2
 #: How steeply the object climbs towards what is further ahead.
 _CLIMB_SLOPE = 0.7
 
@@ -97,6 +108,60 @@ def plan_carry(
     return CarryPath(
         along[near], others[near, 2] + lift, max(lowest, ground + lift), radius, length, bool(in_the_way.any())
     )
+
+
+def free_place(shape: np.ndarray, places: Sequence[np.ndarray], others: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Chooses where an object leaves most room: away from what stands there, its narrow side towards the centre.
+
+    Args:
+        shape: collision points of the object from its origin, as it will be turned, ``[n, 3]`` in metres.
+        places: of its origin, each ``[3]``.
+        others: collision points of what is in its way, ``[m, 3]``.
+        centre: of the places, ``[3]``.
+    """
+
+    def cost(place: np.ndarray) -> float:
+        near = others[np.linalg.norm(others[:, :2] - place[:2], axis=1) < _ROOM, :2]
+        moved = shape[:, :2] + place[:2]
+        low, high = moved.min(axis=0) - _SIDE_CLEARANCE, moved.max(axis=0) + _SIDE_CLEARANCE
+        hits = int(((near > low) & (near < high)).all(axis=1).sum())
+        towards = (centre - place)[:2] / np.linalg.norm((centre - place)[:2])
+        return hits + float((shape[:, :2] @ towards).max())
+
+    return min(places, key=cost)
+
+
+def leave_overhang(
+    points: np.ndarray, others: np.ndarray, origin: np.ndarray, rotation: np.ndarray, hand: np.ndarray
+) -> np.ndarray:
+    """The shortest level way for a held object, and the hand, from under what is above them, ``[3]`` in metres.
+
+    Args:
+        points: collision points of the object, ``[n, 3]`` in metres.
+        others: collision points of everything else, ``[m, 3]``.
+        origin: of the object, ``[3]``.
+        rotation: of the hand, ``[3, 3]``.
+        hand: position of the grip site, ``[3]``.
+
+    Returns:
+        Zeros where nothing is above the object.
+    """
+    above = others[others[:, 2] > points[:, 2].max(), :2]
+    radius = float(np.linalg.norm(points[:, :2] - origin[:2], axis=1).max())
+    if not (np.linalg.norm(above - origin[:2], axis=1) < radius).any():
+        return np.zeros(3)
+    fingers = rotation[:2, 0]
+    for length in np.arange(0.02, 0.3, 0.02):
+        for angle in np.arange(16) * np.pi / 8:
+            way = length * np.array([np.cos(angle), np.sin(angle)])
+            if (np.linalg.norm(above - origin[:2] - way, axis=1) < radius + _SIDE_CLEARANCE).any():
+                continue
+            from_hand = above - hand[:2] - way
+            along = np.abs(from_hand @ fingers)
+            across = np.abs(from_hand @ np.array([-fingers[1], fingers[0]]))
+            if not ((along < _HAND_LENGTH) & (across < _HAND_WIDTH)).any():
+                return np.array([*way, 0.0])
+    return np.zeros(3)
 
 
 def clear_height(start: np.ndarray, end: np.ndarray, others: np.ndarray) -> float:

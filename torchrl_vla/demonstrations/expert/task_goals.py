@@ -7,7 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Goal", "UnreachableGoalError", "can_reach", "read_goals"]
+__all__ = ["PREDICATES", "Goal", "UnreachableGoalError", "can_reach", "read_goals"]
+
+#: Kinds of conditions that the expert has a skill for.
+PREDICATES = ("on", "in", "open", "close", "turnon", "turnoff")
 
 
 class UnreachableGoalError(ValueError):
@@ -20,7 +23,7 @@ class Goal:
 
     Args:
         predicate: its name in lower case, such as ``"on"`` or ``"in"``.
-        subject: what it is about: the object to move.
+        subject: what it is about: the object to move, the drawer or door to open, the stove to turn on.
         target: where that belongs: another object, or a site of the model; empty for predicates of one argument.
     """
 
@@ -54,9 +57,15 @@ def read_goals(bddl_file: str | Path) -> tuple[Goal, ...]:
 
 
 def can_reach(goals: Iterable[Goal]) -> bool:
-    """Whether all goals are of the kinds that the expert can make true: it moves objects.
+    """Whether the expert has a skill for each goal.
+
+    The scene can still deny it, as by a handle too near to the table: ``ScriptedExpert.reset`` says so then.
 
     Args:
         goals: of a task.
+
+    Examples:
+        >>> can_reach([Goal("open", "drawer"), Goal("in", "bowl", "drawer")]), can_reach([Goal("up", "bowl")])
+        (True, False)
     """
-    return all(goal.predicate in ("on", "in") for goal in goals)
+    return all(goal.predicate in PREDICATES for goal in goals)
