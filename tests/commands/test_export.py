@@ -181,7 +181,7 @@ def test_nothing_is_overwritten_without_being_told(base: Path, run: tuple[Path, 
 def test_a_run_is_never_replaced(command: str, extra: str, base: Path, tmp_path: Path) -> None:
     out = tmp_path / "runs" / "a"
     out.mkdir(parents=True)
-    config = TrainConfig() if command == "train" else FinetuneConfig(tmp_path / "demos", out)
+    config = TrainConfig() if command == "train" else FinetuneConfig((tmp_path / "demos",), out)
     config.save(out / "config.json")
     if extra == "checkpoints":
         (out / "checkpoints").mkdir()

@@ -27,6 +27,7 @@ def test_a_resumed_run_keeps_its_options(runs: list[FinetuneConfig], tmp_path: P
         [
             "--dataset",
             "demos",
+            "more",
             "--run-dir",
             str(out),
             "--steps",
@@ -42,7 +43,7 @@ def test_a_resumed_run_keeps_its_options(runs: list[FinetuneConfig], tmp_path: P
     moved = out.rename(tmp_path / "moved")
     main(["--resume", "--run-dir", str(moved), "--actor-lr", "1e-4"])
     expected = {**vars(runs[0]), "run_dir": moved, "resume": True, "actor_lr": 1e-4}
-    assert runs[0].steps == 1600 and runs[0].dataset == Path("demos") and vars(runs[1]) == expected
+    assert runs[0].steps == 1600 and runs[0].dataset == (Path("demos"), Path("more")) and vars(runs[1]) == expected
 
 
 def test_resuming_what_is_no_run(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_a_fine_tuning_of_0_1_0_is_read_with_its_own_values(tmp_path: Path):
            "resume": False}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert FinetuneConfig.load(tmp_path / "config.json") == FinetuneConfig(
-        Path("demos"), Path("runs/tiny"), "random:tiny", steps=900, mini_batch_size=64, batch_size=16,
+        (Path("demos"),), Path("runs/tiny"), "random:tiny", steps=900, mini_batch_size=64, batch_size=16,
         gradient_checkpointing=1.0, actor_lr=1e-4, lr_warmup_steps=20,
     )  # fmt: skip
 
@@ -177,7 +177,7 @@ def test_a_fine_tuning_of_0_1_0_is_read_with_its_own_values(tmp_path: Path):
 CLASSES: list[tuple[type, dict[str, Any]]] = [
     (PPOConfig, {}),
     (OpenVLAActorConfig, {}),
-    (FinetuneConfig, {"dataset": "demos", "run_dir": "runs/a"}),
+    (FinetuneConfig, {"dataset": ["demos"], "run_dir": "runs/a"}),
     (EvaluateConfig, {"pretrained_checkpoint": "bundled:tiny"}),
     (DemosArguments, {"out": "demos"}),
 ]

@@ -22,7 +22,7 @@ from torchrl_vla.checkpoints.openvla_format import load_openvla, save_openvla
 from torchrl_vla.checkpoints.policy import load_policy
 from torchrl_vla.commands.finetune import main
 from torchrl_vla.config import FinetuneConfig, OpenVLAActorConfig
-from torchrl_vla.datasets import DemonstrationDataset, DemonstrationIndex, Episode, write_episode
+from torchrl_vla.datasets import DemonstrationDataset, DemonstrationIndex, DemonstrationMixture, Episode, write_episode
 from torchrl_vla.modules import ActionTokenizer, OpenVLA, build_tokenizer
 from torchrl_vla.modules.openvla.augmentation import ImageAugmentation
 from torchrl_vla.modules.openvla.image_pipeline import center_crop_resize, lanczos3_resize, normalize
@@ -35,7 +35,6 @@ from torchrl_vla.training.optimizer_step import TrainingDiverged
 
 SUITE = "libero_spatial"
 INSTRUCTIONS = {0: "push left", 3: "push the bowl right"}  # prompts of two lengths
-BRIGHTNESS = {0: 10, 3: 180}
 
 
 @pytest.fixture(autouse=True)
@@ -50,17 +49,24 @@ def one_thread():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two tasks: dark frames and moves to one side, bright frames and moves to the other."""
-    folder = tmp_path_factory.mktemp("data")
-    index = DemonstrationIndex(SUITE, INSTRUCTIONS)
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def make_data(
+    folder: Path, suite: str = SUITE, instructions: dict[int, str] = INSTRUCTIONS, scale: float = 1.0
+) -> Path:
+    """Demonstrations of two tasks, actions as large as `scale`."""
+    index = DemonstrationIndex(suite, instructions)
     generator = torch.Generator().manual_seed(0)
-    for task_id, instruction in INSTRUCTIONS.items():
+    for task_id, instruction in instructions.items():
         for number in range(3):
             steps = 6
             action = torch.full((steps, 7), 0.5 if task_id else -0.5)
             action[:, 1] = torch.rand(steps, generator=generator)  # cannot be told from the frames
+            action[:, :6] *= scale
             action[:, 6] = action[:, 6].sign()
             frames = torch.randint(0, 60, (steps, 32, 32, 3), generator=generator, dtype=torch.uint8)
-            images = {"image": [encode_jpeg(frame) for frame in (frames + BRIGHTNESS[task_id]).numpy()]}
+            images = {"image": [encode_jpeg(frame) for frame in (frames + (180 if task_id else 10)).numpy()]}
             state = torch.rand(steps, 8, generator=generator)
             name = index.episode_name(task_id, number)
             write_episode(
@@ -89,7 +95,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(data: Path, start: Path, tmp_path: Path) -> FinetuneConfig:
     return FinetuneConfig(
-        data,
+        (data,),
         tmp_path / "run",
         pretrained_checkpoint=str(start),
         steps=60,
@@ -108,9 +114,9 @@ def rows(config: FinetuneConfig) -> list[dict[str, float]]:
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(stream)]
 
 
-def decide(folder: Path, episode: TensorDict) -> torch.Tensor:
+def decide(folder: Path, episode: TensorDict, suite: str = SUITE) -> torch.Tensor:
     """What a policy's folder says, greedily, to an episode's observations: [T, K, 7]."""
-    policy = load_policy(OpenVLAActorConfig(str(folder)), task_suite=SUITE, temperature=0.0, trainable=False)
+    policy = load_policy(OpenVLAActorConfig(str(folder)), task_suite=suite, temperature=0.0, trainable=False)
     observation = TensorDict({"image": decode(episode), "state": episode["state"].clone()}, [len(episode["state"])])
     batch = TensorDict({"observation": observation}, observation.batch_size)
     batch["language_instruction"] = episode["instruction"]
@@ -138,7 +144,7 @@ def test_what_learns_is_float32_on_any_device(
 ):
     """As on a GPU, where a 7B model's frozen weights stay as they are stored."""
     config = replace(config, pretrained_checkpoint="random:7b", **options)
-    policy = load_student(config, DemonstrationDataset(data), torch.device("meta"))
+    policy = load_student(config, DemonstrationMixture([data]), torch.device("meta"))
     assert policy.model.dtype == weights
     assert {p.dtype for p in policy.model.parameters() if p.requires_grad} == {torch.float32}
 
@@ -153,6 +159,20 @@ def test_a_policy_learns_to_imitate(config: FinetuneConfig, data: Path):
         episode = DemonstrationDataset(data).episodes[name]
         wrong = (decide(folder, episode) - episode["action"][0]).abs()[..., [0, 2, 3, 4, 5, 6]] > 0.01
         assert wrong.float().mean() < 0.15
+
+
+def test_one_policy_learns_two_suites_each_in_its_own_units(config: FinetuneConfig, data: Path, tmp_path: Path):
+    """Task 0 of one suite is not task 0 of the other, and a tenth of an action is the whole of it there."""
+    gentle = {0: "push the bowl right", 1: "push left"}
+    other = make_data(tmp_path / "other", "libero_goal", gentle, scale=0.1)
+    folder = finetune(replace(config, dataset=(data, other), actor_lr=5e-3, steps=150))
+    assert read_architecture(folder).dataset_statistics == DemonstrationMixture([data, other]).statistics
+    for suite, path, names in ((SUITE, data, ("000002", "030002")), ("libero_goal", other, ("000002", "010002"))):
+        for name in names:  # held out
+            episode = DemonstrationDataset(path).episodes[name]
+            expected = episode["action"][0]
+            wrong = (decide(folder, episode, suite) - expected).abs() > 0.02 * expected.abs()
+            assert wrong[..., [0, 2, 3, 4, 5, 6]].float().mean() < 0.15
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero_by_a_cosine(
@@ -289,13 +309,14 @@ def test_micro_batches_add_up_to_their_batch(config: FinetuneConfig, tmp_path: P
 
 
 def test_inputs_are_what_evaluation_makes_of_the_same_observation(data: Path, start: Path):
-    dataset = DemonstrationDataset(data)
+    mixture = DemonstrationMixture([data])
+    dataset = mixture.datasets[SUITE]
     policy = load_student(
-        FinetuneConfig(data, Path("unused"), pretrained_checkpoint=str(start)), dataset, torch.device("cpu")
+        FinetuneConfig((data,), Path("unused"), pretrained_checkpoint=str(start)), mixture, torch.device("cpu")
     )
-    samples = load_samples(dataset, ["000000", "030000"], policy.model, policy.processor)
+    samples = load_samples(mixture, {SUITE: ["000000", "030000"]}, policy.model, policy.processor)
     inputs = InputBuilder(
-        policy.model, policy.processor, INSTRUCTIONS, augmentation=ImageAugmentation(), proprio_noise=0.01
+        policy.model, policy.processor, mixture.instructions, augmentation=ImageAugmentation(), proprio_noise=0.01
     )
     batch = inputs(samples, training=False)
     episodes = [dataset.episodes[name] for name in ("000000", "030000")]

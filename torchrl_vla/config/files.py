@@ -85,6 +85,7 @@ def convert_0_1_0(values: dict[str, Any]) -> dict[str, Any]:
     elif "learning_rate" in values:
         values = _renamed(values, _RENAMED_IN_FINETUNE)
         values["gradient_checkpointing"] = float(values["gradient_checkpointing"])
+        values["dataset"] = [values["dataset"]]
     return values
 
 

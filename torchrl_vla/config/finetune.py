@@ -27,7 +27,7 @@ class FinetuneConfig(SavedConfig):
         ValueError: a value is out of range, or two of them exclude each other.
 
     Examples:
-        >>> FinetuneConfig(Path("demos"), Path("runs/tiny")).steps
+        >>> FinetuneConfig((Path("demos"),), Path("runs/tiny")).steps
         3500
     """
 
@@ -39,8 +39,9 @@ class FinetuneConfig(SavedConfig):
 
     LARGEST: ClassVar[Mapping[str, int]] = {"lora_rank": 65_536, "lora_alpha": 1_000_000, "mini_batch_size": 1_000_000}
 
-    dataset: Path
-    """Folder of demonstrations, from `torchrl-vla demos`."""
+    dataset: tuple[Path, ...]
+    """Folders of demonstrations, from `torchrl-vla demos`: one, or several of different suites, which one policy then
+    learns together."""
     run_dir: Path
     """Folder for everything the run writes; the finished policy is its subfolder `policy`."""
     pretrained_checkpoint: Annotated[str, tyro.conf.arg(aliases=["--checkpoint"])] = "random:tiny"
@@ -127,6 +128,8 @@ class FinetuneConfig(SavedConfig):
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not self.dataset:
+            raise ValueError("dataset is empty: name at least one folder of demonstrations.")
         positive(
             self, "lora_rank", "lora_alpha", "episodes_per_task", "steps", "mini_batch_size", "batch_size", "actor_lr",
             "max_grad_norm", "log_interval", "val_interval", "save_interval",

@@ -113,7 +113,9 @@ def _words(hint: Any) -> str:
     if origin is list:
         return {int: "a list of whole numbers"}.get(arguments[0], "a list")
     if origin is tuple:
-        return "several whole numbers" if arguments[-1] is Ellipsis else f"{len(arguments)} whole numbers"
+        if arguments[-1] is Ellipsis:
+            return {Path: "a list of paths"}.get(arguments[0], "several whole numbers")
+        return f"{len(arguments)} whole numbers"
     names = {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path"}
     return "None" if hint is type(None) else names.get(hint, f"a {getattr(hint, '__name__', hint)}")
 

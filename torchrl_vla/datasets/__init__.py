@@ -13,12 +13,14 @@ from torchrl_vla.datasets.episodes import CorruptEpisodeError, Episode, read_epi
 
 if TYPE_CHECKING:
     from torchrl_vla.datasets.demonstrations import DemonstrationDataset, DemonstrationIndex
+    from torchrl_vla.datasets.mixture import DemonstrationMixture
     from torchrl_vla.datasets.statistics import compute_statistics
 
 __all__ = [
     "CorruptEpisodeError",
     "DemonstrationDataset",
     "DemonstrationIndex",
+    "DemonstrationMixture",
     "Episode",
     "compute_statistics",
     "read_episode",
@@ -28,6 +30,7 @@ __all__ = [
 _MODULES = {
     "DemonstrationDataset": "demonstrations",
     "DemonstrationIndex": "demonstrations",
+    "DemonstrationMixture": "mixture",
     "compute_statistics": "statistics",
 }
 

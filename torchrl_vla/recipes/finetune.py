@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from torchrl_vla.checkpoints.policy import Policy
 from torchrl_vla.config import FinetuneConfig
-from torchrl_vla.datasets import DemonstrationDataset
+from torchrl_vla.datasets import DemonstrationMixture
 from torchrl_vla.modules.openvla.augmentation import ImageAugmentation
 from torchrl_vla.objectives.sft import ActionL1Loss, TokenCrossEntropyLoss
 from torchrl_vla.training.devices import choose_device
@@ -242,22 +242,22 @@ def finetune(config: FinetuneConfig) -> Path:
     check_run_folder(config)
     device = choose_device(config.device)
     torch.manual_seed(config.seed)
-    dataset = DemonstrationDataset(config.dataset)
-    policy = load_student(config, dataset, device)
-    train, held_out = dataset.split(per_task=config.episodes_per_task, held_out=config.val_episodes_per_task)
+    data = DemonstrationMixture(config.dataset)
+    policy = load_student(config, data, device)
+    train, held_out = data.split(per_task=config.episodes_per_task, held_out=config.val_episodes_per_task)
     trainable = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
     tqdm.write(
-        f"{len(train)} demonstrations to learn from, {len(held_out)} held out; {trainable:,} parameters learn on "
-        f"{device} ({time.perf_counter() - began:.1f} s)"
+        f"{sum(map(len, train.values()))} demonstrations to learn from, {sum(map(len, held_out.values()))} held out; "
+        f"{trainable:,} parameters learn on {device} ({time.perf_counter() - began:.1f} s)"
     )
     started = time.perf_counter()
-    samples = load_samples(dataset, train, policy.model, policy.processor)
-    validation = load_samples(dataset, held_out, policy.model, policy.processor) if held_out else None
+    samples = load_samples(data, train, policy.model, policy.processor)
+    validation = load_samples(data, held_out, policy.model, policy.processor) if held_out else None
     tqdm.write(f"{len(samples):,} samples decoded, kept on {samples.device} ({time.perf_counter() - started:.1f} s)")
     inputs = InputBuilder(
         policy.model,
         policy.processor,
-        dataset.instructions,
+        data.instructions,
         augmentation=ImageAugmentation(
             config.crop_area, config.brightness, config.contrast, config.saturation, config.hue
         ),
@@ -278,7 +278,7 @@ def finetune(config: FinetuneConfig) -> Path:
     tqdm.write(f"training took {time.perf_counter() - started:.1f} s")
     folder = config.run_dir / "policy"
     with trainer.average.swapped_in():
-        size = save_student(policy, folder, dataset.statistics)
+        size = save_student(policy, folder, data.statistics)
     logger.close()
     tqdm.write(
         f"Done in {time.perf_counter() - began:.1f} s. Policy: {folder} ({size / 2**20:.1f} MiB)   "

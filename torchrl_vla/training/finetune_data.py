@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import SamplerWithoutReplacement, TensorDictReplayBuffer, TensorStorage
 
-from torchrl_vla.datasets import DemonstrationDataset
+from torchrl_vla.datasets import DemonstrationMixture
 from torchrl_vla.modules import OpenVLAProcessor
 from torchrl_vla.modules.actor import IMAGE_KEYS
 from torchrl_vla.modules.openvla.augmentation import ImageAugmentation
@@ -21,29 +23,31 @@ _LARGEST_SHARE = 0.25
 
 
 def load_samples(
-    dataset: DemonstrationDataset, episodes: list[str], model: OpenVLA, processor: OpenVLAProcessor
+    data: DemonstrationMixture, episodes: Mapping[str, Sequence[str]], model: OpenVLA, processor: OpenVLAProcessor
 ) -> TensorDict:
     """Samples of some episodes at the network's image size, on its device if they fit there easily.
 
     Args:
-        dataset: the demonstrations.
-        episodes: names of the episodes.
+        data: the demonstrations.
+        episodes: names of the episodes, by suite.
         model: the network.
-        processor: of the network; holds the action tokenizer.
+        processor: of the network.
     """
     config = model.config
     keys = [key[1] for key in IMAGE_KEYS[: config.num_images]]
     storage = model.device
     if storage.type == "cuda":
-        frames = sum(len(dataset.episodes[name]["action"]) for name in episodes)
+        frames = sum(
+            len(data.datasets[suite].episodes[name]["action"]) for suite, names in episodes.items() for name in names
+        )
         needed = frames * len(keys) * 3 * config.image_size**2
         if needed > _LARGEST_SHARE * torch.cuda.mem_get_info(storage)[0]:
             storage = torch.device("cpu")
-    return dataset.samples(
-        processor.action_tokenizer,
+    return data.samples(
+        episodes,
+        n_bins=processor.action_tokenizer.n_bins,
         image_size=config.image_size,
         chunk_size=config.chunk_size,
-        episodes=episodes,
         image_keys=keys,
         device=model.device,
         storage_device=storage,
@@ -70,8 +74,8 @@ class InputBuilder:
 
     Args:
         model: the network.
-        processor: tokenizes instructions, normalises states and actions.
-        instructions: by task.
+        processor: tokenizes instructions.
+        instructions: those that the samples count in.
 
     Keyword Args:
         augmentation: of training images; held-out ones get evaluation's centre crop.
@@ -82,23 +86,20 @@ class InputBuilder:
         self,
         model: OpenVLA,
         processor: OpenVLAProcessor,
-        instructions: dict[int, str],
+        instructions: Sequence[str],
         *,
         augmentation: ImageAugmentation,
         proprio_noise: float,
     ) -> None:
         self.device = model.device
-        self.processor = processor
         self.augmentation = augmentation
         self.proprio_noise = proprio_noise
         self.image_keys = IMAGE_KEYS[: model.config.num_images]
         self.use_proprio = model.config.use_proprio
         # All prompts at once: every batch has the same shapes, so that a compiled network is compiled once.
-        ids, mask = processor.encode_instructions(list(instructions.values()))
+        ids, mask = processor.encode_instructions(list(instructions))
         self._prompts = ids.to(self.device)
         self._prompt_mask = None if mask is None else mask.to(self.device)
-        self._rows = torch.zeros(max(instructions) + 1, dtype=torch.int64, device=self.device)
-        self._rows[list(instructions)] = torch.arange(len(instructions), device=self.device)
 
     @property
     def in_keys(self) -> list[str]:
@@ -110,7 +111,7 @@ class InputBuilder:
         """Build a batch.
 
         Args:
-            samples: as :meth:`DemonstrationDataset.samples` gives them, [B].
+            samples: as :meth:`DemonstrationMixture.samples` gives them, [B].
             training: augment images and add noise to states.
 
         Returns:
@@ -120,12 +121,11 @@ class InputBuilder:
         samples = samples.to(self.device, non_blocking=True)
         images = [samples.get(key) for key in self.image_keys]
         images = [self.augmentation(frames) if training else center_crop_resize(frames) for frames in images]
-        rows = self._rows[samples["task_id"].squeeze(-1)]
-        actions = self.processor.action_tokenizer
+        rows = samples["instruction_id"]
         inputs = {
             "pixel_values": torch.cat([normalize(frames) for frames in images], dim=1),
             "input_ids": self._prompts[rows],
-            "vla_action": {"tokens": samples["vla_action", "tokens"], "chunk": actions.from_env(samples["action"])},
+            "vla_action": samples["vla_action"],
             "mask": samples["mask"],
         }
         if self._prompt_mask is not None:
@@ -135,7 +135,6 @@ class InputBuilder:
         return TensorDict(inputs, samples.batch_size)
 
     def _state(self, state: Tensor, training: bool) -> Tensor:
-        normalized = self.processor.action_tokenizer.normalize_proprio(state).float()
         if training and self.proprio_noise:
-            normalized = normalized + self.proprio_noise * torch.randn_like(normalized)
-        return normalized
+            return state + self.proprio_noise * torch.randn_like(state)
+        return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from torchrl_vla.checkpoints.policy import (
 )
 from torchrl_vla.checkpoints.trainable import weights_dtype
 from torchrl_vla.config import FinetuneConfig
-from torchrl_vla.datasets import DemonstrationDataset
+from torchrl_vla.datasets import DemonstrationMixture
 from torchrl_vla.modules import ActionTokenizer, OpenVLA, OpenVLAConfig, OpenVLAProcessor, load_tokenizer, make_actor
 from torchrl_vla.modules.heads import L1ActionHead
 from torchrl_vla.modules.openvla import add_lora, freeze_backbone
@@ -30,12 +31,12 @@ from torchrl_vla.modules.openvla import add_lora, freeze_backbone
 __all__ = ["load_student", "save_student"]
 
 
-def load_student(config: FinetuneConfig, dataset: DemonstrationDataset, device: torch.device) -> Policy:
+def load_student(config: FinetuneConfig, data: DemonstrationMixture, device: torch.device) -> Policy:
     """The policy to train, normalising by the data's statistics, its trainable parameters chosen.
 
     Args:
         config: says where it comes from and what of it learns.
-        dataset: the demonstrations.
+        data: the demonstrations.
         device: where it is put.
 
     Raises:
@@ -67,9 +68,9 @@ def load_student(config: FinetuneConfig, dataset: DemonstrationDataset, device: 
         model = load_openvla(checkpoint, dtype=choose_dtype(checkpoint.config), device=device)
         tokenizer = load_tokenizer(checkpoint.path)
         settings = read_image_settings(checkpoint.path)
-    if dataset.action_dim != model.config.action_dim:
+    if data.action_dim != model.config.action_dim:
         raise ValueError(
-            f"{dataset.folder} has actions of {dataset.action_dim} numbers, {config.pretrained_checkpoint} gives "
+            f"{data.folders}: actions have {data.action_dim} numbers, {config.pretrained_checkpoint} gives "
             f"{model.config.action_dim}: fine-tune a policy of that action dimension."
         )
     model.config = replace(
@@ -81,11 +82,13 @@ def load_student(config: FinetuneConfig, dataset: DemonstrationDataset, device: 
         model.action_head = _new_l1_head(model, config)
     _choose_parameters(model, config)
     model.config = replace(model.config, trained_for=config.objective)
+    # The first suite's statistics stand for all in this object; `save_student` writes those of every suite.
+    suite, statistics = next(iter(data.statistics.items()))
     actions = ActionTokenizer(
-        dataset.statistics, n_bins=model.config.n_action_bins, vocab_size=model.config.tokenizer_vocab_size
+        statistics, n_bins=model.config.n_action_bins, vocab_size=model.config.tokenizer_vocab_size
     )
     processor = OpenVLAProcessor(tokenizer, actions, image_size=model.config.image_size, **settings)
-    return Policy(model, processor, make_actor(model, processor).to(device), dataset.task_suite)
+    return Policy(model, processor, make_actor(model, processor).to(device), suite)
 
 
 def _new_l1_head(model: OpenVLA, config: FinetuneConfig) -> L1ActionHead:
@@ -110,18 +113,18 @@ def _choose_parameters(model: OpenVLA, config: FinetuneConfig) -> None:
         model.gradient_checkpointing_enable(config.gradient_checkpointing)
 
 
-def save_student(policy: Policy, folder: Path, statistics: dict[str, Any]) -> int:
+def save_student(policy: Policy, folder: Path, statistics: Mapping[str, Any]) -> int:
     """Write the policy's folder: weights in bf16 with adapters merged, tokenizer, and the data's full statistics.
 
     Args:
         policy: the policy.
         folder: where to write; an older policy there is replaced.
-        statistics: of the data.
+        statistics: of the data, by suite.
 
     Returns:
         Size of the folder in bytes.
     """
     policy.model.config = replace(policy.model.config, torch_dtype="bfloat16")
     # The tokenizer knows the percentiles alone; upstream's format has more.
-    save_policy(policy, folder, statistics={policy.statistics_key: statistics})
+    save_policy(policy, folder, statistics=statistics)
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
