@@ -109,7 +109,7 @@ class RecordedPass(BackwardPass):
         optimizer: over the parameters, which stay where they are.
         device: where the loss runs.
         prepare: does ahead what of the loss's forward needs the host, such as
-            :meth:`~torchrl_vla.modules.actor.OpenVLABackbone.prepare`.
+            :meth:`~torchrl_vla.modules.backbone.OpenVLABackbone.prepare`.
         recorder: records the rest.
     """
 
