@@ -57,7 +57,7 @@ class OpenVLAL1Actor(OpenVLABackbone):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Decide: forward, regress, to the env's units."""
-        normalized = self.model.predict_l1(self._run_model(tensordict).hidden_states).float()
+        normalized = self.model.predict_l1(self.run_model(tensordict).hidden_states).float()
         self.check_decision(tensordict, normalized.view(*tensordict.batch_size, *normalized.shape[1:]), "actions")
         action = self.action_tokenizer.to_env(normalized)
         action = action.view(*tensordict.batch_size, *action.shape[1:])

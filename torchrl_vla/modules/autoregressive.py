@@ -59,7 +59,7 @@ class OpenVLAAutoregressiveActor(OpenVLABackbone):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Decide: decode seven tokens, to the env's units."""
         greedy = exploration_type() in _GREEDY
-        inputs = self._read(tensordict)
+        inputs = self.read_inputs(tensordict)
         seed = tensordict.get(SEED_KEY, None)
         ids, logits = self.model.decode_autoregressively(
             inputs.pixel_values,

@@ -79,16 +79,16 @@ class OpenVLABackbone(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Run the network on every element of the batch."""
-        batch_size, output = tensordict.batch_size, self._run_model(tensordict)
+        batch_size, output = tensordict.batch_size, self.run_model(tensordict)
         logits, hidden = output.action_logits, output.hidden_states.float().mean(dim=1)
         tensordict.set(LOGITS_KEY, logits.view(*batch_size, *logits.shape[1:]))
         return tensordict.set(HIDDEN_KEY, hidden.view(*batch_size, *hidden.shape[1:]))
 
-    def _run_model(self, tensordict: TensorDictBase) -> OpenVLAOutput:
+    def run_model(self, tensordict: TensorDictBase) -> OpenVLAOutput:
         """The network's output, the batch's dimensions flattened to one."""
         prepared = tensordict.get(NETWORK_KEY, None)
         if prepared is None:
-            return self.model(*self._read(tensordict))
+            return self.model(*self.read_inputs(tensordict))
         network = prepared.reshape(-1)
         return self.model(*(network.get(name, None) for name in ProcessorOutput._fields))
 
@@ -103,13 +103,13 @@ class OpenVLABackbone(TensorDictModuleBase):
             made of.
         """
         self.model.refresh_adapters()
-        batch_size, inputs = tensordict.batch_size, self._read(tensordict)
+        batch_size, inputs = tensordict.batch_size, self.read_inputs(tensordict)
         prepared = tensordict.exclude(*self.in_keys).to(self.model.device, non_blocking=True)
         given = {name: value for name, value in inputs._asdict().items() if value is not None}
         network = {name: value.view(*batch_size, *value.shape[1:]) for name, value in given.items()}
         return prepared.set(NETWORK_KEY, TensorDict(network, batch_size))
 
-    def _read(self, tensordict: TensorDictBase) -> ProcessorOutput:
+    def read_inputs(self, tensordict: TensorDictBase) -> ProcessorOutput:
         """The network's inputs."""
         self.errors.raise_known()
         inputs = tensordict.select(*self.in_keys).reshape(-1)

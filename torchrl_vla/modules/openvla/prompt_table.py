@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,10 @@ class PromptTable:
         self.instructions = dict(sorted(instructions.items()))
         input_ids, attention_mask = processor.encode_instructions(list(self.instructions.values()))
         self._tables = {torch.device("cpu"): (torch.tensor(list(self.instructions)), input_ids, attention_mask)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        cpu = torch.device("cpu")
+        return self.__dict__ | {"_tables": {cpu: self._tables[cpu]}}  # another process has its own device
 
     def look_up(self, task_ids: Tensor, device: torch.device) -> Prompts:
         """Find prompts.

@@ -76,13 +76,15 @@ class AdapterCopier:
     """Makes the copies of adapters that are computed with.
 
     Args:
-        adapters: with copies; the tensors have to stay where they are.
+        adapters: with copies; made anew once a tensor lies elsewhere.
     """
 
     def __init__(self, adapters: Sequence[Adapters]) -> None:
         self._copies = [copy for one in adapters for copy in adapter_copies(one)]
         self._targets = [tensor for one in adapters for tensor in (one.down, one.extended) if tensor is not None]
         self._sources = [copy.source for copy in self._copies]
+        # Where a parameter is given other memory, the old is read once more before that is noticed.
+        self._memory = [source.data for source in self._sources]
         self._version = self._current_version()
         self._fused = _fuse(self._copies)
 
