@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
 from torchrl_vla.modules.openvla.linear import AdapterCopy
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # PyTorch for CPUs comes without
+    triton = tl = None
+
 _BLOCK = 4096
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@triton.jit
 def _copy_tile(table, scales, SOURCE: tl.constexpr, TARGET: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     tile = tl.program_id(0)
     row = table + tile * 6
@@ -32,18 +37,22 @@ def fuse_copies(copies: Sequence[AdapterCopy]) -> Callable[[], None] | None:
     """What makes all the copies by a launch per pair of dtypes.
 
     Args:
-        copies: on one GPU; the tensors have to stay where they are.
+        copies: they are made anew, by another call of this, once a tensor lies elsewhere.
 
     Returns:
-        None if the kernel cannot serve one of them: the source's rows are not side by side, or a dtype is another.
+        None if the kernel cannot serve all of them: there is no Triton, a tensor is not on a GPU or of another dtype,
+        or a source's numbers do not lie one after the other.
     """
+    if triton is None or not copies:
+        return None
     groups: dict[tuple[torch.dtype, torch.dtype], list[AdapterCopy]] = {}
     for copy in copies:
-        served = copy.source.dtype in _TYPES and copy.target.dtype in _TYPES and copy.source.is_contiguous()
-        if not served or copy.target.stride(1) != 1 or copy.source.numel() >= 2**31 - _BLOCK:
+        there = copy.source.is_cuda and copy.target.is_cuda and copy.source.is_contiguous()
+        served = copy.source.dtype in _DTYPES and copy.target.dtype in _DTYPES and copy.target.stride(1) == 1
+        if not there or not served or copy.source.numel() >= 2**31 - _BLOCK:
             return None
         groups.setdefault((copy.source.dtype, copy.target.dtype), []).append(copy)
-    launches = [_plan(group, _TYPES[source], _TYPES[target]) for (source, target), group in groups.items()]
+    launches = [_plan(group, source, target) for (source, target), group in groups.items()]
 
     def run() -> None:
         for launch in launches:
@@ -52,7 +61,12 @@ def fuse_copies(copies: Sequence[AdapterCopy]) -> Callable[[], None] | None:
     return run
 
 
-def _plan(copies: Sequence[AdapterCopy], source: tl.dtype, target: tl.dtype) -> Callable[[], None]:
+@functools.cache
+def _kernel() -> Any:
+    return triton.jit(_copy_tile)
+
+
+def _plan(copies: Sequence[AdapterCopy], source: torch.dtype, target: torch.dtype) -> Callable[[], None]:
     rows, scales = [], []
     for copy in copies:
         size, (_, columns) = copy.source.numel(), copy.source.shape
@@ -63,4 +77,6 @@ def _plan(copies: Sequence[AdapterCopy], source: tl.dtype, target: tl.dtype) -> 
     device = copies[0].target.device
     table = torch.tensor(rows, dtype=torch.int64).to(device)
     factors = torch.tensor(scales, dtype=torch.float32).to(device)
-    return lambda: _copy_tile[(len(rows),)](table, factors, source, target, _BLOCK)
+    # Triton's names are PyTorch's.
+    types = [getattr(tl, str(dtype).removeprefix("torch.")) for dtype in (source, target)]
+    return lambda: _kernel()[(len(rows),)](table, factors, *types, _BLOCK)

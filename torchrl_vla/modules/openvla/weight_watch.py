@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from torchrl_vla.modules.openvla.linear import AdapterCopy, Adapters, adapter_copies
+from torchrl_vla.modules.openvla.adapter_kernel import fuse_copies
+from torchrl_vla.modules.openvla.linear import Adapters, adapter_copies
 
 _get_version = operator.attrgetter("_version")
 
@@ -86,7 +86,7 @@ class AdapterCopier:
         # Where a parameter is given other memory, the old is read once more before that is noticed.
         self._memory = [source.data for source in self._sources]
         self._version = self._current_version()
-        self._fused = _fuse(self._copies)
+        self._fused = fuse_copies(self._copies)
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -105,12 +105,3 @@ class AdapterCopier:
 
     def _current_version(self) -> int:
         return sum(map(_get_version, self._sources))
-
-
-def _fuse(copies: Sequence[AdapterCopy]) -> Callable[[], None] | None:
-    """All copies by one kernel, where there is Triton and what it serves."""
-    if not copies or any(not tensor.is_cuda for copy in copies for tensor in copy[:2]) or not find_spec("triton"):
-        return None
-    from torchrl_vla.modules.openvla.adapter_kernel import fuse_copies
-
-    return fuse_copies(copies)
