@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torchrl.weight_update import WeightStrategy
 
+from torchrl_vla.checkpoints.adapters import load_adapter, save_adapter
 from torchrl_vla.modules.openvla import OpenVLA
 from torchrl_vla.modules.openvla.graphs import ForwardGraphs, GraphRecorder
-from torchrl_vla.modules.openvla.lora import add_lora, load_adapter, merge_lora, save_adapter, without_adapters
+from torchrl_vla.modules.openvla.lora import add_lora, merge_lora, without_adapters
 
 Write = Callable[[OpenVLA, OpenVLA], object]
 
