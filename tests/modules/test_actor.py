@@ -14,12 +14,15 @@ from torchrl.objectives.value import GAE
 
 from torchrl_vla.modules import (
     ActionTokenizer,
+    NonFiniteError,
+    OpenVLA,
     OpenVLAActor,
     OpenVLAProcessor,
     TokenCategorical,
     ValueHead,
     build_tokenizer,
     make_actor,
+    make_l1_actor,
     make_value_operator,
 )
 
@@ -274,24 +277,114 @@ def test_reinforce_on_whole_chunks_by_hand() -> None:
     assert _actor(log_prob_level="action")(_observations(4))[LOG_PROBS].shape == (4, 2)
 
 
-def test_value_operator_and_gae() -> None:
+def _episodes(actor: OpenVLAActor, operator: torch.nn.Module) -> tuple[TensorDict, torch.Tensor]:
+    """Two episodes of three decisions, the first ending in success, and the values of their four observations."""
+    episode = _observations(2, 4)
+    values = operator(episode.copy())["state_value"].detach()
+    data = episode[:, :3].clone()
+    data["next"] = episode[:, 1:].clone()
+    data["next", "reward"] = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])[..., None]
+    data["next", "done"] = torch.tensor([[False, False, True]] * 2)[..., None]
+    data["next", "terminated"] = torch.tensor([[False, False, True], [False] * 3])[..., None]
+    return data, values
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("options", [{}, {"deactivate_vmap": True}, {"shifted": True}], ids=str)
+def test_stock_gae_with_the_value_operator(options: dict, accelerated: bool) -> None:
+    """As it comes, by vmap over observations and following ones; against the recursion by hand."""
     actor = _actor(instructions=dict(enumerate(TASKS)))
     operator = make_value_operator(actor, ValueHead(64, (16, 8)))
     assert isinstance(operator[-1], ValueOperator) and operator[-1].in_keys == [("vla_action", "hidden")]
     assert operator[0] is actor.backbone
-    episode = _observations(2, 4)
-    data, following = episode[:, :3].clone(), episode[:, 1:].clone()
-    values = operator(data.copy())
-    assert values["state_value"].shape == (2, 3, 1) and "vla_action" not in values.keys()
-    data["next"] = following
-    data["next", "reward"] = torch.zeros(2, 3, 1)
-    data["next", "reward"][:, 2] = 1.0
-    data["next", "done"] = torch.zeros(2, 3, 1, dtype=torch.bool)
-    data["next", "done"][:, 2] = True
-    data["next", "terminated"] = data["next", "done"].clone()
-    GAE(gamma=1.0, lmbda=1.0, value_network=operator, deactivate_vmap=True)(data)
-    # gamma = lambda = 1: the advantage is the return, 1 at every step, minus the value.
-    torch.testing.assert_close(data["advantage"], 1 - values["state_value"], atol=1e-5, rtol=0)
+    data, values = _episodes(actor, operator)
+    assert values.shape == (2, 4, 1) and values.std() > 1e-3
+    if accelerated:
+        actor.backbone.model.accelerate(compile_layers=False)
+    gamma, lmbda = 0.9, 0.8
+    advantage, following = torch.zeros(2, 3, 1), torch.zeros(2, 1)
+    for step in (2, 1, 0):
+        goes_on = ~data["next", "terminated"][:, step]
+        delta = data["next", "reward"][:, step] + gamma * values[:, step + 1] * goes_on - values[:, step]
+        following = delta + gamma * lmbda * following * ~data["next", "done"][:, step]
+        advantage[:, step] = following
+    GAE(gamma=gamma, lmbda=lmbda, value_network=operator, **options)(data)
+    torch.testing.assert_close(data["advantage"], advantage, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(data["value_target"], advantage + values[:, :3], atol=1e-5, rtol=1e-4)
+    # The policy is as it was, and learns.
+    actor.get_dist(_observations(2)).log_probs.sum().backward()
+    assert all(p.requires_grad for p in actor.parameters())
+
+
+def test_values_under_vmap_over_parameters_and_observations() -> None:
+    """As a loss with target parameters estimates values; the gradient is the plain network's."""
+    actor = _actor(instructions=dict(enumerate(TASKS)))
+    operator = make_value_operator(actor, ValueHead(64, (16, 8)))
+    data = _observations(2, 3).exclude("language_instruction")
+    weight, gradients = actor.backbone.model.projector.fc1.weight, []
+    for values in (torch.vmap(lambda data: operator(data)["state_value"])(data.copy()), operator(data)["state_value"]):
+        gradients += torch.autograd.grad(values.sum(), weight)
+    assert gradients[0].any()
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-3)
+
+    def value(params: TensorDict, data: TensorDict) -> torch.Tensor:
+        with params.to_module(operator):
+            return operator(data)["state_value"]
+
+    params = TensorDict.from_module(operator).data
+    both = torch.stack([params, params.apply(lambda x: x * 1.1 if x.is_floating_point() else x)])
+    found = torch.vmap(value, (0, None))(both, data.copy())
+    assert (found[0] - found[1]).abs().max() > 1e-3
+    for index in range(2):
+        torch.testing.assert_close(found[index], value(both[index], data.copy()), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("reads_ids", [False, True])
+def test_a_weight_that_is_not_finite_is_refused(reads_ids: bool, greedy: bool, number: float) -> None:
+    actor = _actor(instructions=dict(enumerate(TASKS)) if reads_ids else None)
+    with torch.no_grad():
+        actor.backbone.model.language_model.model.norm.weight[3] = number
+    kind = ExplorationType.DETERMINISTIC if greedy else ExplorationType.RANDOM
+    with set_exploration_type(kind), pytest.raises(NonFiniteError) as error:
+        actor(_observations(2, 3))
+    text = str(error.value)
+    assert "the policy's logits are not finite in 6 of 6 decisions" in text and TASKS[0] in text and TASKS[1] in text
+    assert "its state was finite" in text and ("task_id 0" in text) == reads_ids
+
+
+def test_the_task_whose_logits_are_not_finite_is_named() -> None:
+    """A token that the other task's prompt has not."""
+    actor = _actor(instructions=dict(enumerate(TASKS)))
+    word = actor.backbone.processor.tokenizer.convert_tokens_to_ids("bowl")
+    with torch.no_grad():
+        actor.backbone.model.language_model.model.embed_tokens.weight[word] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"in 2 of 5 decisions \(task_id 1, 'put the black bowl"):
+        actor(_observations(5))
+    actor(_observations(5)[::2])
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_a_state_that_is_not_finite_is_refused_by_name(number: float) -> None:
+    actor = _actor(instructions=dict(enumerate(TASKS)))
+    data = _observations(2, 3)
+    data["observation", "state"][1, 0, 4] = number
+    for call in (actor, actor.get_dist, make_value_operator(actor, ValueHead(64))):
+        with pytest.raises(NonFiniteError, match=r"observation.state is not finite in 1 of 6 .*decision 3 \(task_id 1"):
+            call(data.copy())
+
+
+def test_an_l1_action_that_is_not_finite_is_refused() -> None:
+    config = small_openvla_config()
+    model = OpenVLA(config, use_l1_head=True)
+    tokenizer = build_tokenizer(TASKS, vocab_size=config.tokenizer_vocab_size)
+    actor = make_l1_actor(model, OpenVLAProcessor(tokenizer, ActionTokenizer(), image_size=28, backend="fast"))
+    assert actor(_observations(2))["action"].isfinite().all()
+    with torch.no_grad():
+        model.action_head.model.fc2.bias[2] = float("nan")
+    with pytest.raises(NonFiniteError, match="the policy's actions are not finite in 2 of 2 decisions"):
+        actor(_observations(2))
 
 
 def test_hidden_state_is_the_mean_over_the_action_rows() -> None:

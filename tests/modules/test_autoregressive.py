@@ -15,6 +15,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl_vla.checkpoints.openvla_format import load_openvla
 from torchrl_vla.modules import (
     ActionTokenizer,
+    NonFiniteError,
     OpenVLAAutoregressiveActor,
     OpenVLAProcessor,
     build_tokenizer,
@@ -121,6 +122,15 @@ def test_a_token_that_is_no_action_becomes_the_nearest_one(rows: tuple[int, int]
         assert (actor(observations(6))[TOKENS] == bin_).all()
     # Sampling takes action tokens alone: here each of them is as likely as the others.
     assert len(actor(observations(6))[TOKENS].unique()) > 20
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_refused(temperature: float) -> None:
+    actor = small_actor(temperature=temperature)
+    with torch.no_grad():
+        actor.model.language_model.lm_head.weight[7, 3] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"the policy's logits are not finite in 3 of 3 decisions \(task_id 4"):
+        actor(observations(3))
 
 
 def test_what_does_not_fit_is_told() -> None:

@@ -164,6 +164,25 @@ def test_copies_of_the_adapters_follow_before_a_replay() -> None:
     assert all(torch.equal(c.down[: len(c.downs[0])], c.downs[0]) for c in copies)
 
 
+def test_weights_that_lie_elsewhere_are_recorded_again() -> None:
+    """A recording reads and updates the memory that they had."""
+    found: list[list[Tensor]] = []
+    for recorded in (True, False):
+        a_pass, actor = make_pass(recorded=recorded)
+        data = make_decisions(actor)
+        accumulate(a_pass, data, 4)
+        before = list(a_pass._recordings.values()) if recorded else []
+        for parameter in actor.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data * 1.5
+        accumulate(a_pass, data, 4)
+        found.append(gradients(a_pass))
+        if recorded:
+            assert len(before) == len(a_pass._recordings) == 1
+            assert before[0] is not next(iter(a_pass._recordings.values()))
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-4)
+
+
 def test_few_shapes_stay_recorded() -> None:
     a_pass, actor = make_pass(recorded=True)
     recorder, data = a_pass._recorder, make_decisions(actor)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from torchrl_vla.bench.measurements import Report
 from torchrl_vla.checkpoints.policy import GRAPH_BATCH_SIZE, Policy, build_policy
 from torchrl_vla.config import PPOConfig
+from torchrl_vla.modules import make_actor
 from torchrl_vla.modules.openvla.lora import add_lora
 from torchrl_vla.objectives import AsymmetricClipPPOLoss
 from torchrl_vla.recipes.grpo import make_buffer, update
@@ -61,9 +62,9 @@ class Bench:
         """
         torch.manual_seed(0)
         began = time.perf_counter()
-        instructions = {0: ""}
-        policy = build_policy(self.model_name, temperature=1.6, device=self.device, instructions=instructions)
-        instructions[0] = _instruction_of(policy, _PROMPT_TOKENS)
+        policy = build_policy(self.model_name, temperature=1.6, device=self.device)
+        instructions = {0: _instruction_of(policy, _PROMPT_TOKENS)}
+        policy.actor = make_actor(policy.model, policy.processor, temperature=1.6, instructions=instructions).eval()
         add_lora(policy.model, rank=32, alpha=16)
         with torch.no_grad():
             for name, parameter in policy.model.named_parameters():

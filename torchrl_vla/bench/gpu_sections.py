@@ -67,8 +67,8 @@ def measure_floor(bench: Bench) -> None:
 def peft_layers() -> Iterator[None]:
     """Adapted layers run through peft's own modules, none fused."""
     kept = blocks.read_linear, blocks.read_group, vision.read_linear
-    blocks.read_linear = vision.read_linear = lambda module: module  # type: ignore[assignment]
-    blocks.read_group = tuple  # type: ignore[assignment]
+    blocks.read_linear = vision.read_linear = lambda module, fused=False: module  # type: ignore[assignment,misc]
+    blocks.read_group = lambda modules, fused: tuple(modules)  # type: ignore[assignment,misc]
     try:
         yield
     finally:

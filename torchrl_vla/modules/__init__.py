@@ -3,6 +3,7 @@
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
 from torchrl_vla.modules.actor import OpenVLAActor, OpenVLAL1Actor, make_actor, make_l1_actor, make_value_operator
 from torchrl_vla.modules.autoregressive import OpenVLAAutoregressiveActor, make_autoregressive_actor
+from torchrl_vla.modules.deferred import NonFiniteError
 from torchrl_vla.modules.distributions import TokenCategorical
 from torchrl_vla.modules.heads import L1ActionHead, ProprioProjector, ValueHead
 from torchrl_vla.modules.openvla.architecture import OpenVLAConfig
@@ -13,6 +14,7 @@ from torchrl_vla.modules.openvla.tokenizer import build_tokenizer, load_tokenize
 __all__ = [
     "ActionTokenizer",
     "L1ActionHead",
+    "NonFiniteError",
     "OpenVLA",
     "OpenVLAActor",
     "OpenVLAAutoregressiveActor",

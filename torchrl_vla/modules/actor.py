@@ -2,132 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
-from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase, TensorDictSequential
-from torch import nn
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictSequential
+from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType
 from torchrl.modules import ProbabilisticActor, SafeProbabilisticModule, ValueOperator
 from torchrl.modules.tensordict_module.probabilistic import SafeProbabilisticTensorDictSequential
 
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
+from torchrl_vla.modules.backbone import (
+    ACTION_KEY,
+    HIDDEN_KEY,
+    LOG_PROBS_KEY,
+    LOGITS_KEY,
+    TOKENS_KEY,
+    OpenVLABackbone,
+)
 from torchrl_vla.modules.distributions import SEED_KEY, TokenCategorical, check_temperature
-from torchrl_vla.modules.openvla.model import OpenVLA, OpenVLAOutput
-from torchrl_vla.modules.openvla.processor import OpenVLAProcessor, ProcessorOutput
-
-IMAGE_KEYS: tuple[NestedKey, ...] = (("observation", "image"), ("observation", "wrist_image"))
-STATE_KEY: NestedKey = ("observation", "state")
-INSTRUCTION_KEY: NestedKey = "language_instruction"
-TOKENS_KEY: NestedKey = ("vla_action", "tokens")
-LOG_PROBS_KEY: NestedKey = ("vla_action", "log_probs")
-LOGITS_KEY: NestedKey = ("vla_action", "logits")
-HIDDEN_KEY: NestedKey = ("vla_action", "hidden")
-ACTION_KEY: NestedKey = "action"
-TASK_KEY: NestedKey = "task_id"
-#: What the network reads, as :class:`ProcessorOutput` names it, where it was made before the forward.
-NETWORK_KEY: NestedKey = "network"
+from torchrl_vla.modules.openvla.model import OpenVLA
+from torchrl_vla.modules.openvla.processor import OpenVLAProcessor
 
 LogProbLevel = Literal["token", "action", "chunk"]
-
-
-class OpenVLABackbone(TensorDictModuleBase):
-    """Observations to token logits and the pooled hidden state; one forward for rollout, update and value.
-
-    Reads ``("observation", "image")`` uint8 ``[*B, 3, H, W]``, the wrist image and the state where the model takes
-    them, and ``"language_instruction"`` (or ``"task_id"`` int64 ``[*B, 1]``). Writes ``("vla_action", "logits")``
-    float32 ``[*B, K, 7, 256]`` and ``("vla_action", "hidden")`` float32 ``[*B, D]``, the mean over the action rows
-    after the final norm.
-
-    Args:
-        model: the network.
-        processor: makes its inputs.
-        instructions: instruction of each task id, if task ids are to be read and not strings.
-
-    Raises:
-        ValueError: if the processor's image size or tokenizer do not fit the model; when called, if a task id has no
-            instruction.
-    """
-
-    def __init__(
-        self, model: OpenVLA, processor: OpenVLAProcessor, instructions: Mapping[int, str] | None = None
-    ) -> None:
-        super().__init__()
-        config = model.config
-        if processor.images.image_size != config.image_size:
-            raise ValueError(
-                f"The processor makes images of {processor.images.image_size} pixels, the model takes "
-                f"{config.image_size}; build the processor with image_size={config.image_size}."
-            )
-        if processor.empty_token_id != config.empty_token_id:
-            raise ValueError(
-                f"The tokenizer ends prompts with token {processor.empty_token_id}, the model expects "
-                f"{config.empty_token_id} there; use the tokenizer of the model's checkpoint."
-            )
-        if config.num_images > len(IMAGE_KEYS):
-            raise ValueError(
-                f"The model takes {config.num_images} images, observations have {len(IMAGE_KEYS)} at most."
-            )
-        self.model = model
-        self.processor = processor
-        self.instructions = instructions
-        self.image_keys = list(IMAGE_KEYS[: config.num_images])
-        task_key = INSTRUCTION_KEY if instructions is None else TASK_KEY
-        self.in_keys = [*self.image_keys, *([STATE_KEY] if config.use_proprio else []), task_key]
-        self.out_keys = [LOGITS_KEY, HIDDEN_KEY]
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Run the network on every element of the batch."""
-        batch_size, output = tensordict.batch_size, self._run_model(tensordict)
-        logits, hidden = output.action_logits, output.hidden_states.float().mean(dim=1)
-        tensordict.set(LOGITS_KEY, logits.view(*batch_size, *logits.shape[1:]))
-        return tensordict.set(HIDDEN_KEY, hidden.view(*batch_size, *hidden.shape[1:]))
-
-    def _run_model(self, tensordict: TensorDictBase) -> OpenVLAOutput:
-        """The network's output, the batch's dimensions flattened to one."""
-        prepared = tensordict.get(NETWORK_KEY, None)
-        if prepared is None:
-            return self.model(*self._read(tensordict))
-        network = prepared.reshape(-1)
-        return self.model(*(network.get(name, None) for name in ProcessorOutput._fields))
-
-    def prepare(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Do ahead whatever of a forward needs the host: the rest of it can be recorded and replayed.
-
-        Args:
-            tensordict: what :meth:`forward` reads, and anything else.
-
-        Returns:
-            A batch on the network's device that :meth:`forward` takes, the network's inputs in place of what they were
-            made of.
-        """
-        self.model.refresh_adapters()
-        batch_size, inputs = tensordict.batch_size, self._read(tensordict)
-        prepared = tensordict.exclude(*self.in_keys).to(self.model.device, non_blocking=True)
-        given = {name: value for name, value in inputs._asdict().items() if value is not None}
-        network = {name: value.view(*batch_size, *value.shape[1:]) for name, value in given.items()}
-        return prepared.set(NETWORK_KEY, TensorDict(network, batch_size))
-
-    def _read(self, tensordict: TensorDictBase) -> ProcessorOutput:
-        """The network's inputs."""
-        inputs = tensordict.select(*self.in_keys).reshape(-1)
-        return self.processor(
-            [inputs.get(key) for key in self.image_keys],
-            self._read_instructions(inputs),
-            inputs.get(STATE_KEY) if self.model.config.use_proprio else None,
-            device=self.model.device,
-        )
-
-    def _read_instructions(self, inputs: TensorDictBase) -> list[str]:
-        if self.instructions is None:
-            text = inputs[INSTRUCTION_KEY]
-            return [text] * len(inputs) if isinstance(text, str) else list(text)
-        task_ids = inputs[TASK_KEY].flatten().tolist()
-        unknown = sorted(set(task_ids) - set(self.instructions))
-        if unknown:
-            raise ValueError(f"task_id {unknown} have no instruction; instructions has {sorted(self.instructions)}.")
-        return [self.instructions[task_id] for task_id in task_ids]
 
 
 class OpenVLAL1Actor(OpenVLABackbone):
@@ -159,7 +57,8 @@ class OpenVLAL1Actor(OpenVLABackbone):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Decide: forward, regress, to the env's units."""
-        normalized = self.model.predict_l1(self._run_model(tensordict).hidden_states).float()
+        normalized = self.model.predict_l1(self.run_model(tensordict).hidden_states).float()
+        self.check_decision(tensordict, normalized.view(*tensordict.batch_size, *normalized.shape[1:]), "actions")
         action = self.action_tokenizer.to_env(normalized)
         action = action.view(*tensordict.batch_size, *action.shape[1:])
         return tensordict.set(ACTION_KEY, action.squeeze(-2) if self.model.config.chunk_size == 1 else action)
@@ -176,10 +75,18 @@ class ActionTokenSampler(SafeProbabilisticModule):
         chunk_size: control steps ``K`` of an action; with 1 the action is ``[*B, 7]``.
         temperature: of the sampling; 0 is greedy.
         log_prob_level: what one log-probability covers.
+        check: is shown a batch [*B], the logits and their name, and refuses what is not finite, as
+            :meth:`~torchrl_vla.modules.backbone.OpenVLABackbone.check_decision` does; None leaves that out.
     """
 
     def __init__(
-        self, action_tokenizer: ActionTokenizer, *, chunk_size: int, temperature: float, log_prob_level: LogProbLevel
+        self,
+        action_tokenizer: ActionTokenizer,
+        *,
+        chunk_size: int,
+        temperature: float,
+        log_prob_level: LogProbLevel,
+        check: Callable[[TensorDictBase, Tensor, str], None] | None = None,
     ) -> None:
         super().__init__(
             in_keys=[LOGITS_KEY],
@@ -195,6 +102,7 @@ class ActionTokenSampler(SafeProbabilisticModule):
         )
         self.action_tokenizer = action_tokenizer
         self.chunk_size = chunk_size
+        self.check = check
 
     @property
     def out_keys(self) -> list[NestedKey]:
@@ -211,6 +119,12 @@ class ActionTokenSampler(SafeProbabilisticModule):
         self, tensordict: TensorDictBase, tensordict_out: TensorDictBase | None = None, _requires_sample: bool = True
     ) -> TensorDictBase:
         """Sample, score and decode."""
+        logits = tensordict.get(LOGITS_KEY)
+        if self.check is not None:
+            self.check(tensordict, logits, "logits")
+        if logits.is_cuda:
+            # The check has not answered yet, and a draw from NaN is an index out of bounds, which ends the process.
+            tensordict.set(LOGITS_KEY, logits.nan_to_num())
         tensordict_out = super().forward(tensordict, tensordict_out, _requires_sample=_requires_sample)
         action = self.action_tokenizer.bins_to_env(tensordict_out.get(TOKENS_KEY))
         return tensordict_out.set(ACTION_KEY, action.squeeze(-2) if self.chunk_size == 1 else action)
@@ -279,11 +193,14 @@ def make_actor(
         log_prob_level: what one log-probability covers: a ``"token"``, the 7 tokens of an ``"action"`` (``[*B, K]``)
             or the whole ``"chunk"`` (``[*B]``, as stock losses without a notion of tokens want it: A2C, REINFORCE).
         instructions: instruction of each task id. Given these, the actor reads ``"task_id"`` int64 ``[*B, 1]`` in
-            place of ``"language_instruction"``: cheaper between processes, and what TorchRL's GAE can work with.
+            place of ``"language_instruction"``: cheaper between processes, and what TorchRL's GAE can work with. Give
+            those of the tasks that are run and no others: all prompts are padded to the longest.
 
     Raises:
-        ValueError: if the temperature is negative, the level unknown, or processor, tokenizer and model do not fit
-            each other.
+        ValueError: if the temperature is negative, the level unknown, two instructions have one prompt, or processor,
+            tokenizer and model do not fit each other; when called, if a task id has no instruction.
+        NonFiniteError: when called, if a state or the network's logits are NaN or infinite; on a GPU by the next call,
+            or by ``actor.backbone.raise_errors()``.
 
     Examples:
         >>> import torch
@@ -305,10 +222,15 @@ def make_actor(
         raise ValueError(
             f"The action tokenizer has {tokenizer.n_bins} bins, the model {model.config.n_action_bins} action tokens."
         )
+    backbone = OpenVLABackbone(model, processor, instructions)
     sampler = ActionTokenSampler(
-        tokenizer, chunk_size=model.config.chunk_size, temperature=temperature, log_prob_level=log_prob_level
+        tokenizer,
+        chunk_size=model.config.chunk_size,
+        temperature=temperature,
+        log_prob_level=log_prob_level,
+        check=backbone.check_decision,
     )
-    return OpenVLAActor(OpenVLABackbone(model, processor, instructions), sampler)
+    return OpenVLAActor(backbone, sampler)
 
 
 def make_l1_actor(
@@ -344,7 +266,8 @@ def make_value_operator(actor: OpenVLAActor, value_head: nn.Module) -> TensorDic
     It runs the network and the head, and writes ``"state_value"`` float32 ``[*B, 1]``. Its last element reads the
     hidden state alone, which ``ClipPPOLoss`` and ``ReinforceLoss`` have after ``get_dist``: pass ``operator`` to
     ``GAE`` and ``operator[-1]`` to the loss, and the update runs the network once (``A2CLoss`` wants ``operator``).
-    ``GAE`` needs ``deactivate_vmap=True`` and an actor that reads task ids: strings it cannot handle.
+    ``GAE`` needs an actor that reads task ids (``instructions`` of :func:`make_actor`): strings it cannot handle.
+    ``deactivate_vmap=True`` gives the same values faster where the model is accelerated, which ``vmap`` cannot use.
 
     Args:
         actor: the policy whose network to share.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tensordict import TensorDictBase
 from torchrl.envs.utils import ExplorationType, exploration_type
 
-from torchrl_vla.modules.actor import ACTION_KEY, TOKENS_KEY, OpenVLABackbone
+from torchrl_vla.modules.backbone import ACTION_KEY, TOKENS_KEY, OpenVLABackbone
 from torchrl_vla.modules.distributions import SEED_KEY, check_temperature, seeded_uniforms
 from torchrl_vla.modules.openvla.model import OpenVLA
 from torchrl_vla.modules.openvla.processor import OpenVLAProcessor
@@ -18,7 +18,7 @@ _GREEDY = (ExplorationType.DETERMINISTIC, ExplorationType.MODE, ExplorationType.
 class OpenVLAAutoregressiveActor(OpenVLABackbone):
     """A policy that decodes one control step as base OpenVLA does; it keeps no probabilities, so it is for evaluation.
 
-    Reads what :class:`~torchrl_vla.modules.actor.OpenVLABackbone` reads, writes ``("vla_action", "tokens")`` int64
+    Reads what :class:`~torchrl_vla.modules.backbone.OpenVLABackbone` reads, writes ``("vla_action", "tokens")`` int64
     ``[*B, 1, 7]`` (bins in token-id order) and ``"action"`` float32 ``[*B, 7]`` in the env's units, so for an
     environment with ``chunk_size=1``. Made by :func:`make_autoregressive_actor`.
 
@@ -59,15 +59,16 @@ class OpenVLAAutoregressiveActor(OpenVLABackbone):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Decide: decode seven tokens, to the env's units."""
         greedy = exploration_type() in _GREEDY
-        inputs = self._read(tensordict)
+        inputs = self.read_inputs(tensordict)
         seed = tensordict.get(SEED_KEY, None)
-        ids = self.model.generate_autoregressive(
+        ids, logits = self.model.decode_autoregressively(
             inputs.pixel_values,
             inputs.input_ids,
             inputs.attention_mask,
             temperature=0.0 if greedy else self.temperature,
             uniform=None if seed is None else seeded_uniforms(seed.view(-1, 1), self.model.config.action_dim),
         )
+        self.check_decision(tensordict, logits.view(*tensordict.batch_size, *logits.shape[1:]), "logits")
         bins = self.action_tokenizer.ids_to_bins(ids).view(*tensordict.batch_size, 1, -1)
         tensordict.set(TOKENS_KEY, bins)
         return tensordict.set(ACTION_KEY, self.action_tokenizer.bins_to_env(bins).squeeze(-2))

@@ -109,7 +109,7 @@ class RecordedPass(BackwardPass):
         optimizer: over the parameters, which stay where they are.
         device: where the loss runs.
         prepare: does ahead what of the loss's forward needs the host, such as
-            :meth:`~torchrl_vla.modules.actor.OpenVLABackbone.prepare`.
+            :meth:`~torchrl_vla.modules.backbone.OpenVLABackbone.prepare`.
         recorder: records the rest.
     """
 
@@ -129,6 +129,7 @@ class RecordedPass(BackwardPass):
         self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
         # Recordings add to these very tensors, so that they are kept and zeroed, never replaced.
         self._gradients: list[tuple[Tensor, Tensor]] = []
+        self._places: list[int] = []
 
     def zero_grad(self) -> None:
         """Begin a new sum of gradients."""
@@ -146,6 +147,10 @@ class RecordedPass(BackwardPass):
         if counts is None or scale != 1.0:
             raise ValueError("a recorded pass needs the mini-batch's counts, and has no other scale.")
         inputs = self._inputs(micro, rows)
+        # Recordings read the weights where they lay: after ``parameter.data = tensor`` that is another place.
+        if (places := [parameter.data_ptr() for parameter in self._parameters()]) != self._places:
+            self.forget()
+            self._places = places
         key = frozenset((name, value.shape, value.dtype) for name, value in _tensors(inputs).items())
         if key not in self._recordings:
             self._recordings[key] = self._record(inputs, counts)
@@ -161,6 +166,9 @@ class RecordedPass(BackwardPass):
         self._recordings.clear()
         self._gradients.clear()
         self._recorder.clear()
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _inputs(self, micro: TensorDictBase, rows: int) -> TensorDictBase:
         """What the loss reads, in so many rows, where it reads it."""
@@ -191,8 +199,7 @@ class RecordedPass(BackwardPass):
             return torch.stack(list(terms.values()))
 
         replay, terms = self._recorder.record(run)
-        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
-        self._gradients = [(p, p.grad) for p in parameters if p.grad is not None]
+        self._gradients = [(p, p.grad) for p in self._parameters() if p.grad is not None]
         return _Recording(replay, inputs, counts, names, terms)
 
 

@@ -11,7 +11,7 @@ from torchrl.data import SamplerWithoutReplacement, TensorDictReplayBuffer, Tens
 
 from torchrl_vla.datasets import DemonstrationMixture
 from torchrl_vla.modules import OpenVLAProcessor
-from torchrl_vla.modules.actor import IMAGE_KEYS
+from torchrl_vla.modules.backbone import IMAGE_KEYS
 from torchrl_vla.modules.openvla.augmentation import ImageAugmentation
 from torchrl_vla.modules.openvla.image_pipeline import center_crop_resize, normalize
 from torchrl_vla.modules.openvla.model import OpenVLA

@@ -1,9 +1,12 @@
+import warnings
+
 import pytest
 import torch
 
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
 from torchrl_vla.modules.openvla.image_pipeline import ImagePipeline
 from torchrl_vla.modules.openvla.processor import OpenVLAProcessor
+from torchrl_vla.modules.openvla.prompt_table import PromptTable
 from torchrl_vla.modules.openvla.tokenizer import build_tokenizer, encode_prompt
 
 SHORT, LONG = "open the drawer", "put the bowl on the plate and open the drawer"
@@ -98,3 +101,33 @@ def test_bad_input() -> None:
         processor(_frames(1), [SHORT], torch.zeros(1, 7))
     with pytest.raises(ValueError, match="images must be uint8"):
         processor(_frames(1).float(), [SHORT])
+
+
+def test_unknown_words_are_said_once_and_one_prompt_for_two_tasks_is_refused() -> None:
+    processor = _processor()
+    with pytest.warns(UserWarning, match=r"does not know 'fridge', 'now' in 'open the fridge now'.* reads <unk>"):
+        processor.encode_instructions(["open the fridge now"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        processor.encode_instructions(["put the fridge on the bowl", SHORT, "Open  the drawer"])
+        with pytest.raises(ValueError, match="'put the now on the bowl' and 'put the fridge on the bowl' have"):
+            processor.encode_instructions(["put the now on the bowl"])
+    with (
+        pytest.warns(UserWarning, match="does not know 'shelf'"),
+        pytest.raises(ValueError, match=r"'open the shelf' and 'open the fridge' have the same prompt.*leave one"),
+    ):
+        PromptTable(_processor(), {0: SHORT, 1: "open the fridge", 2: "open the shelf"})
+
+
+def test_prompts_are_looked_up_by_task_id() -> None:
+    processor = _processor()
+    table = PromptTable(processor, {90: SHORT, 4: LONG, 7: SHORT})  # as LIBERO-90 has it: one instruction, two scenes
+    ids, mask, unknown = table.look_up(torch.tensor([7, 4, 5, 90, -1, 91]), torch.device("cpu"))
+    expected, expected_mask = processor.encode_instructions([SHORT, LONG, SHORT, SHORT])
+    assert unknown.tolist() == [False, False, True, False, True, True]
+    assert torch.equal(ids[~unknown], expected[:3]) and mask is not None and expected_mask is not None
+    assert torch.equal(mask[~unknown], expected_mask[:3])
+    _, no_mask, _ = PromptTable(processor, {0: SHORT}).look_up(torch.tensor([0, 0]), torch.device("cpu"))
+    assert no_mask is None
+    with pytest.raises(ValueError, match="instructions is empty"):
+        PromptTable(processor, {})

@@ -5,7 +5,8 @@ A function of tensors is compiled once and then serves every layer of its kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -102,16 +103,16 @@ class LlamaBlock:
         return x + linear(F.silu(gate) * up, weights.down)
 
 
-def read_llama_layer(layer: Any) -> LlamaWeights:
-    """The weights of transformers' ``LlamaDecoderLayer``."""
+def read_llama_layer(layer: Any, fused: bool) -> LlamaWeights:
+    """The weights of transformers' ``LlamaDecoderLayer``; ``fused`` as for :func:`read_group`."""
     attention, mlp = layer.self_attn, layer.mlp
     return LlamaWeights(
         layer.input_layernorm.weight,
-        read_group([attention.q_proj, attention.k_proj, attention.v_proj]),
-        read_linear(attention.o_proj),
+        read_group([attention.q_proj, attention.k_proj, attention.v_proj], fused=fused),
+        read_linear(attention.o_proj, fused=fused),
         layer.post_attention_layernorm.weight,
-        read_group([mlp.gate_proj, mlp.up_proj]),
-        read_linear(mlp.down_proj),
+        read_group([mlp.gate_proj, mlp.up_proj], fused=fused),
+        read_linear(mlp.down_proj, fused=fused),
     )
 
 
@@ -159,23 +160,25 @@ class ViTBlock:
         return x + (states if weights.scale2 is None else states * weights.scale2)
 
 
-def read_dinov2_layer(layer: Any) -> ViTWeights:
+def read_dinov2_layer(layer: Any, fused: bool) -> ViTWeights:
     """The weights of transformers' ``Dinov2WithRegistersLayer`` with fused query, key and value."""
-    attention, mlp = layer.attention, layer.mlp
-    return ViTWeights(
-        (layer.norm1.weight, layer.norm1.bias), read_linear(attention.qkv), read_linear(attention.proj),
-        layer.layer_scale1.lambda1, (layer.norm2.weight, layer.norm2.bias), read_linear(mlp.fc1), read_linear(mlp.fc2),
-        layer.layer_scale2.lambda1,
-    )  # fmt: skip
+    scales = layer.layer_scale1.lambda1, layer.layer_scale2.lambda1
+    return _read_vit_layer(layer.attention, layer.mlp, layer.norm1, layer.norm2, scales, fused)
 
 
-def read_siglip_layer(layer: Any) -> ViTWeights:
+def read_siglip_layer(layer: Any, fused: bool) -> ViTWeights:
     """The weights of transformers' ``SiglipEncoderLayer`` with fused query, key and value."""
-    attention, mlp = layer.self_attn, layer.mlp
-    return ViTWeights(
-        (layer.layer_norm1.weight, layer.layer_norm1.bias), read_linear(attention.qkv), read_linear(attention.proj),
-        None, (layer.layer_norm2.weight, layer.layer_norm2.bias), read_linear(mlp.fc1), read_linear(mlp.fc2), None,
-    )  # fmt: skip
+    return _read_vit_layer(layer.self_attn, layer.mlp, layer.layer_norm1, layer.layer_norm2, (None, None), fused)
+
+
+def _read_vit_layer(
+    attention: Any, mlp: Any, norm1: Any, norm2: Any, scales: tuple[Tensor | None, Tensor | None], fused: bool
+) -> ViTWeights:
+    qkv, output, fc1, fc2 = (
+        read_linear(module, fused=fused) for module in (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
+    )
+    first, second = (norm1.weight, norm1.bias), (norm2.weight, norm2.bias)
+    return ViTWeights(first, qkv, output, scales[0], second, fc1, fc2, scales[1])
 
 
 def fuse_vit_layer(layer: Any) -> None:
@@ -190,7 +193,7 @@ class LayerStack:
 
     Args:
         layers: the modules that own the weights.
-        read: takes the weights out of one.
+        read: takes the weights out of one, fused or not.
         block: computes a layer: hidden states, weights, and what all layers share.
         fuse: lays the weights of one so that ``read`` finds them fused.
     """
@@ -198,7 +201,7 @@ class LayerStack:
     def __init__(
         self,
         layers: nn.ModuleList,
-        read: Callable[[Any], Any],
+        read: Callable[[Any, bool], Any],
         block: Block,
         fuse: Callable[[Any], None],
     ) -> None:
@@ -206,9 +209,17 @@ class LayerStack:
         self.recompute = 0.0
         self._read, self._fuse = read, fuse
         self.block = block
-        self._block: Block = block
-        self._cache: dict[tuple[bool, bool], tuple[list[Any], Block]] | None = None
+        self.keeps_weights = True
+        self.times_read = 0
+        self._compiles = False
+        self._block: Block | None = None
+        self._cache: dict[tuple[bool, ...], tuple[list[Any], Block]] | None = None
         self._switch: Any = None
+        self._learner: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, of this process or another, reads its own layers and compiles for itself.
+        return self.__dict__ | {"_block": None, "_cache": None if self._cache is None else {}}
 
     def __call__(self, x: Tensor, *shared: Tensor | None, rows: tuple[int, int] | None = None) -> Tensor:
         """Run every layer on ``x`` [B, S, D]; ``recompute`` is the share of them that keeps no activations.
@@ -218,7 +229,7 @@ class LayerStack:
             shared: what each layer takes besides.
             rows: the positions wanted of the last layer, as :class:`LlamaBlock` takes them; None for all.
         """
-        layers, block = self._weights()
+        layers, block = self.weights()
         recomputed = round(self.recompute * len(layers)) if torch.is_grad_enabled() else 0
         if block is not self.block:
             mark_batch(x, *shared)
@@ -248,7 +259,7 @@ class LayerStack:
         place: Tensor,
     ) -> Tensor:
         """Run decoder layers on further tokens; the arguments are :class:`LlamaBlock`'s, with a cache per layer."""
-        layers, block = self._weights()
+        layers, block = self.weights()
         if block is not self.block:
             mark_batch(x, cos, sin, visible, *(part for cache in caches for part in cache))
         for weights, cache in zip(layers, caches, strict=True):
@@ -259,38 +270,55 @@ class LayerStack:
         """Fuse and keep the weights, and compile the block; see :meth:`OpenVLA.accelerate`."""
         for layer in self.layers:
             self._fuse(layer)
-        self._cache = {}
-        self._switch = next((module for module in self.layers.modules() if isinstance(module, LoraLayer)), None)
-        if compile_layers:
-            # Its method: what is compiled should be a plain function. It rounds where the plain one does; else that is
-            # up to what the compiler fuses, and a rollout and its update, which differ in that, would disagree.
-            plain = self.block.__call__  # type: ignore[operator]
-            self._block = torch.compile(plain, fullgraph=True, options={"emulate_precision_casts": True})
+        self._compiles, self._block = compile_layers, None
+        self.forget_weights()
 
     def forget_weights(self) -> None:
-        """Read the weights anew on the next call, from layers that have no adapters any more."""
+        """Read the weights anew on the next call, with the adapters that the layers then have."""
         self._cache = {}
-        self._switch = None
+        self._switch = next((module for module in self.layers.modules() if isinstance(module, LoraLayer)), None)
+        self._learner = next((p for p in self.layers.parameters() if p.requires_grad), None)
+
+    @contextmanager
+    def without_kept_weights(self) -> Iterator[None]:
+        """Compute from what the layers hold now, whatever that is, and keep nothing of it."""
+        self.keeps_weights = False
+        try:
+            yield
+        finally:
+            self.keeps_weights = True
 
     def adapters(self) -> Iterable[Adapters]:
-        """The adapters that are kept, once :meth:`accelerate` was called."""
+        """The adapters that are kept, once :meth:`accelerate` was called; more whenever ``times_read`` has grown."""
         for layers, _ in (self._cache or {}).values():
             for leaf in _leaves(tuple(layers)):
                 if isinstance(leaf, LinearWeights) and leaf.adapters is not None and leaf.adapters.down is not None:
                     yield leaf.adapters
 
-    def _weights(self) -> tuple[list[Any], Block]:
-        """Every layer's weights, and what computes with them."""
-        if self._cache is None:
-            return [self._read(layer) for layer in self.layers], self.block
-        # Adapters may be switched off for a while (the reference policy), which changes what is read.
-        key = (self._switch is not None and self._switch.disable_adapters, self.layers.training)
+    def weights(self) -> tuple[list[Any], Block]:
+        """Read every layer's weights, if they are not kept from an earlier call, and choose what computes with them."""
+        if self._cache is None or not self.keeps_weights:
+            return [self._read(layer, False) for layer in self.layers], self.block
+        # Adapters may be switched off for a while (the reference policy), and what learns may be held, which changes
+        # what is read.
+        adapters_off = self._switch is not None and self._switch.disable_adapters
+        held = self._learner is not None and not self._learner.requires_grad
+        key = (adapters_off, held, self.layers.training)
         if key not in self._cache:
-            layers = [self._read(layer) for layer in self.layers]
+            layers = [self._read(layer, True) for layer in self.layers]
+            self.times_read += 1
             plain = not any(isinstance(leaf, nn.Module) for layer in layers for leaf in _leaves(layer))
             # A compiler would make code for each module that it is given.
-            self._cache[key] = layers, self._block if plain else self.block
+            self._cache[key] = layers, self._compiled_block() if plain and self._compiles else self.block
         return self._cache[key]
+
+    def _compiled_block(self) -> Block:
+        if self._block is None:
+            # Its method: what is compiled should be a plain function. It rounds where the plain one does; else that is
+            # up to what the compiler fuses, and a rollout and its update, which differ in that, would disagree.
+            plain = self.block.__call__  # type: ignore[operator]
+            self._block = torch.compile(plain, fullgraph=True, options={"emulate_precision_casts": True})
+        return self._block
 
 
 def _leaves(weights: Any) -> Iterable[Any]:

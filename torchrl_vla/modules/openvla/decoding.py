@@ -42,7 +42,8 @@ def choose_token(begin: int, num_bins: int, temperature: Tensor | None, uniform:
         return lambda logits, number: logits.argmax(dim=-1)
 
     def draw(logits: Tensor, number: int) -> Tensor:
-        probs = (logits[:, 0, begin : begin + num_bins].float() / temperature).softmax(dim=-1)
+        # A draw from NaN would be an id out of bounds; whoever is given the logits sees what is wrong with them.
+        probs = (logits[:, 0, begin : begin + num_bins].float().nan_to_num() / temperature).softmax(dim=-1)
         return begin + draw_bins(probs, uniform[:, number : number + 1])
 
     return draw

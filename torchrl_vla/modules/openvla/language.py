@@ -11,6 +11,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from torchrl_vla.modules.openvla.attention import Attention
 from torchrl_vla.modules.openvla.blocks import LayerStack, LlamaBlock, fuse_llama_layer, read_llama_layer
+from torchrl_vla.modules.vmap import is_transformed
 
 
 class RotaryEmbedding(nn.Module):
@@ -92,7 +93,7 @@ def arrange_prompt(input_ids: Tensor, attention_mask: Tensor | None, empty_token
     """
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must be [batch, length], got shape {tuple(input_ids.shape)}.")
-    inspect = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    inspect = input_ids.device.type == "cpu" and not (torch.compiler.is_compiling() or is_transformed([input_ids]))
     if attention_mask is None:
         if inspect and not bool((input_ids[:, -1] == empty_token_id).all()):
             raise ValueError(

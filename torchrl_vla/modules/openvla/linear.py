@@ -150,23 +150,31 @@ class _ExtendedLinear(torch.autograd.Function):
         return grad_x, None, None, None, None, None, *grad_downs, *grad_ups
 
 
-def read_linear(module: Any) -> Linear:
+def read_linear(module: Any, *, fused: bool = False) -> Linear:
     """What a module computes with, its adapter included unless that is switched off.
 
     Args:
         module: ``nn.Linear``, or peft's wrapper of one.
+        fused: as for :func:`read_group`.
     """
-    return read_group([module])[0]
+    return read_group([module], fused=fused)[0]
 
 
-def read_group(modules: Sequence[Any]) -> tuple[Linear, ...]:
-    """Several layers of one input: as a single fused one where :func:`fuse_storage` has been, else each."""
+def read_group(modules: Sequence[Any], *, fused: bool) -> tuple[Linear, ...]:
+    """Several layers of one input.
+
+    Args:
+        modules: the layers.
+        fused: read them as a single one where :func:`fuse_storage` has laid them so, with copies of their adapters
+            beside the weights; whoever keeps those brings them up to date by :func:`copy_adapters`. Without, each layer
+            is read as its modules hold it now.
+    """
     layers = tuple(_read_layer(module) for module in modules)
     plain = [layer for layer in layers if isinstance(layer, LinearWeights)]
-    if len(plain) < len(layers) or any(layer.weight.requires_grad for layer in plain):
+    if not fused or len(plain) < len(layers) or any(layer.weight.requires_grad for layer in plain):
         return layers
-    fused = _shared_storage([layer.weight for layer in plain])
-    if fused is None or (len(plain) > 1 and any(layer.bias is not None for layer in plain)):
+    storage = _shared_storage([layer.weight for layer in plain])
+    if storage is None or (len(plain) > 1 and any(layer.bias is not None for layer in plain)):
         return layers
     inputs, start = plain[0].weight.shape[1], 0
     found: list[tuple[Adapters, int]] = []
@@ -174,15 +182,15 @@ def read_group(modules: Sequence[Any]) -> tuple[Linear, ...]:
         if layer.adapters is not None:
             found.append((layer.adapters, start))
         start += len(layer.weight)
-    weight, bias = fused[:, :inputs], plain[0].bias
+    weight, bias = storage[:, :inputs], plain[0].bias
     if not found:
         return (LinearWeights(weight, bias, None),)
     downs, ups = [one.downs[0] for one, _ in found], [one.ups[0] for one, _ in found]
     starts, scales = tuple(start for _, start in found), tuple(one.scales[0] for one, _ in found)
-    rank = fused.shape[1] - inputs
+    rank = storage.shape[1] - inputs
     if rank < sum(len(down) for down in downs):
         return layers
-    adapters = Adapters(downs, ups, starts, scales, fused.new_zeros(rank, inputs), fused)
+    adapters = Adapters(downs, ups, starts, scales, storage.new_zeros(rank, inputs), storage)
     copy_adapters(adapters)
     return (LinearWeights(weight, bias, adapters),)
 
@@ -242,17 +250,39 @@ def fuse_storage(modules: Sequence[Any]) -> None:
         layer.weight.data = part
 
 
+class AdapterCopy(NamedTuple):
+    """One tensor of an adapter and what is computed with in its place, ``target = scale * source``.
+
+    Args:
+        source: ``[M, N]``, as it is trained.
+        target: ``[M, N]``, a part of :attr:`Adapters.down` or :attr:`Adapters.extended`.
+        scale: a number.
+    """
+
+    source: Tensor
+    target: Tensor
+    scale: float
+
+
+def adapter_copies(adapters: Adapters) -> list[AdapterCopy]:
+    """What :func:`copy_adapters` copies."""
+    assert adapters.down is not None and adapters.extended is not None
+    # Versions of their own: that these are written again and again is no business of a backward pass that is to come.
+    down, extended = adapters.down.data, adapters.extended.data
+    copies, row, inputs = [], 0, down.shape[1]
+    for low, up, start, scale in zip(adapters.downs, adapters.ups, adapters.starts, adapters.scales, strict=True):
+        end = row + len(low)
+        copies.append(AdapterCopy(low, down[row:end], 1.0))
+        copies.append(AdapterCopy(up, extended[start : start + len(up), inputs + row : inputs + end], scale))
+        row = end
+    return copies
+
+
 @torch.no_grad()
 def copy_adapters(adapters: Adapters) -> None:
     """Bring what is computed with up to date with what is trained."""
-    assert adapters.down is not None and adapters.extended is not None
-    row, inputs = 0, adapters.down.shape[1]
-    parts = zip(adapters.downs, adapters.ups, adapters.starts, adapters.scales, strict=True)
-    for down, up, start, scale in parts:
-        end = row + len(down)
-        adapters.down[row:end].copy_(down)
-        adapters.extended[start : start + len(up), inputs + row : inputs + end].copy_(up * scale)
-        row = end
+    for source, target, scale in adapter_copies(adapters):
+        target.copy_(source if scale == 1.0 else source * scale)
 
 
 def is_adapted(module: nn.Module) -> bool:

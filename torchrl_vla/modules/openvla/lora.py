@@ -184,6 +184,4 @@ def merge_lora(model: OpenVLA, *, in_float32: bool = True) -> OpenVLA:
         base = layer.get_base_layer()
         base.weight.copy_(merged_weight(model, f"{name}.base_layer.weight", in_float32=in_float32))
         model.set_submodule(name, base)
-    if model._acceleration is not None:
-        model._acceleration.forget_adapters()
     return model

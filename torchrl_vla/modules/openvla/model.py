@@ -121,13 +121,16 @@ class OpenVLA(nn.Module):
         Raises:
             ValueError: if the shape does not fit the model.
         """
+        return self._run(self._encode_images, pixel_values)[0]
+
+    def _encode_images(self, pixel_values: Tensor) -> tuple[Tensor]:
         size = self.config.image_size
         if pixel_values.dim() != 4 or pixel_values.shape[1] % 6 or tuple(pixel_values.shape[2:]) != (size, size):
             raise ValueError(
                 f"pixel_values must be [batch, 6 * images, {size}, {size}] for this checkpoint, "
                 f"got {tuple(pixel_values.shape)}: resize the images with the processor."
             )
-        return self.vision_backbone(pixel_values.to(self.dtype))
+        return (self.vision_backbone(pixel_values.to(self.dtype)),)
 
     def embed(
         self,
@@ -280,6 +283,27 @@ class OpenVLA(nn.Module):
         Raises:
             ValueError: if shapes do not fit the model or each other, or the temperature is negative.
         """
+        return self.decode_autoregressively(
+            pixel_values,
+            input_ids,
+            attention_mask,
+            vision_features=vision_features,
+            temperature=temperature,
+            uniform=uniform,
+        ).tokens
+
+    @torch.no_grad()
+    def decode_autoregressively(
+        self,
+        pixel_values: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        vision_features: Tensor | None = None,
+        temperature: float = 0.0,
+        uniform: Tensor | None = None,
+    ) -> Decoded:
+        """Give the tokens of :meth:`generate_autoregressive`, whose arguments these are, and their logits."""
         check_temperature(temperature)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -291,7 +315,8 @@ class OpenVLA(nn.Module):
             heat = torch.full((), temperature, device=input_ids.device)
             if uniform is None:
                 uniform = torch.rand(len(input_ids), self.config.action_dim, device=input_ids.device)
-        return self._run(self._decode, pixel_values, input_ids, attention_mask, vision_features, heat, uniform)[0]
+        decoded = self._run(self._decode, pixel_values, input_ids, attention_mask, vision_features, heat, uniform)
+        return Decoded(*decoded)
 
     def _decode(
         self,
@@ -333,8 +358,10 @@ class OpenVLA(nn.Module):
         """Make forward and backward fast; call it once the weights are loaded, the adapters added and all in place.
 
         Frozen weights that read the same input are fused, adapters get a copy in the dtype of the weights, which is
-        brought up to date whenever they have changed, and each kind of layer is compiled, once for all layers and
-        batch sizes. The outputs stay what they were, up to rounding. Do not move the model or cast it afterwards.
+        made anew before every forward, so that however they were written they count, and each kind of layer is
+        compiled, once for all layers and batch sizes. The outputs stay what they were, up to rounding. Do not move the
+        model or cast it afterwards. Adapters that are added or weights that are exchanged later are noticed, and
+        computed with as they are: call it again to have them fused.
 
         Args:
             compile_layers: compile the layers.
@@ -348,7 +375,10 @@ class OpenVLA(nn.Module):
         )
 
     def refresh_adapters(self) -> None:
-        """Bring copies of the adapters up to date: forwards do, but whoever replays a recording of one has to."""
+        """Bring copies of the adapters up to date.
+
+        A forward does; whoever replays a recording of one has to, before each replay.
+        """
         if self._acceleration is not None:
             self._acceleration.refresh()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
 from torchrl_vla.modules.openvla.image_pipeline import ImageBackend, ImagePipeline
-from torchrl_vla.modules.openvla.tokenizer import empty_token_id, encode_prompt
+from torchrl_vla.modules.openvla.tokenizer import empty_token_id, encode_prompt, unknown_words
 
 
 class ProcessorOutput(NamedTuple):
@@ -34,7 +35,8 @@ class ProcessorOutput(NamedTuple):
 class OpenVLAProcessor:
     """Turns frames, instructions and states into model inputs, batched and on the model's device.
 
-    Prompts are tokenized once per instruction. Frames travel to the device as uint8.
+    Prompts are tokenized once per instruction. Words that the tokenizer does not know are warned of, once each, and two
+    instructions that become one prompt are refused. Frames travel to the device as uint8.
 
     Args:
         tokenizer: of the language model, from :func:`load_tokenizer` or :func:`build_tokenizer`.
@@ -78,6 +80,8 @@ class OpenVLAProcessor:
         self.empty_token_id = empty_token_id(tokenizer)
         self.prompt_multiple = prompt_multiple
         self._prompts: dict[str, Tensor] = {}
+        self._said: dict[tuple[int, ...], str] = {}
+        self._unknown: set[str] = set()
 
     def __call__(
         self,
@@ -98,17 +102,37 @@ class OpenVLAProcessor:
         Raises:
             ValueError: if batch sizes differ, or an image, instruction or state is not as it should be.
         """
+        return self.process(images, *self.encode_instructions(instructions), state, device=device)
+
+    def process(
+        self,
+        images: Tensor | Sequence[Tensor],
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        state: Tensor | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> ProcessorOutput:
+        """Process a batch of observations whose prompts are tokenized.
+
+        Args:
+            images: as for a call.
+            input_ids: int64 ``[B, L]``, as :meth:`encode_instructions` gives them.
+            attention_mask: int64 ``[B, L]`` or None, likewise.
+            state: as for a call.
+            device: as for a call.
+
+        Raises:
+            ValueError: if batch sizes differ, or an image or state is not as it should be.
+        """
         cameras = [images] if isinstance(images, Tensor) else list(images)
-        sizes = (
-            {len(frames) for frames in cameras} | {len(instructions)} | ({len(state)} if state is not None else set())
-        )
+        sizes = {len(frames) for frames in cameras} | {len(input_ids)} | ({len(state)} if state is not None else set())
         if len(sizes) != 1:
             raise ValueError(
                 f"images, instructions and state must be of one batch size, got {[len(frames) for frames in cameras]} "
-                f"images, {len(instructions)} instructions and {'no' if state is None else len(state)} states."
+                f"images, {len(input_ids)} instructions and {'no' if state is None else len(state)} states."
             )
         device = cameras[0].device if device is None else torch.device(device)
-        input_ids, attention_mask = self.encode_instructions(instructions)
         return ProcessorOutput(
             torch.cat([self.images(frames, device) for frames in cameras], dim=1),
             input_ids.to(device),
@@ -117,7 +141,11 @@ class OpenVLAProcessor:
         )
 
     def encode_instructions(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Prompts as int64 ``[B, L]``, padded on the right, and their mask; no mask if none is asked for or needed."""
+        """Prompts as int64 ``[B, L]``, padded on the right, and their mask; no mask if none is asked for or needed.
+
+        Raises:
+            ValueError: if an instruction is blank, or has the prompt of another one.
+        """
         prompts = [self._prompt(instruction) for instruction in instructions]
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         longest = int(lengths.max())
@@ -131,8 +159,28 @@ class OpenVLAProcessor:
 
     def _prompt(self, instruction: str) -> Tensor:
         if instruction not in self._prompts:
-            self._prompts[instruction] = torch.tensor(encode_prompt(self.tokenizer, instruction))
+            ids = encode_prompt(self.tokenizer, instruction)
+            self._warn_of_unknown_words(instruction)
+            # The policy could not tell such tasks apart. Case and blanks alone say nothing.
+            said = " ".join(instruction.lower().split())
+            if (other := self._said.setdefault(tuple(ids), said)) != said:
+                raise ValueError(
+                    f"{instruction!r} and {other!r} have the same prompt for the policy's tokenizer, which does not "
+                    "know all of their words: leave one of the tasks out, or train a policy whose tokenizer knows both "
+                    "(build_tokenizer)."
+                )
+            self._prompts[instruction] = torch.tensor(ids)
         return self._prompts[instruction]
+
+    def _warn_of_unknown_words(self, instruction: str) -> None:
+        new = [word for word in unknown_words(self.tokenizer, instruction) if word not in self._unknown]
+        self._unknown.update(new)
+        if new:
+            warnings.warn(
+                f"The policy's tokenizer does not know {', '.join(map(repr, new))} in {instruction!r}: the policy "
+                f"reads {self.tokenizer.unk_token} there.",
+                stacklevel=2,
+            )
 
     def _normalize_state(self, state: Tensor) -> Tensor:
         statistics = self.action_tokenizer

@@ -131,3 +131,24 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str) -> list[
             "load it with add_eos_token=False."
         )
     return ids
+
+
+def unknown_words(tokenizer: PreTrainedTokenizerBase, instruction: str) -> list[str]:
+    """Words of an instruction that a tokenizer has no token for; Llama's spells them, so that it has none.
+
+    Args:
+        tokenizer: of Llama, or from :func:`build_tokenizer`.
+        instruction: the task in words; its case is ignored.
+
+    Examples:
+        >>> unknown_words(build_tokenizer(["open the drawer"]), "Open the fridge")
+        ['fridge']
+    """
+    text = instruction.lower()
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+    if tokenizer.unk_token_id not in encoded.input_ids:
+        return []
+    if not tokenizer.is_fast:
+        return [text]
+    spans = zip(encoded.input_ids, encoded.offset_mapping, strict=True)
+    return [text[begin:end] for index, (begin, end) in spans if index == tokenizer.unk_token_id]
