@@ -125,7 +125,7 @@ def test_what_only_says_how_long_and_where_may_change(trainings: list[TrainConfi
     own = begin(tmp_path / "run", trainings)
     options = {**vars(own.ppo), **vars(own.actor), "profile": None}
     assert set(options) >= TrainConfig.MAY_CHANGE, "names that are no options"
-    assert set(vars(FinetuneConfig(Path("a"), Path("b")))) >= FinetuneConfig.MAY_CHANGE
+    assert set(vars(FinetuneConfig((Path("a"),), Path("b")))) >= FinetuneConfig.MAY_CHANGE
     new = ["--num-envs", "4", "--keep-checkpoints", "1", "--device", "cpu", "--batch-size", "2", "--no-val-videos"]
     train(["--resume", "--run-dir", str(tmp_path / "run"), *new, "--profile", "3"])
     assert (trainings[0].ppo.num_envs, trainings[0].ppo.batch_size, trainings[0].profile) == (4, 2, 3)
