@@ -37,7 +37,7 @@ class UpdateCollector:
         >>> batches = UpdateCollector(collector, [0, 1], range(50), min_steps=10_000, group_size=8, horizon=220,
         ...                           seed=0)  # doctest: +SKIP
         >>> for batch in batches:  # doctest: +SKIP
-        ...     trainer.update(batch)
+        ...     buffer.extend(batch)
     """
 
     def __init__(
