@@ -31,8 +31,8 @@ def main(
     """Learn, and return the success rates before and after, and the control's after."""
     torch.manual_seed(seed)
     ppo = PPOConfig(
-        total_timesteps=total_timesteps, batch_size=512, traj_split_num=1, traj_mini_batch_size=48,
-        n_epochs=2, actor_lr=2e-3, max_grad_norm=1.0, val_interval=0, log_interval=20_000,
+        total_timesteps=total_timesteps, batch_size=512, traj_split_num=1, traj_mini_batch_size=24,
+        n_epochs=2, actor_lr=4e-3, max_grad_norm=1.0, val_interval=0, log_interval=20_000,
     )  # fmt: skip
 
     # -- policy and environment ------------------------------------------------------------------------------------

@@ -26,13 +26,13 @@ from torchrl_vla.training.progress import RunProgress
 
 
 def main(
-    total_timesteps: int = 150_000, success_tol: float = 0.35, groups: int = 32, group_size: int = 8, seed: int = 0
+    total_timesteps: int = 150_000, success_tol: float = 0.35, groups: int = 64, group_size: int = 4, seed: int = 0
 ) -> tuple[float, float, float]:
     """Learn, and return the success rates before and after, and the control's after."""
     torch.manual_seed(seed)
     ppo = PPOConfig(
         total_timesteps=total_timesteps, batch_size=512, traj_split_num=1, traj_mini_batch_size=6 * group_size,
-        n_epochs=2, actor_lr=2e-3, max_grad_norm=1.0, val_interval=0, log_interval=20_000,
+        n_epochs=2, actor_lr=4e-3, max_grad_norm=1.0, val_interval=0, log_interval=20_000,
     )  # fmt: skip
 
     # -- policy and environment ------------------------------------------------------------------------------------

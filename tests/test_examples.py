@@ -25,7 +25,7 @@ def test_it_learns_what_its_control_does_not(name: str, capsys: pytest.CaptureFi
     path = EXAMPLES / f"{name}.py"
     before, after, control = runpy.run_path(str(path))["main"](total_timesteps=30_000)
     assert after - before > 0.1, "it learned"
-    assert after - control > 0.15, "from the target that it sees"
+    assert after - control > 0.2, "from the target that it sees"
     assert f"greedy success {before:.3f} before, {after:.3f} after" in capsys.readouterr().out
     assert len(path.read_text().splitlines()) <= 80
 

@@ -150,7 +150,7 @@ def greedy_success_rate(
     """Judge a greedy policy on targets that are kept apart for that.
 
     Args:
-        policy: writes ``action``, a chunk of four actions of two dimensions.
+        policy: takes a ``tensordict`` and writes ``action``, a chunk of four actions of two dimensions.
 
     Keyword Args:
         success_tol: how near the target an action must come.
@@ -159,8 +159,9 @@ def greedy_success_rate(
         episodes: how many, each with a target of its own.
 
     Examples:
-        >>> def aim(data: TensorDictBase) -> TensorDictBase:
-        ...     return data.set("action", data["observation", "state"][:, None, 2:].expand(-1, 4, 2))
+        >>> def aim(tensordict: TensorDictBase) -> TensorDictBase:
+        ...     target = tensordict["observation", "state"][:, None, 2:]
+        ...     return tensordict.set("action", target.expand(-1, 4, 2))
         >>> greedy_success_rate(aim), greedy_success_rate(aim, shuffled=True) < 0.5
         (1.0, True)
     """
