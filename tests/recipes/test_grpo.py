@@ -106,6 +106,7 @@ def make_observation() -> TensorDict:
     return TensorDict(
         observation=TensorDict(image=torch.randint(0, 256, (3, 256, 256), dtype=torch.uint8), state=torch.randn(8)),
         language_instruction="pick up the black bowl and place it on the plate",
+        task_id=torch.zeros(1, dtype=torch.int64),
     )
 
 
