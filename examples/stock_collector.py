@@ -49,7 +49,7 @@ def main(
     collector = Collector(
         env, policy, trajs_per_batch=episodes, traj_format="cat", frames_per_batch=episodes, total_frames=-1,
         auto_register_policy_transforms=False,
-        postproc=lambda batch: batch.exclude("language_instruction", ("next", "language_instruction"), ("next", "observation")),
+        postproc=lambda batch: batch.exclude("language_instruction", ("next", "language_instruction")),
     )  # fmt: skip
     advantage = GRPOAdvantage(group_keys=["task_id"], keep_low=0.0, keep_high=1.0)
     buffer = make_buffer(advantage)
