@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from torchrl_vla.modules.openvla import OpenVLA, OpenVLAConfig, VisionTowerConfig
+from torchrl_vla.modules.openvla import OpenVLA, OpenVLAConfig, VisionTowerConfig, add_lora
 
 
 def small_openvla_config(*, embed_dim: int = 32, **overrides: object) -> OpenVLAConfig:
@@ -59,3 +60,21 @@ def random_model(config: OpenVLAConfig | None = None, **options: object) -> Open
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
     return model.eval()
+
+
+def adapted(model: OpenVLA | None = None, **options: object) -> OpenVLA:
+    """A model with adapters that do something."""
+    model = add_lora(model or random_model(), rank=4, **options)  # type: ignore[arg-type]
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def logits(model: OpenVLA) -> Tensor:
+    """Of the action tokens, for inputs that are always the same."""
+    generator = torch.Generator().manual_seed(2)
+    pixels, proprio = torch.randn(2, 6, 28, 28, generator=generator), torch.randn(2, 8, generator=generator)
+    return model(pixels, torch.tensor([[1, 10, 3], [1, 11, 3]]), None, proprio).action_logits

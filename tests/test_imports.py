@@ -12,9 +12,10 @@ import torchrl_vla
 
 PACKAGE = Path(torchrl_vla.__file__).parent
 
-#: The package's rooms, each group importing from groups further up only. Those of the first two groups know nothing of
-#: each other.
+#: The package's rooms, each group importing from groups further up only. Those of the first three groups know nothing
+#: of each other.
 GROUPS = (
+    {"errors", "files", "versions"},
     {"config"},
     {"envs", "modules", "objectives"},
     {"collectors", "checkpoints", "datasets"},
@@ -28,7 +29,7 @@ GROUPS = (
 
 
 def _imports(file: Path) -> Iterator[str]:
-    """Rooms of the package that a file imports, at any depth of its code."""
+    """Names that a file imports, with the package's own in full, at any depth of its code and for types alone too."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -38,7 +39,21 @@ def _imports(file: Path) -> Iterator[str]:
             names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
         else:
             continue
-        yield from (parts[1] for name in names if (parts := name.split("."))[0] == "torchrl_vla" and len(parts) > 1)
+        yield from (name for name in names if name.split(".")[0] == "torchrl_vla")
+
+
+def _imported_rooms(file: Path) -> set[str]:
+    return {name.split(".")[1] for name in _imports(file) if "." in name}
+
+
+def _imported_files(file: Path) -> set[Path]:
+    """Files of the package that a file names; that the packages around them are imported too is left out."""
+    found = set()
+    for name in _imports(file):
+        path = PACKAGE.parent.joinpath(*name.split("."))
+        found |= {path.with_suffix(".py"), path / "__init__.py"}
+        # `from torchrl_vla.modules import OpenVLA`: what __init__ has, unless it is a file of its own.
+    return {path for path in found if path.is_file() and path != file}
 
 
 def _rooms() -> set[str]:
@@ -50,7 +65,7 @@ def _wrong(room: str, allowed: set[str]) -> set[str]:
     return {
         f"{file.relative_to(PACKAGE)} imports {imported}"
         for file in (folder.rglob("*.py") if folder.is_dir() else [PACKAGE / f"{room}.py"])
-        for imported in _imports(file)
+        for imported in _imported_rooms(file)
         if imported in _rooms() - allowed
     }
 
@@ -63,7 +78,41 @@ def test_every_room_has_its_place() -> None:
 def test_imports_go_one_way(number: int, group: set[str]) -> None:
     above = set().union(*GROUPS[:number])
     for room in group & _rooms():
-        assert not _wrong(room, above | ({room} if number < 2 else group))
+        assert not _wrong(room, above | ({room} if number < 3 else group))
+
+
+def _circles(edges: dict[Path, set[Path]]) -> list[list[str]]:
+    """Files that import each other, directly or through others."""
+
+    def reached(start: Path) -> set[Path]:
+        seen: set[Path] = set()
+        waiting = [start]
+        while waiting:
+            for file in edges[waiting.pop()] - seen:
+                seen.add(file)
+                waiting.append(file)
+        return seen
+
+    reach = {file: reached(file) for file in edges}
+    circles = {frozenset(other for other in reach[file] if file in reach[other]) for file in edges}
+    return sorted(sorted(str(file.relative_to(PACKAGE)) for file in circle) for circle in circles if circle)
+
+
+def test_no_files_import_each_other() -> None:
+    """For types alone, or within a function, neither."""
+    assert _circles({file: _imported_files(file) for file in PACKAGE.rglob("*.py")}) == []
+
+
+def test_circles_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "torchrl_vla"
+    package.mkdir()
+    (package / "a.py").write_text("from torchrl_vla.b import B")
+    (package / "b.py").write_text("def f():\n    import torchrl_vla.c")
+    (package / "c.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from torchrl_vla import a")
+    (package / "d.py").write_text("from torchrl_vla.a import A")
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", package)
+    edges = {file: _imported_files(file) for file in package.rglob("*.py")}
+    assert _circles(edges) == [["a.py", "b.py", "c.py"]]
 
 
 def test_relative_imports_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +122,7 @@ def test_relative_imports_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "from ..modules import heads\nfrom .. import objectives\nfrom . import tasks\nimport torchrl_vla.cli\n"
     )
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path / "torchrl_vla")
-    assert {"modules", "objectives", "envs", "cli"} == set(_imports(file)) - {"tasks"}
+    assert {"modules", "objectives", "envs", "cli"} == _imported_rooms(file) - {"tasks"}
 
 
 @pytest.mark.parametrize(

@@ -86,10 +86,11 @@ def test_one_core_and_a_fresh_process() -> None:
 def test_options() -> None:
     cores = len(os.sched_getaffinity(0))
     quick = SimulatorBench(quick=True)
-    assert (quick.rounds, quick.stock_resets, quick.workers, quick.envs) == (5, 1, tuple(sorted({1, cores})), (8,))
-    assert SimulatorBench().workers[-1] == cores and SimulatorBench(workers=(4, 2)).workers == (2, 4)
-    for wrong in ({"rounds": 0}, {"workers": (0,)}, {"envs": (2, 2)}, {"task_ids": ()}):
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+    assert (quick.rounds, quick.stock_resets, quick.num_workers, quick.num_envs) == (5, 1, sorted({1, cores}), [8])
+    full = SimulatorBench(num_workers=[4, 2])
+    assert (full.num_workers, full.num_envs, full.task_ids) == ([2, 4], [1, 4, 16, 64], [0])
+    for wrong in ({"rounds": 0}, {"num_workers": [0]}, {"num_envs": [2, 2]}, {"task_ids": []}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} (must be|has duplicates|is empty)"):
             SimulatorBench(**wrong)
 
 

@@ -16,7 +16,9 @@ from tensordict import TensorDict
 from torchrl.envs import set_exploration_type
 from torchrl.envs.utils import ExplorationType
 
-from torchrl_vla.checkpoints.policy import BUNDLED, Policy, find_policy, load_policy, policy_mode, save_policy
+from torchrl_vla.checkpoints.architecture_file import read_architecture
+from torchrl_vla.checkpoints.locations import BUNDLED, find_policy
+from torchrl_vla.checkpoints.policy import Policy, load_policy, policy_mode, save_policy
 from torchrl_vla.checkpoints.trainable import weights_dtype
 from torchrl_vla.config import OpenVLAActorConfig
 from torchrl_vla.modules import (
@@ -161,7 +163,7 @@ def test_what_does_not_fit_is_said_before_weights_are_read(
     def unexpected(*_: object, **__: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("torchrl_vla.checkpoints.policy.OpenVLA.from_pretrained", unexpected)
+    monkeypatch.setattr("torchrl_vla.checkpoints.policy.load_openvla", unexpected)
     with pytest.raises(ValueError, match="No statistics for 'mars'.*it has: libero_spatial_no_noops"):
         load(release, unnorm_key="mars")
     with pytest.raises(ValueError, match="use_proprio is off"):
@@ -303,9 +305,9 @@ def test_the_format_of_the_state_is_noted_with_the_policy(release: Path, tmp_pat
     """That of the environment it is loaded for, where it reads the state; and what a folder notes is kept."""
     for checkpoint in (release, Path("random:tiny")):
         save_policy(load(checkpoint, proprio_format="quaternion"), tmp_path / "saved")
-        assert OpenVLAConfig.from_folder(tmp_path / "saved").proprio_format == "quaternion"
+        assert read_architecture(tmp_path / "saved").proprio_format == "quaternion"
         save_policy(load(tmp_path / "saved"), tmp_path / "again")
-        assert OpenVLAConfig.from_folder(tmp_path / "again").proprio_format == "quaternion"
+        assert read_architecture(tmp_path / "again").proprio_format == "quaternion"
     assert load(Path("random:tiny"), proprio_format="quaternion", use_proprio=False).model.config.proprio_format is None
 
 

@@ -8,22 +8,12 @@ from functools import partial
 
 import pytest
 import torch
-from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase
+from stubborn_env import FAILURE_AFTER, SUCCESS_AFTER, Policy, StubbornEnv
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
-from torch import nn
 from torchrl.collectors import Collector
-from torchrl.data import (
-    Categorical,
-    Composite,
-    LazyTensorStorage,
-    NonTensor,
-    SamplerWithoutReplacement,
-    TensorDictReplayBuffer,
-    Unbounded,
-)
+from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
 from torchrl.envs import EnvBase, ParallelEnv, SerialEnv, StepCounter, TransformedEnv, check_env_specs
-from torchrl.envs.utils import ExplorationType, exploration_type
-from torchrl.objectives.value import GAE
 
 from torchrl_vla.collectors import EpisodePlan, GroupCollector, Progress
 from torchrl_vla.collectors.lanes import Lane, Waiting
@@ -31,97 +21,6 @@ from torchrl_vla.collectors.slots import EnvSlots
 from torchrl_vla.collectors.trajectories import TrajectoryRecorder
 from torchrl_vla.envs.toy import ToyTrackingEnv
 from torchrl_vla.objectives import GRPOAdvantage
-
-SUCCESS_AFTER, FAILURE_AFTER = 1, 4
-
-
-class StubbornEnv(EnvBase):
-    """Even initial states succeed after 1 decision, odd ones are cut after 4; asked for nothing it draws one."""
-
-    def __init__(self, num_envs: int | None = None, ignores_requests: bool = False) -> None:
-        batch = torch.Size([] if num_envs is None else [num_envs])
-        super().__init__(batch_size=batch)
-
-        def flag() -> Categorical:
-            return Categorical(2, shape=(*batch, 1), dtype=torch.bool)
-
-        def number() -> Unbounded:
-            return Unbounded(shape=(*batch, 1), dtype=torch.int64)
-
-        ids = Composite(task_id=number(), init_state_id=number(), shape=batch)
-        self.state_spec = ids
-        observation = Composite(image=Unbounded((*batch, 3, 4, 4), dtype=torch.uint8), shape=batch)
-        text = NonTensor(shape=batch, example_data="")
-        self.observation_spec = Composite(
-            observation=observation, time=number(), success=flag(), language_instruction=text, shape=batch
-        )
-        self.observation_spec.update(ids.clone())
-        self.action_spec = Unbounded(shape=(*batch, 2))
-        self.reward_spec = Unbounded(shape=(*batch, 1))
-        self.done_spec = Composite(done=flag(), terminated=flag(), truncated=flag(), shape=batch)
-        self.time = torch.zeros(*batch, 1, dtype=torch.int64)
-        self.ids = {"task_id": self.time.clone(), "init_state_id": self.time.clone()}
-        self.slot_steps = 0
-        self.ignores_requests = ignores_requests
-
-    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDict:
-        mask = torch.ones_like(self.time, dtype=torch.bool)
-        if tensordict is not None and "_reset" in tensordict.keys():
-            mask = tensordict["_reset"].reshape(mask.shape)
-        for key, current in self.ids.items():
-            asked = torch.randint_like(current, 1000)
-            if tensordict is not None and key in tensordict.keys() and not self.ignores_requests:
-                asked = tensordict[key]
-            self.ids[key] = torch.where(mask, asked, current)
-        self.time = torch.where(mask, 0, self.time)
-        return self._observe(torch.zeros_like(self.time, dtype=torch.bool))
-
-    def _step(self, tensordict: TensorDictBase) -> TensorDict:
-        mask = tensordict.get("_step", torch.ones_like(self.time, dtype=torch.bool)).reshape(self.time.shape)
-        assert not torch.isnan(tensordict["action"][mask.squeeze(-1)]).any()
-        self.slot_steps += int(mask.sum())
-        self.time = self.time + mask
-        out = self._observe((self.ids["init_state_id"] % 2 == 0) & (self.time >= SUCCESS_AFTER))
-        return out.set("reward", out["success"].float())
-
-    def _observe(self, success: torch.Tensor) -> TensorDict:
-        cut = (self.time >= FAILURE_AFTER) & ~success
-        image = self.time.to(torch.uint8).reshape(*self.batch_size, 1, 1, 1).expand(*self.batch_size, 3, 4, 4).clone()
-        texts = [f"task {task}" for task in self.ids["task_id"].flatten().tolist()]
-        return TensorDict(
-            {
-                "observation": {"image": image},
-                "time": self.time.clone(),
-                "success": success,
-                "language_instruction": NonTensorStack(*texts) if self.batch_size else NonTensorData(texts[0]),
-                "done": success | cut,
-                "terminated": success.clone(),
-                "truncated": cut,
-                **{key: value.clone() for key, value in self.ids.items()},
-            },
-            self.batch_size,
-        )
-
-    def _set_seed(self, seed: int | None) -> None:
-        torch.manual_seed(seed or 0)
-
-
-class Policy(nn.Module):
-    """Writes an action, what is stored, and what is not; remembers how it was called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-        self.batches: list[TensorDictBase] = []
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        self.batches.append(tensordict.clone(False))
-        assert exploration_type() is ExplorationType.RANDOM and not torch.is_grad_enabled()
-        time = tensordict["time"].float() * self.weight
-        tensordict["action"] = time.expand(*tensordict.batch_size, 2) + 0
-        tensordict["vla_action", "log_probs"] = -time.unsqueeze(-1)
-        tensordict["vla_action", "logits"] = torch.zeros(*tensordict.batch_size, 8, 7, 256)
-        return tensordict
 
 
 def texts(tensordict: TensorDictBase) -> list[str]:
@@ -173,9 +72,9 @@ def test_every_planned_episode_runs_to_its_end_once(layout, request):
     assert batch["action"][:, 0].tolist() == [t for _, t, _ in expected]
     assert batch["observation", "image"][:, 0, 0, 0].tolist() == [t for _, t, _ in expected]
     assert batch["next", "done"].flatten().tolist() == [end for _, _, end in expected]
-    terminated = [end and e.init_state_id % 2 == 0 for e, _, end in expected]
-    assert batch["next", "terminated"].flatten().tolist() == terminated
-    assert batch["next", "reward"].equal(batch["next", "terminated"].float())
+    succeeded = [end and e.init_state_id % 2 == 0 for e, _, end in expected]
+    assert batch["next", "truncated"].equal(batch["next", "done"] & ~torch.tensor(succeeded).unsqueeze(-1))
+    assert batch["next", "reward"].flatten().tolist() == succeeded
     assert texts(batch) == [f"task {e.task_id}" for e, _, _ in expected]
     ids = batch["collector", "traj_ids"]
     assert ids.tolist() == [i for i, n in enumerate(lengths) for _ in range(n)]
@@ -290,7 +189,7 @@ def test_policies_without_parameters_and_iteration():
     def act(tensordict: TensorDictBase) -> TensorDictBase:
         return tensordict.set("action", torch.zeros(*tensordict.batch_size, 2))
 
-    plans = EpisodePlan.stream([0, 1], range(4), groups=2, group_size=2, seed=0)
+    plans = EpisodePlan.stream({0: range(4), 1: range(4)}, groups=2, group_size=2, seed=0)
     seen = []
     for batch, _ in zip(GroupCollector(StubbornEnv(3), act, plans), range(3), strict=False):
         assert batch["next", "done"].sum() == 4
@@ -319,22 +218,6 @@ def test_no_first_finisher_bias():
     collector.shutdown()
     success = torch.cat([batch["next", "success"][batch["next", "done"]] for batch in batches])
     assert success.float().mean().item() > 0.6
-
-
-def test_values_are_ready_for_gae():
-    """next.state_value is the following decision's value; after the last: 0 if terminated, the new value if cut."""
-
-    class Valued(Policy):
-        def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-            super().forward(tensordict)
-            return tensordict.set("state_value", 10.0 + tensordict["time"])
-
-    batch = GroupCollector(StubbornEnv(2), Valued()).collect(EpisodePlan([(0, 1), (0, 0)]))
-    assert batch["state_value"].flatten().tolist() == [10, 11, 12, 13, 10]
-    assert batch["next", "state_value"].flatten().tolist() == [11, 12, 13, 14, 0]
-    GAE(gamma=0.5, lmbda=0.0, value_network=None)(batch)
-    expected = [0.5 * 11 - 10, 0.5 * 12 - 11, 0.5 * 13 - 12, 0.5 * 14 - 13, 1 - 10]
-    assert batch["advantage"].flatten().tolist() == pytest.approx(expected)
 
 
 def test_into_the_replay_buffer():

@@ -11,7 +11,8 @@ import torch
 from huggingface_hub.errors import HTTPError
 
 from torchrl_vla.checkpoints import diagnosis as doctor
-from torchrl_vla.checkpoints.policy import BUNDLED
+from torchrl_vla.checkpoints.locations import BUNDLED
+from torchrl_vla.checkpoints.openvla_format import save_openvla
 from torchrl_vla.cli import main
 from torchrl_vla.commands.evaluate import EvaluateConfig, _acting
 from torchrl_vla.modules import OpenVLA, OpenVLAConfig
@@ -252,13 +253,13 @@ def test_a_checkpoint_that_cannot_be_had_has_its_own_code(
     def break_off(*_: object, **__: object) -> None:
         raise error("peer closed the connection")
 
-    monkeypatch.setattr("torchrl_vla.checkpoints.openvla_format.snapshot_download", break_off)
+    monkeypatch.setattr("torchrl_vla.checkpoints.locations.snapshot_download", break_off)
     assert diagnose(name, "--device", "cpu") == 2
     assert "hf download OWNER/NAME --local-dir FOLDER" in capsys.readouterr().err
 
 
 def test_a_runs_folder_stands_for_its_policy(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "checkpoints").mkdir()
-    OpenVLA(OpenVLAConfig.tiny()).save_pretrained(tmp_path / "policy")
+    save_openvla(OpenVLA(OpenVLAConfig.tiny()), tmp_path / "policy")
     assert diagnose(str(tmp_path), "--device", "cpu") == 1
     assert f"checkpoint    {tmp_path / 'policy'}" in capsys.readouterr().out

@@ -13,9 +13,9 @@ import torch
 
 from torchrl_vla.checkpoints.policy import build_policy, save_policy
 from torchrl_vla.cli import main
-from torchrl_vla.commands import evaluate
-from torchrl_vla.commands.evaluate import EvaluateConfig
+from torchrl_vla.config import EvaluateConfig
 from torchrl_vla.evaluation.report import EvaluationReport
+from torchrl_vla.recipes import evaluate
 
 
 def test_an_l1_policy_on_sampled_states_of_a_perturbed_suite(tmp_path: Path):
@@ -23,7 +23,7 @@ def test_an_l1_policy_on_sampled_states_of_a_perturbed_suite(tmp_path: Path):
     torch.manual_seed(0)
     save_policy(build_policy("tiny", use_l1_head=True), tmp_path / "policy")
     options = ["--task-suite", "libero_spatial_swap", "--task-ids", "5", "--episodes-per-task", "2", "--num-envs", "1"]
-    options += ["--init-states", "sampled", "--seed", "3", "--max-episode-steps", "8", "--fidelity", "fast"]
+    options += ["--sampled-init-states", "3", "--max-episode-steps", "8", "--fidelity", "fast"]
     main(["evaluate", "--checkpoint", str(tmp_path / "policy"), *options, "--no-videos", "--out", str(tmp_path / "a")])
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     settings = report["settings"]
@@ -62,24 +62,40 @@ def test_base_openvla_decides_every_control_step(
 
 def planned(**options: object) -> list[tuple[int, int]]:
     config = EvaluateConfig("bundled:tiny", **options)  # type: ignore[arg-type]
-    return [(e.task_id, e.init_state_id) for e in evaluate._plan(config, evaluate._acting(config, config.checkpoint))]
+    return [
+        (e.task_id, e.init_state_id)
+        for e in evaluate._plan(config, evaluate._acting(config, config.pretrained_checkpoint))
+    ]
 
 
 def test_no_initial_state_is_run_twice_greedily() -> None:
     assert planned(task_ids=[3]) == [(3, state) for state in range(50)]
     assert planned(task_ids=[3, 0], init_state_ids=[41, 40]) == [(3, 41), (0, 41), (3, 40), (0, 40)]
-    assert planned(task_ids=[3], init_states="sampled", init_state_ids=[7], episodes_per_task=1) == [(3, 7)]
-    for options in ({}, {"init_states": "sampled"}, {"temperature": 1.0, "action_mode": "l1"}):
+    assert planned(task_ids=[3], sampled_init_states=3, init_state_ids=[7], episodes_per_task=1) == [(3, 7)]
+    for options in ({}, {"sampled_init_states": 3}, {"eval_temperature": 1.0, "action_mode": "l1"}):
         with pytest.raises(ValueError, match="episodes_per_task=3 is more than the 2 initial states of task 5.*to 2, "):
             planned(task_ids=[5], init_state_ids=[41, 40], episodes_per_task=3, **options)
-    with pytest.raises(ValueError, match=r"51 is more than the 50 .*sampled\), or a --temperature above 0\."):
+    with pytest.raises(ValueError, match=r"51 is more than the 50 .*SEED\), or a --temperature above 0\."):
         planned(task_ids=[5], episodes_per_task=51)
 
 
+def test_each_task_runs_its_own_states_where_they_are_not_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in some of LIBERO-PRO's suites."""
+    monkeypatch.setattr(evaluate, "initial_states", lambda *_: {3: list(range(60)), 5: [7, 8, 9]})
+    for temperature in (0.0, 1.0):
+        plan = planned(task_ids=[3, 5], eval_temperature=temperature)
+        assert [state for task, state in plan if task == 3] == list(range(50))
+        assert [state for task, state in plan if task == 5] == [7, 8, 9]
+    assert len(planned(task_ids=[3, 5], episodes_per_task=3)) == 6
+    with pytest.raises(ValueError, match="episodes_per_task=4 is more than the 3 initial states of task 5"):
+        planned(task_ids=[3, 5], episodes_per_task=4)
+    assert len(planned(task_ids=[3, 5], episodes_per_task=4, eval_temperature=1.0)) == 8
+
+
 def test_with_a_temperature_states_start_over() -> None:
-    sampled = planned(task_ids=[5], init_state_ids=[41, 40], episodes_per_task=3, temperature=1.0)
+    sampled = planned(task_ids=[5], init_state_ids=[41, 40], episodes_per_task=3, eval_temperature=1.0)
     assert sampled == [(5, 41), (5, 40), (5, 41)]
-    assert len(planned(task_ids=[5], init_state_ids=[41, 40], temperature=1.0)) == 2
+    assert len(planned(task_ids=[5], init_state_ids=[41, 40], eval_temperature=1.0)) == 2
 
 
 def test_the_policy_to_compare_with_is_checked_before_anything_runs(tmp_path: Path) -> None:
@@ -96,19 +112,19 @@ def test_the_policy_to_compare_with_is_checked_before_anything_runs(tmp_path: Pa
 @pytest.mark.parametrize(
     ("init_states", "drawn"),
     [
-        ("official", {"seed": 3, "sampled_init_states": None}),
-        ("sampled", {"seed": 0, "sampled_init_states": 3}),
+        (["--seed", "3"], {"seed": 3, "sampled_init_states": None}),
+        (["--sampled-init-states", "3"], {"seed": 0, "sampled_init_states": 3}),
     ],
 )
 def test_every_choice_about_the_simulator_reaches_it(
-    init_states: str, drawn: dict[str, int | None], monkeypatch: pytest.MonkeyPatch
+    init_states: list[str], drawn: dict[str, int | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_envs = Mock(side_effect=InterruptedError)
-    monkeypatch.setattr("torchrl_vla.envs.factory.make_envs", make_envs)
+    monkeypatch.setattr("torchrl_vla.recipes.evaluate.make_envs", make_envs)
     chosen = [
         "--task-suite", "libero_goal", "--task-ids", "5", "2", "--episodes-per-task", "4", "--num-envs", "3",
         "--max-episode-steps", "16", "--proprio-format", "quaternion", "--num-images-in-input", "2",
-        "--fidelity", "fast", "--worker-timeout", "7", "--init-states", init_states, "--seed", "3",
+        "--fidelity", "fast", "--worker-timeout", "7", *init_states,
     ]  # fmt: skip
     with pytest.raises(InterruptedError):
         main(["evaluate", "--checkpoint", "random:tiny", *chosen])
@@ -121,7 +137,7 @@ def test_every_choice_about_the_simulator_reaches_it(
 def test_the_state_is_shown_as_the_policy_was_trained_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As its folder notes, and a folder of an older version, which notes nothing, as released checkpoints were."""
     make_envs = Mock(side_effect=InterruptedError)
-    monkeypatch.setattr("torchrl_vla.envs.factory.make_envs", make_envs)
+    monkeypatch.setattr("torchrl_vla.recipes.evaluate.make_envs", make_envs)
     policy = build_policy("tiny")
     for name, noted in (("older", None), ("quaternion", "quaternion")):
         policy.model.config = replace(policy.model.config, proprio_format=noted)
@@ -155,7 +171,7 @@ def test_the_states_that_demonstrations_may_have_shown_are_not_said_to_be_new(ca
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "none is official, but they are those of `demos --sampled-init-states` with the same seed" in text
+    assert "none is official, but they are those of `demos` with the same number" in text
     assert "trained on them" not in text
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from torchrl_vla.checkpoints.statistics import read_statistics
 from torchrl_vla.datasets import (
     CorruptEpisodeError,
     DemonstrationDataset,
@@ -175,7 +176,7 @@ def test_statistics_are_in_openvlas_convention(tmp_path: Path):
 
 def test_the_tokenizer_reads_the_data_sets_statistics(tmp_path: Path):
     folder = make_dataset(tmp_path)
-    tokenizer = ActionTokenizer.from_statistics(folder, SUITE)
+    tokenizer = ActionTokenizer(read_statistics(folder)[SUITE])
     assert tokenizer.action_q99.tolist() == DemonstrationDataset(folder).statistics["action"]["q99"]
 
 

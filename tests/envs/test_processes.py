@@ -5,12 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import tempfile
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from torchrl_vla.envs.processes import make_process, prepare_processes
+from torchrl_vla.envs.processes import check_temporary_folder, make_process, prepare_processes
 
 
 def describe(connection: Connection, *, names: list[str]) -> None:
@@ -50,3 +52,21 @@ def test_copies_do_not_draw_the_same_numbers() -> None:
 def test_where_python_cannot_copy_processes_they_start_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
     assert prepare_processes() == "spawn"
+
+
+@pytest.mark.parametrize(("length", "fits"), [(75, True), (76, False)])
+def test_a_temporary_folder_without_room_for_sockets_is_refused(
+    length: int, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As sockets themselves are: an address of 108 bytes is none."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        folder = Path(short, "t" * (length - len(short) - 1))
+        folder.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        address = f"{folder}/pymp-12345678/listener-12345678"
+        assert (len(address) <= 107) is fits
+        if fits:
+            check_temporary_folder()
+        else:
+            with pytest.raises(ValueError, match="path of 76 bytes, .* allow 75: set TMPDIR to a shorter one"):
+                prepare_processes()

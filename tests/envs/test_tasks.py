@@ -253,3 +253,50 @@ def test_other_versions_of_mujoco_are_warned_about_once(
     assert len(messages) == (words is not None)
     if words is not None:
         assert words in messages[0] and "pip install mujoco==3.3.2" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("bddl_files: /gone/bddl_files\n", "says that LIBERO's bddl_files are in /gone/bddl_files, which is no folder"),
+        ("- a list\n", "does not say where LIBERO's bddl_files are"),
+        ("a: [b\n", "does not say where LIBERO's bddl_files are"),
+    ],
+)
+def test_a_configuration_of_another_clone_is_named(
+    content: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.yaml {message}"):
+        get_suite.__wrapped__("libero_spatial")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"CUDA_VISIBLE_DEVICES": "1", "MUJOCO_EGL_DEVICE_ID": "0"},
+        {"CUDA_VISIBLE_DEVICES": "GPU-8932f937", "MUJOCO_EGL_DEVICE_ID": "0"},
+        {"HOME": "/nowhere", "TORCHRL_VLA_CACHE": "CACHE"},
+    ],
+    ids=["another GPU", "a GPU by its name", "no home"],
+)
+def test_libero_is_imported_on_odd_machines(variables: dict[str, str], tmp_path: Path) -> None:
+    environment = {**os.environ, "MUJOCO_GL": "osmesa", **variables}
+    if "TORCHRL_VLA_CACHE" in variables:
+        environment["TORCHRL_VLA_CACHE"] = str(tmp_path)
+        environment.pop("NUMBA_CACHE_DIR", None)
+    code = """
+        import os
+        from torchrl_vla.envs.installation import import_libero_envs
+        before = os.environ.get("MUJOCO_EGL_DEVICE_ID")
+        import_libero_envs()
+        assert os.environ.get("MUJOCO_EGL_DEVICE_ID") == before
+        print(os.environ.get("NUMBA_CACHE_DIR"))
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    if "TORCHRL_VLA_CACHE" in variables:
+        assert run.stdout.split()[-1] == str(tmp_path / "numba")

@@ -11,6 +11,7 @@ from torchrl_vla.collectors import EpisodePlan, Progress
 from torchrl_vla.envs.toy import ToyTrackingEnv
 from torchrl_vla.evaluation import protocol
 from torchrl_vla.evaluation.report import EvaluationReport
+from torchrl_vla.modules.distributions import seeded_uniforms
 
 
 def act(tensordict: TensorDictBase) -> TensorDictBase:
@@ -39,6 +40,24 @@ def test_parts_make_the_report_that_one_collection_makes(monkeypatch: pytest.Mon
     counted = [(progress.decisions, progress.episodes, progress.successes) for progress in seen]
     assert counted == sorted(counted)
     assert counted[-1] == (sum(episode.decisions for episode in report.episodes), 50, report.total.successes)
+
+
+def test_sampled_episodes_do_not_depend_on_environments_or_parts(monkeypatch: pytest.MonkeyPatch):
+    def guess(tensordict: TensorDictBase) -> TensorDictBase:
+        noise = seeded_uniforms(tensordict["decision_seed"], 8).view(-1, 4, 2) - 0.5
+        target = tensordict["observation", "state"][..., 2:4]
+        return tensordict.set("action", (target.unsqueeze(-2) + 1.4 * noise).clamp(-1, 1))
+
+    options = {"task_suite": "toy", "instructions": {0: "track"}, "greedy": False}
+    reports = []
+    for slots, part in ((2, 100), (1, 15), (7, 15)):
+        monkeypatch.setattr(protocol, "_PART", part)
+        torch.manual_seed(0)
+        plan = EpisodePlan.grid([0], range(50))
+        reports.append(protocol.evaluate(ToyTrackingEnv(slots), guess, plan, **options))
+    assert 0 < reports[0].total.successes < 50
+    for report in reports[1:]:
+        assert report.episodes == reports[0].episodes
 
 
 @pytest.mark.parametrize(("greedy", "mode"), [(True, ExplorationType.DETERMINISTIC), (False, ExplorationType.RANDOM)])

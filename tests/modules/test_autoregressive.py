@@ -12,9 +12,9 @@ from small_openvla import decided_model, small_openvla_config
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from torchrl_vla.checkpoints.openvla_format import load_openvla
 from torchrl_vla.modules import (
     ActionTokenizer,
-    OpenVLA,
     OpenVLAAutoregressiveActor,
     OpenVLAProcessor,
     build_tokenizer,
@@ -66,8 +66,8 @@ def observations(*batch: int) -> TensorDict:
 
 def test_tokens_and_action_are_upstreams(base: Path) -> None:
     data = load_file(DATA / "openvla_ar.safetensors")
-    model = OpenVLA.from_pretrained(base)
-    actions = ActionTokenizer.from_statistics(base, "bridge_orig")
+    model = load_openvla(base)
+    actions = ActionTokenizer(model.config.statistics["bridge_orig"])
     processor = OpenVLAProcessor(load_tokenizer(base), actions, image_size=56)
     processor.images = GivenPixels(data["pixel_values"])  # type: ignore[assignment]
     actor = make_autoregressive_actor(model, processor)
@@ -132,3 +132,15 @@ def test_what_does_not_fit_is_told() -> None:
     processor = OpenVLAProcessor(actor.processor.tokenizer, ActionTokenizer(), image_size=28)
     with pytest.raises(ValueError, match="has 32000 tokens, the model's 512: make it with vocab_size=512"):
         make_autoregressive_actor(actor.model, processor)
+
+
+def test_a_decisions_seed_decides_its_tokens() -> None:
+    actor = small_actor(temperature=1.0)
+    data = observations(4).set("decision_seed", torch.tensor([[3], [4], [5], [3]]))
+    torch.manual_seed(0)
+    tokens = actor(data.clone())[TOKENS]
+    torch.manual_seed(1)
+    assert torch.equal(actor(data.clone())[TOKENS], tokens)
+    assert torch.equal(actor(data[1:3].clone())[TOKENS], tokens[1:3])
+    assert torch.equal(actor(data[2].clone())[TOKENS], tokens[2])
+    assert not torch.equal(actor(data.exclude("decision_seed"))[TOKENS], tokens)

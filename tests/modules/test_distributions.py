@@ -7,7 +7,7 @@ from tensordict.nn import ProbabilisticTensorDictModule, set_interaction_type
 from torch.distributions import Categorical, kl_divergence
 from torchrl.envs import ExplorationType
 
-from torchrl_vla.modules.distributions import TokenCategorical
+from torchrl_vla.modules.distributions import SEED_KEY, TokenCategorical, draw_bins, mix_seed, seeded_uniforms
 
 
 def _logits(*shape: int) -> torch.Tensor:
@@ -151,3 +151,106 @@ def test_bad_temperature(temperature: float) -> None:
 def test_tokens_out_of_range_are_refused_when_validating() -> None:
     with pytest.raises(ValueError, match="within the support"):
         TokenCategorical(torch.zeros(8, 7, 256), validate_args=True).log_prob(torch.full((8, 7), 256))
+
+
+def test_splitmix64_reference_outputs() -> None:
+    # The first outputs of the reference implementation (https://prng.di.unimi.it/splitmix64.c) from state 1234567.
+    outputs = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    mixed = mix_seed(torch.tensor(1234567), torch.arange(1, 6))
+    assert [word % 2**64 for word in mixed.tolist()] == outputs
+    uniform = seeded_uniforms(torch.tensor([[1234567]]), 5)
+    assert uniform.tolist() == [[(word >> 40) / 2**24 for word in outputs]]
+
+
+def test_seeded_samples_belong_to_their_decisions() -> None:
+    logits = _logits(5, 8, 7, 256)
+    seed = torch.tensor([[3], [-4], [2**62], [0], [3]])
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    tokens = TokenCategorical(logits, 1.6, seed=seed).sample()
+    assert torch.equal(torch.get_rng_state(), state)
+    for row in range(5):
+        alone = TokenCategorical(logits[row], 1.6, seed=seed[row])
+        assert torch.equal(alone.sample(), tokens[row])
+    same = TokenCategorical(logits[:1].expand(5, 8, 7, 256), 1.6, seed=seed).sample()
+    assert torch.equal(same[0], same[4]) and not torch.equal(same[0], same[1])
+    for event_dims in (1, 2):  # what a log-probability spans has no part in it
+        assert torch.equal(TokenCategorical(logits, 1.6, event_dims, seed=seed).sample(), tokens)
+    expanded = TokenCategorical(logits, 1.6, seed=seed).expand(torch.Size([2, 5, 8, 7]))
+    assert torch.equal(expanded.sample(), tokens.expand(2, 5, 8, 7))
+    several = TokenCategorical(logits, 1.6, seed=seed).sample((3,))
+    assert several.shape == (3, 5, 8, 7) and not torch.equal(several[0], several[1])
+
+
+def test_inverse_transform_at_exact_thresholds() -> None:
+    probs = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    below = torch.nextafter(torch.tensor([0.25, 0.75, 1.0]), torch.tensor(0.0))
+    uniform = torch.tensor([0.0, below[0], 0.25, below[1], 0.75, below[2]])
+    assert draw_bins(probs, uniform).tolist() == [1, 1, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
+def test_no_draw_is_out_of_range_or_without_mass(scale: float) -> None:
+    probs = torch.softmax(scale * torch.randn(2000, 256, generator=torch.Generator().manual_seed(0)), -1)
+    probs[:, :3] = probs[:, -3:] = 0.0  # so that 0 and the largest number meet bins of no mass
+    for number in (0.0, 1 - 2.0**-24):
+        drawn = draw_bins(probs, torch.full((2000, 1), number))
+        assert 0 <= drawn.min() and drawn.max() < 256
+        assert (probs.gather(-1, drawn) > 0).all()
+
+
+def test_seeded_samples_follow_the_probabilities() -> None:
+    bins, decisions = 16, 4000
+    logits = _logits(7, bins)
+    seed = mix_seed(torch.tensor(5), torch.arange(decisions)).unsqueeze(-1)
+    drawn = TokenCategorical(logits.expand(decisions, 7, bins), 1.6, seed=seed).sample()
+    expected = decisions * torch.softmax(logits / 1.6, -1)
+    observed = torch.nn.functional.one_hot(drawn, bins).sum(0)
+    chi_square = ((observed - expected).square() / expected).sum(-1)
+    # 15 degrees of freedom: 37.7 is exceeded once in a thousand.
+    assert (chi_square < 37.7).all() and chi_square.sum() > 40  # nor are they evener than chance (105 expected)
+    uniform = seeded_uniforms(seed, 7)
+    correlation = torch.corrcoef(torch.cat([uniform, uniform.roll(1, 0)], -1).T) - torch.eye(14)
+    assert correlation.abs().max() < 0.06
+
+
+def test_a_module_passes_the_seeds_where_there_are_any() -> None:
+    module = ProbabilisticTensorDictModule(
+        in_keys={"logits": "logits", "seed": SEED_KEY},
+        out_keys=["tokens"],
+        distribution_class=TokenCategorical,
+        return_log_prob=True,
+    )
+    logits = _logits(3, 8, 7, 256)
+    data = TensorDict({"logits": logits, SEED_KEY: torch.tensor([[1], [2], [3]])}, [3])
+    with set_interaction_type(ExplorationType.RANDOM):
+        tokens = module(data.clone())["tokens"]
+        assert torch.equal(module(data[1:].clone())["tokens"], tokens[1:])
+        torch.manual_seed(0)
+        without = module(data.exclude(SEED_KEY))["tokens"]
+    torch.manual_seed(0)
+    assert torch.equal(TokenCategorical(logits).sample(), without)
+    for mode in (ExplorationType.DETERMINISTIC, ExplorationType.MODE, ExplorationType.MEAN):
+        with set_interaction_type(mode):
+            assert torch.equal(module(data.clone())["tokens"], logits.argmax(-1))
+
+
+@pytest.mark.parametrize("seed", [torch.zeros(2, 1, dtype=torch.int64), torch.zeros(3, 1), torch.zeros(3).long()])
+def test_seeds_that_are_not_one_per_decision_are_refused(seed: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"seed must be int64 \[\*B, 1\]"):
+        TokenCategorical(torch.zeros(3, 8, 7, 256), seed=seed)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_draws_the_same_without_waiting_for_it() -> None:
+    logits, seed = _logits(5, 8, 7, 256), torch.arange(5).unsqueeze(-1)
+    expected = TokenCategorical(logits, 1.6, seed=seed).sample()
+    on_gpu, seed = logits.cuda(), seed.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        drawn = TokenCategorical(on_gpu, 1.6, seed=seed).sample()
+        uniform = seeded_uniforms(seed, 56)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(uniform.cpu(), seeded_uniforms(seed.cpu(), 56))
+    assert (drawn.cpu() == expected).float().mean() > 0.99  # but for sums that round otherwise at a threshold

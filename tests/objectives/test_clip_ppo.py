@@ -237,13 +237,15 @@ def test_the_critic_reads_what_the_actor_wrote():
     head.weight.data.zero_()
     head.bias.data.fill_(0.5)
     critic = ValueOperator(head, in_keys=[("vla_action", "hidden")])
-    loss = AsymmetricClipPPOLoss(make_actor(table), critic, critic_coeff=0.5, loss_critic_type="l2")
+    loss = AsymmetricClipPPOLoss(make_actor(table), critic, critic_coeff=0.5)
     terms = loss(data)
     assert table.calls == 1
+    assert terms["value_loss"].item() == pytest.approx((0.5**2 + 1.5**2) / 2)  # without its coefficient
+    assert not terms["value_loss"].requires_grad
     assert terms["loss_critic"].item() == pytest.approx(0.5 * (0.5**2 + 1.5**2) / 2)
     assert terms["explained_variance"].item() == pytest.approx(0, abs=1e-6)
     # clip 0.2: values .5 -> .3 for the first, whose error is then .7; the second stays
-    clipped = AsymmetricClipPPOLoss(make_actor(table), critic, clip_value=0.2, loss_critic_type="l2")(data)
+    clipped = AsymmetricClipPPOLoss(make_actor(table), critic, clip_value=0.2)(data)
     assert clipped["loss_critic"].item() == pytest.approx((0.7**2 + 1.5**2) / 2)
     assert clipped["value_clip_fraction"].item() == pytest.approx(0.5)
 

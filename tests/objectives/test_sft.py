@@ -48,6 +48,34 @@ def test_masked_steps_do_not_count_whatever_they_hold():
     assert (logits.grad[~mask] == 0).all() and (logits.grad[mask] != 0).any()
 
 
+def test_actions_that_were_never_executed_do_not_count():
+    """In a policy's own episodes, which may end inside a chunk; a mask and TorchRL's own hold beside it."""
+    torch.manual_seed(0)
+    logits, tokens = torch.randn(3, 3, 7, 5), torch.randint(0, 5, (3, 3, 7))
+    batch = token_batch(logits, tokens)
+    batch["next", "num_control_steps"] = torch.tensor([[2], [3], [1]])
+    batch["mask"] = torch.tensor([[True, True, True], [True, False, True], [True, True, True]])
+    batch["collector", "mask"] = torch.tensor([[True], [True], [False]])
+    kept = torch.tensor([[True, True, False], [True, False, True], [False, False, False]])
+    expected = token_loss()(token_batch(logits[kept].unsqueeze(0), tokens[kept].unsqueeze(0)))
+    torch.testing.assert_close(token_loss()(batch)["loss_tokens"], expected["loss_tokens"])
+    network = TensorDictModule(nn.Identity(), in_keys=["given"], out_keys=[("vla_action", "prediction")])
+    actions = batch.set("given", torch.randn(3, 3, 7)).set(("vla_action", "chunk"), torch.zeros(3, 3, 7))
+    torch.testing.assert_close(ActionL1Loss(network)(actions)["loss_l1"], actions["given"][kept].abs().mean())
+
+
+def test_a_call_with_keywords_lets_the_network_write_beside_the_tokens():
+    def network(given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return given.unflatten(1, (3, 7, 5)), given
+
+    outputs = [("vla_action", "logits"), ("vla_action", "hidden")]
+    loss = TokenCrossEntropyLoss(TensorDictModule(network, in_keys=["given"], out_keys=outputs))
+    logits, tokens = torch.randn(2, 3, 7, 5), torch.zeros(2, 3, 7, dtype=torch.int64)
+    loss.out_keys = ["loss_tokens"]
+    given = loss(given=logits.flatten(1), vla_action_tokens=tokens)
+    torch.testing.assert_close(given, token_loss()(token_batch(logits, tokens))["loss_tokens"])
+
+
 def test_soft_targets_prefer_a_near_miss():
     tokens = torch.tensor([[[4]]])
 

@@ -17,12 +17,13 @@ from small_openvla import small_openvla_config
 from tensordict import TensorDict
 from torch import nn
 
+from torchrl_vla.checkpoints.architecture_file import read_architecture
+from torchrl_vla.checkpoints.openvla_format import load_openvla, save_openvla
 from torchrl_vla.checkpoints.policy import load_policy
 from torchrl_vla.commands.finetune import main
-from torchrl_vla.config import OpenVLAActorConfig
-from torchrl_vla.config.finetune import FinetuneConfig
+from torchrl_vla.config import FinetuneConfig, OpenVLAActorConfig
 from torchrl_vla.datasets import DemonstrationDataset, DemonstrationIndex, Episode, write_episode
-from torchrl_vla.modules import ActionTokenizer, OpenVLA, OpenVLAConfig, build_tokenizer
+from torchrl_vla.modules import ActionTokenizer, OpenVLA, build_tokenizer
 from torchrl_vla.modules.openvla.augmentation import ImageAugmentation
 from torchrl_vla.modules.openvla.image_pipeline import center_crop_resize, lanczos3_resize, normalize
 from torchrl_vla.modules.openvla.jpeg import decode_jpeg, encode_jpeg
@@ -75,7 +76,7 @@ def save_start(folder: Path, *, l1_head: bool = False, **overrides) -> Path:
     """A small untrained policy's folder."""
     config = small_openvla_config(embed_dim=16, vocab_size=352, **overrides)
     torch.manual_seed(0)
-    OpenVLA(config, use_l1_head=l1_head).save_pretrained(folder)
+    save_openvla(OpenVLA(config, use_l1_head=l1_head), folder)
     build_tokenizer(INSTRUCTIONS.values(), vocab_size=config.tokenizer_vocab_size).save_pretrained(folder)
     return folder
 
@@ -90,11 +91,11 @@ def config(data: Path, start: Path, tmp_path: Path) -> FinetuneConfig:
     return FinetuneConfig(
         data,
         tmp_path / "run",
-        checkpoint=str(start),
+        pretrained_checkpoint=str(start),
         steps=60,
-        warmup_steps=5,
-        batch_size=16,
-        learning_rate=3e-3,
+        lr_warmup_steps=5,
+        mini_batch_size=16,
+        actor_lr=3e-3,
         log_interval=10,
         val_interval=30,
         save_interval=30,
@@ -103,7 +104,7 @@ def config(data: Path, start: Path, tmp_path: Path) -> FinetuneConfig:
 
 
 def rows(config: FinetuneConfig) -> list[dict[str, float]]:
-    with (config.out / "metrics.csv").open() as stream:
+    with (config.run_dir / "metrics.csv").open() as stream:
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(stream)]
 
 
@@ -136,14 +137,14 @@ def test_what_learns_is_float32_on_any_device(
     config: FinetuneConfig, data: Path, options: dict[str, Any], weights: torch.dtype
 ):
     """As on a GPU, where a 7B model's frozen weights stay as they are stored."""
-    config = replace(config, checkpoint="random:7b", **options)
+    config = replace(config, pretrained_checkpoint="random:7b", **options)
     policy = load_student(config, DemonstrationDataset(data), torch.device("meta"))
     assert policy.model.dtype == weights
     assert {p.dtype for p in policy.model.parameters() if p.requires_grad} == {torch.float32}
 
 
 def test_a_policy_learns_to_imitate(config: FinetuneConfig, data: Path):
-    folder = finetune(replace(config, learning_rate=5e-3, steps=120))
+    folder = finetune(replace(config, actor_lr=5e-3, steps=120))
     first, last = rows(config)[0], rows(config)[-1]
     assert last["train/loss"] < 0.5 * first["train/loss"]
     assert last["val/accuracy"] > 0.75 and last["val/l1"] < 0.25
@@ -166,7 +167,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero_by_a_cosine(
         return figures
 
     monkeypatch.setattr(Finetuner, "_optimizer_step", noted)
-    finetune(replace(config, steps=9, warmup_steps=3, learning_rate=3e-3, log_interval=1))
+    finetune(replace(config, steps=9, lr_warmup_steps=3, actor_lr=3e-3, log_interval=1))
     logged = [row["train/learning_rate"] for row in rows(config)]
     # What is logged is the rate of the step that follows: of warm-up's second, the peak, a third of the cosine, none.
     assert [logged[step - 1] for step in (1, 3, 5, 9)] == pytest.approx([2e-3, 3e-3, 2.25e-3, 0.0])
@@ -181,30 +182,30 @@ def test_the_saved_weights_are_the_averages(config: FinetuneConfig, start: Path,
         return made[0]
 
     monkeypatch.setattr("torchrl_vla.recipes.finetune.Finetuner", make)
-    saved = OpenVLA.from_pretrained(finetune(replace(config, steps=6, warmup_steps=1)), dtype=torch.float32)
+    saved = load_openvla(finetune(replace(config, steps=6, lr_warmup_steps=1)), dtype=torch.float32)
     (trainer,) = made
     trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     for name, average in zip(trained, trainer.average.average, strict=True):
         assert torch.equal(saved.get_parameter(name).bfloat16(), average.bfloat16()), name
     name = "language_model.model.layers.0.self_attn.q_proj.weight"
-    for other in (trained[name], OpenVLA.from_pretrained(start).get_parameter(name)):
+    for other in (trained[name], load_openvla(start).get_parameter(name)):
         assert not torch.equal(saved.get_parameter(name).bfloat16(), other.bfloat16())
 
 
 def test_the_policy_folder_is_complete(config: FinetuneConfig, data: Path):
-    folder = finetune(replace(config, steps=2, warmup_steps=1))
-    loaded = OpenVLAConfig.from_folder(folder)
+    folder = finetune(replace(config, steps=2, lr_warmup_steps=1))
+    loaded = read_architecture(folder)
     assert (loaded.torch_dtype, loaded.image_size, loaded.use_proprio) == ("bfloat16", 28, True)
     assert loaded.proprio_format == "axis_angle"
     assert loaded.dataset_statistics[SUITE] == DemonstrationDataset(data).statistics
     expected = DemonstrationDataset(data).statistics["action"]["q01"]
-    assert ActionTokenizer.from_statistics(folder, SUITE).action_q01.tolist() == expected
+    assert ActionTokenizer(loaded.statistics[SUITE]).action_q01.tolist() == expected
     with pytest.raises(ValueError, match="exists already"):
         finetune(config)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(config: FinetuneConfig, tmp_path: Path, monkeypatch):
-    whole = finetune(replace(config, out=tmp_path / "whole", steps=6, warmup_steps=2, save_interval=3))
+    whole = finetune(replace(config, run_dir=tmp_path / "whole", steps=6, lr_warmup_steps=2, save_interval=3))
     optimizer_step = Finetuner._optimizer_step
 
     def interrupted(self):
@@ -212,7 +213,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config: FinetuneConfig, tmp_p
             raise KeyboardInterrupt
         return optimizer_step(self)
 
-    part = replace(config, out=tmp_path / "part", steps=6, warmup_steps=2, save_interval=3)
+    part = replace(config, run_dir=tmp_path / "part", steps=6, lr_warmup_steps=2, save_interval=3)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Finetuner, "_optimizer_step", interrupted)
         finetune(part)
@@ -230,51 +231,56 @@ def test_a_run_that_diverges_between_two_log_entries_keeps_its_last_checkpoint(
             self.parameters[0].data.fill_(torch.nan)
         return optimizer_step(self)
 
-    run = replace(config, steps=12, warmup_steps=2, log_interval=10, save_interval=3)
+    run = replace(config, steps=12, lr_warmup_steps=2, log_interval=10, save_interval=3)
     with monkeypatch.context() as patch:
         patch.setattr(Finetuner, "_optimizer_step", poisoned)
         with pytest.raises(TrainingDiverged, match="not finite at step 6.*go on with --resume"):
             finetune(run)
-        early = replace(run, out=run.out.with_name("early"), save_interval=6)
-        with pytest.raises(TrainingDiverged, match="start anew in another --out: there is no checkpoint"):
+        early = replace(run, run_dir=run.run_dir.with_name("early"), save_interval=6)
+        with pytest.raises(TrainingDiverged, match="start anew in another --run-dir: there is no checkpoint"):
             finetune(early)
     with pytest.raises(ValueError, match="holds no checkpoint to resume from"):
         finetune(replace(early, resume=True))
-    assert [path.name for path in (run.out / "checkpoints").glob("checkpoint-*")] == ["checkpoint-000000000003"]
-    finetune(replace(run, resume=True, learning_rate=1e-3))
+    assert [path.name for path in (run.run_dir / "checkpoints").glob("checkpoint-*")] == ["checkpoint-000000000003"]
+    finetune(replace(run, resume=True, actor_lr=1e-3, allow_changed=["actor_lr"]))
     assert np.isfinite(rows(run)[-1]["train/loss"])
 
 
 def test_options_of_a_resumed_run_hold_for_the_next_one(
     config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = replace(config, steps=4, warmup_steps=1)
+    run = replace(config, steps=4, lr_warmup_steps=1)
     finetune(run)
-    noted, about = run.out / "config.json", run.out / "about.json"
+    noted, about = run.run_dir / "config.json", run.run_dir / "about.json"
     first, first_about = noted.read_text(), about.read_text()
-    resume = ["--resume", "--out", str(run.out)]
-    with pytest.raises(ValueError, match="cannot be gone on from.*have changed, leave them out"):
-        main([*resume, "--use-lora"])  # what the checkpoint does not fit is not noted
+    resume = ["--resume", "--run-dir", str(run.run_dir)]
+    with pytest.raises(ValueError, match="use_lora from False to True would change.*--allow-changed use_lora"):
+        main([*resume, "--use-lora"])
+    with pytest.raises(ValueError, match="have changed, leave them out"):
+        main([*resume, "--use-lora", "--allow-changed", "use_lora"])  # what the checkpoint does not fit is not noted
     main(resume)
     assert noted.read_text() == first and about.read_text() == first_about
     for steps in ("6", "8"):
         monkeypatch.setattr("sys.argv", ["finetune", *resume, "--steps", steps])
         main([*resume, "--steps", steps])
     main(resume)
-    assert (run.out / "config-1.json").read_text() == first and (run.out / "about-1.json").read_text() == first_about
-    assert FinetuneConfig.load(run.out / "config-2.json") == replace(run, steps=6)
+    assert (run.run_dir / "config-1.json").read_text() == first and (
+        run.run_dir / "about-1.json"
+    ).read_text() == first_about
+    assert FinetuneConfig.load(run.run_dir / "config-2.json") == replace(run, steps=6)
     assert FinetuneConfig.load(noted) == replace(run, steps=8)
-    assert json.loads(about.read_text())["command"][-1] == "8" and not (run.out / "config-3.json").exists()
+    assert json.loads(about.read_text())["command"][-1] == "8" and not (run.run_dir / "config-3.json").exists()
     assert rows(run)[-1]["update"] == 8
-    moved = run.out.rename(run.out.with_name("moved"))
-    main(["--resume", "--out", str(moved)])
+    moved = run.run_dir.rename(run.run_dir.with_name("moved"))
+    main(["--resume", "--run-dir", str(moved)])
     assert not (moved / "config-3.json").exists()
 
 
 def test_micro_batches_add_up_to_their_batch(config: FinetuneConfig, tmp_path: Path):
-    settings = replace(config, steps=2, warmup_steps=1, ema_decay=0.0, proprio_noise=0.0, crop_area=1.0, brightness=0.0,
-                       contrast=0.0, saturation=0.0, hue=0.0, log_interval=1)  # fmt: skip
-    at_once, in_parts = replace(settings, out=tmp_path / "a"), replace(settings, out=tmp_path / "b", micro_batch_size=4)
+    settings = replace(config, steps=2, lr_warmup_steps=1, ema_decay=0.0, proprio_noise=0.0, crop_area=1.0,
+                       brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, log_interval=1)  # fmt: skip
+    at_once = replace(settings, run_dir=tmp_path / "a")
+    in_parts = replace(settings, run_dir=tmp_path / "b", batch_size=4)
     finetune(at_once), finetune(in_parts)
     for one, other in zip(rows(at_once), rows(in_parts), strict=True):
         for name in ("train/loss", "train/grad_norm", "train/accuracy", "val/tokens"):
@@ -284,7 +290,9 @@ def test_micro_batches_add_up_to_their_batch(config: FinetuneConfig, tmp_path: P
 
 def test_inputs_are_what_evaluation_makes_of_the_same_observation(data: Path, start: Path):
     dataset = DemonstrationDataset(data)
-    policy = load_student(FinetuneConfig(data, Path("unused"), checkpoint=str(start)), dataset, torch.device("cpu"))
+    policy = load_student(
+        FinetuneConfig(data, Path("unused"), pretrained_checkpoint=str(start)), dataset, torch.device("cpu")
+    )
     samples = load_samples(dataset, ["000000", "030000"], policy.model, policy.processor)
     inputs = InputBuilder(
         policy.model, policy.processor, INSTRUCTIONS, augmentation=ImageAugmentation(), proprio_noise=0.01
@@ -308,8 +316,8 @@ def test_inputs_are_what_evaluation_makes_of_the_same_observation(data: Path, st
 
 
 def test_only_adapters_and_heads_learn_with_lora(config: FinetuneConfig, start: Path):
-    folder = finetune(replace(config, steps=3, warmup_steps=1, use_lora=True, lora_rank=2, ema_decay=0.0))
-    before, after = (OpenVLA.from_pretrained(path, dtype=torch.float32) for path in (start, folder))
+    folder = finetune(replace(config, steps=3, lr_warmup_steps=1, use_lora=True, lora_rank=2, ema_decay=0.0))
+    before, after = (load_openvla(path, dtype=torch.float32) for path in (start, folder))
     changed = {
         name
         for name, parameter in before.named_parameters()
@@ -332,39 +340,43 @@ def test_cameras_have_to_be_in_the_demonstrations_and_no_fewer_than_the_policys(
     settings["torchrl_vla"] |= {"num_images": 2}
     (two_cameras / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="trained with 2 cameras: use --num-images-in-input 2"):
-        finetune(replace(config, checkpoint=str(two_cameras)))
+        finetune(replace(config, pretrained_checkpoint=str(two_cameras)))
 
 
 def test_the_l1_head_is_added_and_learns_alone(config: FinetuneConfig, start: Path):
-    run = replace(config, objective="l1", freeze_vla_backbone=True, learning_rate=1e-2)
+    run = replace(config, objective="l1", freeze_vla_backbone=True, actor_lr=1e-2)
     folder = finetune(run)
     assert rows(run)[-1]["train/l1"] < 0.6 * rows(run)[0]["train/l1"]
-    after = OpenVLA.from_pretrained(folder, dtype=torch.float32, load_l1_action_head=True)
-    before = OpenVLA.from_pretrained(start, dtype=torch.float32)
+    after = load_openvla(folder, dtype=torch.float32, load_l1_action_head=True)
+    before = load_openvla(start, dtype=torch.float32)
     name = "language_model.model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(after.get_parameter(name), before.get_parameter(name).bfloat16().float())
     assert after.action_head is not None
     # The folder now has an L1 head, so that its tokens are not taken for trained ones.
     with pytest.raises(ValueError, match="logits were never trained"):
-        finetune(replace(config, checkpoint=str(folder), out=config.out.with_name("second")))
+        finetune(replace(config, pretrained_checkpoint=str(folder), run_dir=config.run_dir.with_name("second")))
 
 
 def test_one_demonstration_per_task(config: FinetuneConfig, capsys: pytest.CaptureFixture):
-    finetune(replace(config, episodes_per_task=1, steps=2, warmup_steps=1, batch_size=12))
+    finetune(replace(config, episodes_per_task=1, steps=2, lr_warmup_steps=1, mini_batch_size=12))
     assert "2 demonstrations to learn from, 2 held out" in capsys.readouterr().out
 
 
 def test_bad_combinations_are_explained(config: FinetuneConfig, tmp_path: Path):
-    with pytest.raises(ValueError, match="batch_size is 999, but the demonstrations have 24 samples"):
-        finetune(replace(config, batch_size=999))
-    assert not config.out.exists()
+    with pytest.raises(ValueError, match="mini_batch_size is 999, but the demonstrations have 24 samples"):
+        finetune(replace(config, mini_batch_size=999))
+    assert not config.run_dir.exists()
     with pytest.raises(ValueError, match="gives 6"):
-        finetune(replace(config, out=tmp_path / "d", checkpoint=str(save_start(tmp_path / "six", action_dim=6))))
+        finetune(
+            replace(
+                config, run_dir=tmp_path / "d", pretrained_checkpoint=str(save_start(tmp_path / "six", action_dim=6))
+            )
+        )
     with pytest.raises(ValueError, match="no L1 head to keep"):
-        finetune(replace(config, out=tmp_path / "e", objective="l1", freeze_l1_action_head=True))
+        finetune(replace(config, run_dir=tmp_path / "e", objective="l1", freeze_l1_action_head=True))
     for changes, message in (
-        (dict(warmup_steps=60), "warmup_steps"),
-        (dict(micro_batch_size=5), "micro_batch_size"),
+        (dict(lr_warmup_steps=60), "lr_warmup_steps"),
+        (dict(batch_size=5), "batch_size"),
         (dict(ema_decay=1.0), "ema_decay"),
         (dict(freeze_l1_action_head=True), "objective=l1"),
         (dict(freeze_vla_backbone=True), "objective=l1"),

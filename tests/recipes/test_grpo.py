@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice, product
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -19,10 +20,12 @@ from tensordict import TensorDict
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.objectives.value import GAE
 
-from torchrl_vla.checkpoints.policy import BUNDLED, Policy, build_policy, load_policy, save_policy
+from torchrl_vla.checkpoints.locations import BUNDLED
+from torchrl_vla.checkpoints.policy import Policy, build_policy, load_policy, save_policy
 from torchrl_vla.cli import main
-from torchrl_vla.collectors.update_batches import UpdateCollector
-from torchrl_vla.config import EnvironmentConfig, OpenVLAActorConfig, PPOConfig, TrainConfig
+from torchrl_vla.collectors import GroupCollector
+from torchrl_vla.config import OpenVLAActorConfig, PPOConfig, TrainConfig
+from torchrl_vla.distributed import OneProcess
 from torchrl_vla.envs import get_suite
 from torchrl_vla.envs.rendering import configure_rendering
 from torchrl_vla.envs.toy import ToyTrackingEnv
@@ -31,9 +34,8 @@ from torchrl_vla.recipes import grpo
 from torchrl_vla.training import start, validation
 from torchrl_vla.training.devices import choose_device
 from torchrl_vla.training.optimizer_step import OptimizerStep
+from torchrl_vla.training.run_checkpoints import RunCheckpoints
 
-#: Of the bundled policy.
-IMAGE_SIZE = (126, 126)
 SMALL = [
     "--preset", "tiny", "--pretrained-checkpoint", "random:tiny", "--num-envs", "1", "--group-size", "2",
     "--max-episode-steps", "16", "--n-steps", "29", "--camera-size", "64", "--val-episodes", "2", "--n-epochs", "1",
@@ -62,15 +64,18 @@ class Parts(NamedTuple):
     """What `train` hands to the loop."""
 
     policy: Policy
-    collector: UpdateCollector
+    collector: GroupCollector
     buffer: TensorDictReplayBuffer
     step: OptimizerStep
     advantage: EstimateAdvantage | GRPOAdvantage
-    save: Callable[[float | None], None]
+    checkpoints: RunCheckpoints
 
     @property
     def loss(self) -> AsymmetricClipPPOLoss:
         return self.step.loss
+
+    def save(self) -> None:
+        self.checkpoints.save(step=0, success=None)
 
 
 @pytest.fixture
@@ -81,21 +86,20 @@ def assemble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
         policies: list[Policy] = []
         parts: list[Parts] = []
 
-        def load(config: TrainConfig) -> tuple[Policy, torch.device, torch.device]:
-            policy, device, head_device = start.load_for_training(config)
+        def load(config: TrainConfig, *ranks: OneProcess) -> tuple[Policy, torch.device, torch.device]:
+            policy, device, head_device = start.load_for_training(config, *ranks)
             policy.model.is_loaded_in_4bit = in_4bit
             policies.append(policy)
             return policy, device, head_device
 
-        def learn(ppo, collector, buffer, step, progress, logger, *, advantage, save, **options) -> None:
-            parts.append(Parts(policies[0], collector, buffer, step, advantage, save))
+        def learn(ppo, collector, buffer, step, progress, logger, *, advantage, checkpoints, **options) -> None:
+            parts.append(Parts(policies[0], collector, buffer, step, advantage, checkpoints))
 
         monkeypatch.setattr(start, "choose_head_device", lambda *_, **__: torch.device(heads))
         monkeypatch.setattr(grpo, "load_for_training", load)
         monkeypatch.setattr(grpo, "make_envs", lambda *_, **__: [ToyTrackingEnv(2)])
         monkeypatch.setattr(grpo, "learn", learn)
-        env = replace(config.env, image_size=IMAGE_SIZE)
-        grpo.train(replace(config, env=env, ppo=replace(config.ppo, device="cpu"), run_dir=folder))
+        grpo.train(replace(config, ppo=replace(config.ppo, device="cpu"), run_dir=folder))
         return parts[0]
 
     return assemble
@@ -134,14 +138,13 @@ def test_train_resume_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture, mo
     assert films_made == [{"fidelity": "fast", "seed": 0, "settle_steps": 1}] * 2
     assert films_made[0].items() <= simulations[0].items()
 
-    (run / "about.json").write_text(json.dumps({"preset": "24gb"}))  # not what this machine would choose
     main(["train", "--resume", "--run-dir", str(run), "--timesteps", "70", "--num-envs", "1", "--no-val-videos"])
     assert "Going on from" in capsys.readouterr().out
     assert [float(row["update"]) for row in rows(run)] == [0.0, 1.0, 2.0, 3.0]
     # What it was resumed with is what it is resumed with the next time.
     steps = [TrainConfig.load(run / name).ppo.total_timesteps for name in ("config.json", "config-1.json")]
     assert steps == [70, 40] and not TrainConfig.load(run / "config.json").resume
-    assert json.loads((run / "about.json").read_text())["preset"] == "24gb" and (run / "about-1.json").is_file()
+    assert TrainConfig.load(run / "config.json").preset == "tiny" and (run / "about-1.json").is_file()
     assert not list(run.glob("*.partial"))
 
     out = tmp_path / "evaluation"
@@ -222,8 +225,8 @@ def test_every_choice_about_learning_reaches_its_part(assemble):
         reconstruction_coef=0.04, value_loss_coef=0.6, advantage_estimator="gae", gamma=0.9, gae_lambda=0.8,
         actor_lr=1e-4, critic_lr=2e-3, lr_warmup_steps=0, n_steps=77, group_size=3, seed=5, val_interval=0,
     )  # fmt: skip
-    env = EnvironmentConfig(task_ids=[4, 2], init_state_ids=[3, 5], val_init_state_ids=[8])
-    parts = assemble(TrainConfig(chosen, env, OpenVLAActorConfig(BUNDLED, lora_rank=2)))
+    chosen = replace(chosen, task_ids=[4, 2], init_state_ids=[3, 5], val_init_state_ids=[8])
+    parts = assemble(TrainConfig(chosen, OpenVLAActorConfig(BUNDLED, lora_rank=2)))
     policy, loss, collector, gae = parts.policy, parts.loss, parts.collector, parts.advantage.estimator
     coefficients = {
         "clip_epsilon_low": 0.11, "clip_epsilon_high": 0.33, "dual_clip": 2.5, "entropy_coeff": 0.02, "kl_coeff": 0.03,
@@ -237,8 +240,9 @@ def test_every_choice_about_learning_reaches_its_part(assemble):
     rates = {parameter: group["lr"] for group in parts.step.optimizer.param_groups for parameter in group["params"]}
     learning = dict.fromkeys((p for p in policy.model.parameters() if p.requires_grad), 1e-4)
     assert rates == learning | dict.fromkeys(loss.critic_network.parameters(), 2e-3)
-    assert (collector.task_ids, collector.init_state_ids) == ([4, 2], [3, 5])
-    assert (collector.min_steps, collector.group_size, collector.seed, collector.mean_length) == (77, 3, 5, 220.0)
+    plans = list(islice(collector._plans, 4))
+    assert {(plan[0].task_id, plan[0].init_state_id) for plan in plans} == set(product([4, 2], [3, 5]))
+    assert {len(plan) for plan in plans} == {3} and (collector.min_control_steps, collector.seed) == (77, 5)
 
 
 def test_every_choice_about_groups_reaches_their_advantage():
@@ -262,7 +266,7 @@ def test_what_a_save_writes(in_4bit: bool, assemble, tmp_path: Path):
     """Weights in 4 bits, which need a GPU, cannot be written: that must not end the run."""
     actor = OpenVLAActorConfig(BUNDLED, lora_rank=2)
     parts = assemble(TrainConfig(PPOConfig(val_interval=0), actor=actor), in_4bit=in_4bit)
-    parts.save(None)
+    parts.save()
     assert len(list((tmp_path / "checkpoints").glob("checkpoint-*"))) == 1
     assert (tmp_path / "policy").exists() is not in_4bit
 
@@ -274,12 +278,12 @@ def test_a_policy_is_saved_as_it_learned(assemble, tmp_path: Path):
     with torch.no_grad():
         for parameter in parts.step.parameters:
             parameter += 1e-4 * torch.randn_like(parameter)
-    parts.save(None)
+    parts.save()
     folder = str(tmp_path / "whole" / "policy")
     saved = load_policy(replace(actor, pretrained_checkpoint=folder), task_suite="libero_spatial")
     assert all(map(torch.equal, saved.model.state_dict().values(), parts.policy.model.state_dict().values()))
     merged = OpenVLAActorConfig(BUNDLED, lora_rank=2)
-    assemble(TrainConfig(PPOConfig(val_interval=0), actor=merged), tmp_path / "adapters").save(None)
+    assemble(TrainConfig(PPOConfig(val_interval=0), actor=merged), tmp_path / "adapters").save()
     assert json.loads((tmp_path / "adapters" / "policy" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
@@ -306,7 +310,7 @@ def test_the_kl_penalty_is_to_the_policy_that_the_run_started_from(use_lora: boo
 
 def test_an_existing_folder_is_not_written_over(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="exists already. Choose another --run-dir, or go on with the run in it"):
+    with pytest.raises(SystemExit, match="exists already. Choose another --run-dir, or resume the run in it"):
         main(["train", *SMALL, "--run-dir", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -317,7 +321,7 @@ def test_an_error_before_the_first_rollout_is_the_one_that_is_seen(tmp_path: Pat
     # Workers start with their first use: these were never used, and have nothing to close.
     with pytest.raises(SystemExit, match="holds no checkpoint to resume from"):
         main(["train", "--resume", "--run-dir", str(tmp_path / "run"), "--num-envs", "4"])
-    assert TrainConfig.load(tmp_path / "run" / "config.json").env.num_envs == 1, "it did not go on with 4"
+    assert TrainConfig.load(tmp_path / "run" / "config.json").ppo.num_envs == 1, "it did not go on with 4"
 
 
 @pytest.mark.parametrize("arguments", ["train --help", "compare --help", "--help", ""])  # the first is a long text

@@ -12,7 +12,7 @@ from torch import nn
 from torchrl.modules import ValueOperator
 from torchrl.objectives.value import GAE
 
-from torchrl_vla.config import EnvironmentConfig, OpenVLAActorConfig, PPOConfig, TrainConfig
+from torchrl_vla.config import OpenVLAActorConfig, PPOConfig, TrainConfig
 from torchrl_vla.envs.toy import ToyTrackingEnv
 from torchrl_vla.objectives import AsymmetricClipPPOLoss, EstimateAdvantage
 from torchrl_vla.recipes.grpo import learn, make_buffer
@@ -41,8 +41,15 @@ class Still(nn.Module):
 
 def test_the_guides_ten_figures_are_in_metrics_csv(tmp_path: Path):
     """With a value head, as the value loss needs one; from a whole loop, its validation included."""
-    ppo = PPOConfig(total_timesteps=24, val_interval=24, val_episodes=2, val_videos=False)
-    config = TrainConfig(ppo, EnvironmentConfig(init_state_ids=[1], val_init_state_ids=[7]), OpenVLAActorConfig())
+    ppo = PPOConfig(
+        total_timesteps=24,
+        val_interval=24,
+        val_episodes=2,
+        val_videos=False,
+        init_state_ids=[1],
+        val_init_state_ids=[7],
+    )
+    config = TrainConfig(ppo, OpenVLAActorConfig())
     actor, logger = make_actor(), RunLogger(tmp_path)
     critic = ValueOperator(nn.Linear(4, 1), in_keys=[("observation", "state")])
     batch = TensorDictSequential(critic)(make_batch(actor)).detach()

@@ -73,10 +73,10 @@ def update(batch_size: int, *, accelerated: bool = False, **values: Any) -> tupl
 
 @pytest.mark.parametrize("accelerated", [False, True])
 def test_the_gradient_does_not_depend_on_the_micro_batch(accelerated: bool) -> None:
-    _, expected = update(COUNT, entropy_coef=0.01, recompute=0.0)
+    _, expected = update(COUNT, entropy_coef=0.01, gradient_checkpointing=0.0)
     assert max(gradient.abs().max() for gradient in expected.values()) > 1e-3
     for batch_size, recompute in ((1, 0.0), (4, 1.0), (COUNT, 0.5)):
-        _, found = update(batch_size, accelerated=accelerated, entropy_coef=0.01, recompute=recompute)
+        _, found = update(batch_size, accelerated=accelerated, entropy_coef=0.01, gradient_checkpointing=recompute)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 

@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.envs.utils import ExplorationType, exploration_type
 
-from torchrl_vla.config import EnvironmentConfig, OpenVLAActorConfig, PPOConfig, TrainConfig
+from torchrl_vla.config import OpenVLAActorConfig, PPOConfig, TrainConfig
 from torchrl_vla.envs.toy import ToyTrackingEnv
 from torchrl_vla.training.logging import RunLogger
 from torchrl_vla.training.validation import Validation
@@ -41,9 +41,16 @@ class Idle:
 def test_a_validation_acts_as_asked_and_gives_the_rollouts_temperature_back(
     eval_temperature: float, greedy_at_0: bool, asked: tuple[float, ExplorationType], tmp_path: Path
 ):
-    ppo = PPOConfig(eval_temperature=eval_temperature, rollout_temperature=1.3, val_episodes=2, val_videos=False)
-    env = EnvironmentConfig(init_state_ids=[1], val_init_state_ids=[7, 8], reward_scale=2.0)
-    config = TrainConfig(ppo, env, OpenVLAActorConfig(deterministic_eval=greedy_at_0))
+    ppo = PPOConfig(
+        eval_temperature=eval_temperature,
+        rollout_temperature=1.3,
+        val_episodes=2,
+        val_videos=False,
+        init_state_ids=[1],
+        val_init_state_ids=[7, 8],
+        reward_scale=2.0,
+    )
+    config = TrainConfig(ppo, OpenVLAActorConfig(deterministic_eval=greedy_at_0))
     logger, actor = RunLogger(tmp_path), Idle(temperature=1.3)
     figures = Validation(config, actor, [ToyTrackingEnv(2)], logger)(0)  # type: ignore[arg-type]
     logger.close()
@@ -64,14 +71,14 @@ def test_a_validation_acts_as_asked_and_gives_the_rollouts_temperature_back(
 def test_greedy_validations_run_no_state_twice(
     options: dict[str, float], said: str | None, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    config = TrainConfig(PPOConfig(**options), env=EnvironmentConfig(task_ids=[0, 3], val_init_state_ids=[7, 8]))
+    config = TrainConfig(PPOConfig(**options, task_ids=[0, 3], val_init_state_ids=[7, 8]))
     logger = RunLogger(tmp_path)
     Validation(config, Idle(temperature=1.0), [], logger)
     logger.close()
     output = capsys.readouterr().out
     assert said in output if said else "Validations" not in output
     assert ("Training starts from the validations' initial states too" in output) is (config.ppo.val_interval > 0)
-    kept_apart = replace(config, env=replace(config.env, init_state_ids=[0, 1]))
+    kept_apart = replace(config, ppo=replace(config.ppo, init_state_ids=[0, 1]))
     logger = RunLogger(tmp_path / "apart")
     Validation(kept_apart, Idle(temperature=1.0), [], logger)
     logger.close()

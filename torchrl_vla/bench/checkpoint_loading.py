@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torchrl_vla.config.validation import check_fields, positive
+
 __all__ = ["CheckpointBench"]
 
 #: Peak host memory of loading onto a GPU, in sizes of the largest shard.
@@ -39,8 +41,8 @@ class CheckpointBench:
     """File for all figures."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
+        check_fields(self)
+        positive(self, "batch_size")
         if self.folder is not None and self.folder.exists() and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder} exists already: choose another folder, or leave it out.")
 

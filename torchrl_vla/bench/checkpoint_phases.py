@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from torchrl_vla.checkpoints.memory_estimate import PROMPT_TOKENS, estimate_memory
+from torchrl_vla.checkpoints.openvla_format import load_openvla, save_openvla
 from torchrl_vla.modules import OpenVLA, OpenVLAConfig
 from torchrl_vla.modules.openvla.lora import add_lora
 from torchrl_vla.modules.openvla.quantization import check_4bit
@@ -34,7 +35,7 @@ def save(name: str, device: str, folder: str) -> dict[str, Any]:
     """
     model = _make(name, device)
     began, before = time.perf_counter(), _host_memory("VmRSS")
-    model.save_pretrained(folder)
+    save_openvla(model, folder)
     seconds = time.perf_counter() - began
     sizes = [path.stat().st_size for path in Path(folder).glob("*.safetensors")]
     return {
@@ -61,7 +62,7 @@ def load(name: str, device: str, folder: str) -> dict[str, Any]:
     torch.empty(1, device=device)  # CUDA's own start is not loading
     before = _host_memory("VmRSS")
     began = time.perf_counter()
-    model = OpenVLA.from_pretrained(folder, dtype="stored", device=device)
+    model = load_openvla(folder, dtype="stored", device=device)
     _synchronize(device)
     seconds = time.perf_counter() - began
     host, gpu = _host_memory("VmHWM") - before, _gpu_peak(device)
@@ -88,7 +89,7 @@ def predict(device: str, folder: str, batch_size: int) -> dict[str, tuple[int, i
     Returns:
         Measured and predicted bytes by phase; measured 0 without a GPU.
     """
-    model = OpenVLA.from_pretrained(folder, device=device, attn_implementation="sdpa")
+    model = load_openvla(folder, device=device, attn_implementation="sdpa")
     config, dtype = model.config, model.dtype
     estimate = functools.partial(estimate_memory, config, batch_size=batch_size, dtype=dtype)
     size = config.image_size
@@ -130,7 +131,7 @@ def load_4bit(device: str, folder: str) -> dict[str, Any] | str:
     except ValueError as error:
         return str(error)
     began = time.perf_counter()
-    model = OpenVLA.from_pretrained(folder, device=device, load_in_4bit=True)
+    model = load_openvla(folder, device=device, load_in_4bit=True)
     _synchronize(device)
     seconds = time.perf_counter() - began
     gc.collect()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from torchrl_vla.config.validation import check_fields, positive
 
 __all__ = ["GpuBench", "SECTIONS"]
 
@@ -26,6 +28,8 @@ class GpuBench:
         ValueError: a value is out of range, or there is no GPU for the 7B model.
     """
 
+    LARGEST: ClassVar[Mapping[str, int]] = {"num_envs": 4096, "decisions": 100_000}
+
     model: str = "7b"
     """7b or tiny; tiny runs on a CPU too, to try the measurement itself."""
     sections: tuple[str, ...] = SECTIONS
@@ -40,14 +44,13 @@ class GpuBench:
     """File for all figures."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.model not in ("7b", "tiny"):
             raise ValueError(f"model must be 7b or tiny, got {self.model!r}.")
         unknown = sorted(set(self.sections) - set(SECTIONS))
         if unknown or not self.sections:
             raise ValueError(f"sections must be among {', '.join(SECTIONS)}, got {', '.join(unknown) or 'none'}.")
-        for name in ("section_seconds", "num_envs", "decisions"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        positive(self, "section_seconds", "num_envs", "decisions")
 
     def run(self) -> None:
         """Measure, print, and write the file."""
@@ -62,7 +65,7 @@ class GpuBench:
             raise ValueError("the 7B model is measured on a GPU, and there is none: use --model tiny to try it out.")
         settings = {"model": self.model, "sections": ", ".join(self.sections), "decisions": self.decisions}
         report = Report("GPU: a decision of 7B is 349 tokens" if self.model == "7b" else "tiny", settings, self.json)
-        bench = Bench(self, report, started)
+        bench = Bench(self.model, num_envs=self.num_envs, num_decisions=self.decisions, report=report, started=started)
         report.section("what", "measured", "naive")
         for name in SECTIONS:
             if name in self.sections:

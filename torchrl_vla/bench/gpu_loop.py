@@ -27,7 +27,7 @@ def measure(bench: Bench) -> None:
     """
     bench.accelerate()
     configure_rendering()
-    num_envs = bench.options.num_envs
+    num_envs = bench.num_envs
     envs = make_envs(_SUITE, num_envs=num_envs, chunk_size=bench.model.config.chunk_size, task_ids=[0])
     try:
         step = bench.optimizer_step(traj_mini_batch_size=8)

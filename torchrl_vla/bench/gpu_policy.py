@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -25,9 +25,6 @@ from torchrl_vla.training.backward_pass import can_be_recorded
 from torchrl_vla.training.devices import choose_device
 from torchrl_vla.training.optimizer_step import OptimizerStep
 
-if TYPE_CHECKING:
-    from torchrl_vla.bench.gpu import GpuBench
-
 GIB = 2**30
 _PROMPT_TOKENS = 36  # with 256 patches, 56 action slots and </s>: 349
 
@@ -36,13 +33,16 @@ class Bench:
     """What the parts share: one policy with adapters, its inputs, and what has been measured of it.
 
     Args:
-        options: of the command.
+        model_name: ``7b`` or ``tiny``.
+        num_envs: environments of the whole loop.
+        num_decisions: decisions of the measured update.
         report: takes the figures.
         started: when the process began, by `time.perf_counter`.
     """
 
-    def __init__(self, options: GpuBench, report: Report, started: float) -> None:
-        self.options, self.report, self.started = options, report, started
+    def __init__(self, model_name: str, *, num_envs: int, num_decisions: int, report: Report, started: float) -> None:
+        self.model_name, self.num_envs, self.num_decisions = model_name, num_envs, num_decisions
+        self.report, self.started = report, started
         self.device = choose_device("auto")
         self.naive: dict[str, float] = {}
         self.floor_seconds: float | None = None
@@ -62,7 +62,7 @@ class Bench:
         torch.manual_seed(0)
         began = time.perf_counter()
         instructions = {0: ""}
-        policy = build_policy(self.options.model, temperature=1.6, device=self.device, instructions=instructions)
+        policy = build_policy(self.model_name, temperature=1.6, device=self.device, instructions=instructions)
         instructions[0] = _instruction_of(policy, _PROMPT_TOKENS)
         add_lora(policy.model, rank=32, alpha=16)
         with torch.no_grad():
@@ -129,7 +129,7 @@ class Bench:
     @staticmethod
     def update(step: OptimizerStep, batch: TensorDictBase) -> dict[str, float]:
         """What `torchrl-vla train` does with a batch, here without an advantage to compute; its figures."""
-        return update(step.config, batch, make_buffer(), step)
+        return update(step.config, batch, make_buffer(), step, episodes=int(batch["next", "done"].sum()))
 
     def synchronize(self) -> None:
         """Wait for the device."""

@@ -150,7 +150,7 @@ def _note_difference(bench: Bench, what: str, found: Tensor, expected: Tensor) -
 def measure_update(bench: Bench) -> None:
     """Forward, loss and backward of a decision, and the optimizer's share, at the presets' settings."""
     bench.accelerate()
-    count = bench.options.decisions
+    count = bench.num_decisions
     _compare_with_rollout(bench)
     presets: tuple[tuple[str, int, _Wanted, dict[str, Any]], ...] = (
         ("80gb preset", count, _Wanted(20.0, passes=2), {}),

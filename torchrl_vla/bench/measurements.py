@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from torchrl_vla.training.run_folder import versions
+from torchrl_vla.versions import versions
 
 __all__ = ["Figure", "Report", "machine"]
 
@@ -141,7 +141,7 @@ class Report:
         if self._json_file is not None:
             figures = [{**asdict(item), "ratio": item.ratio, "reached": item.reached} for item in self.figures]
             content = {**self._header, "figures": figures, "notes": self.notes}
-            self._json_file.write_text(json.dumps(content, indent=2, default=str) + "\n")
+            self._json_file.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def machine() -> dict[str, str]:

@@ -6,6 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from torchrl_vla.config.ids import Ids
+from torchrl_vla.config.validation import check_fields, check_ids, positive
+
 __all__ = ["SimulatorBench"]
 
 #: Least control steps per second of a host with a GPU, 16 processes and chunks of 8, by fidelity.
@@ -25,15 +28,15 @@ class SimulatorBench:
 
     task_suite: str = "libero_spatial"
     """LIBERO suite, or one of LIBERO-PRO's."""
-    task_ids: tuple[int, ...] = (0,)
-    """Tasks: each is measured on one core; over several workers they run in turn."""
+    task_ids: Ids = None
+    """Tasks, such as 0 1 2 or 0-3; None: task 0. Each is measured on one core; over several workers they take turns."""
     rounds: int = 15
     """Values that a median is of (5 with --quick)."""
     stock_resets: int = 3
     """Resets of stock, some 8 s each (1 with --quick)."""
-    workers: tuple[int, ...] | None = None
+    num_workers: Ids = None
     """Numbers of processes with one environment each; None: 1, 2, 4, ... up to the number of cores."""
-    envs: tuple[int, ...] | None = None
+    num_envs: Ids = None
     """Numbers of environments in as many processes as there are cores; None: 1, 4, 16, 64."""
     torchrl: bool = True
     """Measure TorchRL's LiberoEnv too."""
@@ -43,22 +46,21 @@ class SimulatorBench:
     """File for all figures."""
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "stock_resets"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("task_ids", "workers", "envs"):
-            values = getattr(self, name)
-            least = 0 if name == "task_ids" else 1
-            if values is not None and (not values or min(values) < least or len(set(values)) < len(values)):
-                raise ValueError(f"{name} must be different numbers from {least} on, got {list(values)}.")
+        check_fields(self)
+        positive(self, "rounds", "stock_resets")
+        check_ids(self, "task_ids", "num_workers", "num_envs")
+        for name in ("num_workers", "num_envs"):
+            if 0 in (getattr(self, name) or ()):
+                raise ValueError(f"{name} must be positive numbers, got {getattr(self, name)}.")
         cores = len(os.sched_getaffinity(0))
         if self.quick:
             self.rounds, self.stock_resets = min(self.rounds, 5), 1
-            self.workers = self.workers or tuple(sorted({1, cores}))
-            self.envs = self.envs or (8,)
+            self.num_workers = self.num_workers or [1, cores]
+            self.num_envs = self.num_envs or [8]
         doubled = [2**power for power in range(cores.bit_length()) if 2**power <= cores]
-        self.workers = tuple(sorted(self.workers or {*doubled, cores}))
-        self.envs = tuple(sorted(self.envs or (1, 4, 16, 64)))
+        self.num_workers = sorted({*(self.num_workers or [*doubled, cores])})
+        self.num_envs = sorted(self.num_envs or [1, 4, 16, 64])
+        self.task_ids = self.task_ids or [0]
 
     @property
     def torchrl_rounds(self) -> int:
@@ -76,6 +78,7 @@ class SimulatorBench:
         from torchrl_vla.envs import get_suite
         from torchrl_vla.envs.rendering import configure_rendering, renderer_name
 
+        assert self.task_ids is not None and self.num_workers is not None and self.num_envs is not None
         suite = get_suite(self.task_suite)
         for task_id in self.task_ids:
             suite.task(task_id)
@@ -84,7 +87,6 @@ class SimulatorBench:
         from torchrl_vla.bench import scaling, single_core
         from torchrl_vla.bench.measurements import Report
 
-        assert self.workers is not None and self.envs is not None
         settings = {
             "renderer": f"{backend}, {renderer_name(backend)}",
             "suite": suite.name,
@@ -98,7 +100,7 @@ class SimulatorBench:
         total = (
             len(self.task_ids) * turns
             + 2
-            + 2 * (len(self.workers) + len(self.envs) + len(_PER_WORKER))
+            + 2 * (len(self.num_workers) + len(self.num_envs) + len(_PER_WORKER))
             + self.torchrl * (self.torchrl_rounds + 1)
         )
         with tqdm(total=total, desc="bench sim", unit="turn", leave=False) as bar:
@@ -121,7 +123,7 @@ class SimulatorBench:
                     report,
                     suite.name,
                     self.task_ids,
-                    self.workers,
+                    self.num_workers,
                     fidelity,
                     self.rounds,
                     wanted={} if on_cpu else _WANTED_ON_GPU[fidelity],
@@ -133,8 +135,8 @@ class SimulatorBench:
                     report,
                     suite.name,
                     self.task_ids,
-                    self.envs,
-                    self.workers[-1],
+                    self.num_envs,
+                    self.num_workers[-1],
                     fidelity,
                     self.rounds,
                     tick=bar.update,
@@ -146,11 +148,11 @@ class SimulatorBench:
                         report,
                         suite.name,
                         self.task_ids,
-                        per_worker * self.workers[-1],
-                        self.workers[-1],
+                        per_worker * self.num_workers[-1],
+                        self.num_workers[-1],
                         fidelity,
                         self.rounds,
-                        wanted=None if on_cpu else _WANTED_ON_GPU[fidelity].get(self.workers[-1]),
+                        wanted=None if on_cpu else _WANTED_ON_GPU[fidelity].get(self.num_workers[-1]),
                         tick=bar.update,
                     )
             if self.torchrl:
@@ -159,7 +161,7 @@ class SimulatorBench:
                     report,
                     suite.name,
                     self.task_ids[0],
-                    self.workers[-1],
+                    self.num_workers[-1],
                     self.torchrl_rounds,
                     targets=on_cpu,
                     tick=bar.update,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from torchrl_vla.files import write_json
 from torchrl_vla.modules.openvla.architecture import OpenVLAConfig
+
+__all__ = ["copy_companions", "save_companions", "write_preprocessor"]
 
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json")
 _OTHERS = ("preprocessor_config.json", "processor_config.json", "processor.json", "*.py")
@@ -78,4 +80,4 @@ def write_preprocessor(config: OpenVLAConfig, folder: Path) -> None:
         "tvf_resize_params": [resize] * 2,
         "use_fused_vision_backbone": True,
     }
-    path.write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(path, settings)

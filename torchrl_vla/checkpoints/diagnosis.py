@@ -5,30 +5,33 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from packaging.requirements import Requirement
 
+from torchrl_vla.checkpoints.finite import require_finite_files
+from torchrl_vla.checkpoints.folder import CheckpointFolder
 from torchrl_vla.checkpoints.inspection import CheckpointSummary, trained_mode
 from torchrl_vla.checkpoints.memory_estimate import MemoryEstimate
 from torchrl_vla.checkpoints.policy import require_cameras
+from torchrl_vla.checkpoints.statistics import action_tokenizer
 from torchrl_vla.config import EnvironmentConfig
 from torchrl_vla.config.releases import OFT_CHECKPOINTS, TOKEN_CHECKPOINTS
 from torchrl_vla.envs import get_suite
 from torchrl_vla.envs.rendering import configure_rendering, renderer_name
 from torchrl_vla.envs.tasks import SUITES
 from torchrl_vla.modules import load_tokenizer
-from torchrl_vla.modules.action_tokenizer import ActionTokenizer
 from torchrl_vla.modules.openvla.architecture import OpenVLAConfig
 from torchrl_vla.modules.openvla.attention import resolve_attention
 from torchrl_vla.modules.openvla.quantization import check_4bit
 from torchrl_vla.modules.openvla.tokenizer import empty_token_id
-from torchrl_vla.training.run_folder import NOT_A_PACKAGE, package_version
+from torchrl_vla.versions import NOT_A_PACKAGE, package_version
 
 __all__ = ["Check", "Diagnosis", "check_checkpoint", "check_machine", "fits_memory"]
 
+# Checks without which a checkpoint acts by nothing that it learned.
+_NEEDED_TO_ACT = ("weights", "tokenizer", "statistics")
 #: CUDA's context and fragmentation, on top of what is counted.
 _OVERHEAD = 2**30
 
@@ -67,22 +70,28 @@ class Diagnosis:
         """Whether there is no problem."""
         return all(check.status != "problem" for check in self.checks)
 
+    @property
+    def can_seed_rl(self) -> bool:
+        """Whether RL can start from the checkpoint, whatever this machine can do."""
+        sound = all(check.status != "problem" for check in self.checks if check.name in _NEEDED_TO_ACT)
+        return self.checkpoint.mode.has_trained_tokens and sound
+
     def as_dict(self) -> dict[str, Any]:
         """The diagnosis as JSON has it; sizes are in bytes."""
         summary = self.checkpoint
         return {
             "fits": self.fits,
-            "checkpoint": str(summary.folder),
+            "checkpoint": str(summary.checkpoint.path),
             "mode": summary.mode.name,
             "mode_reason": summary.mode.reason,
-            "can_seed_rl": summary.mode.has_trained_tokens,
+            "can_seed_rl": self.can_seed_rl,
             "parameters": sum(summary.parameters.values()),
             "parameters_by_part": summary.parameters,
             "dtypes": summary.dtypes,
             "tensors": summary.num_tensors,
             "shards": summary.num_shards,
             "bytes": summary.bytes,
-            "statistics": sorted(summary.config.statistics),
+            "statistics": sorted(summary.checkpoint.config.statistics),
             "steps": summary.steps,
             "lora_adapter": summary.adapter,
             "memory": {name: {**vars(need), "total": need.total} for name, need in self.memory.items()},
@@ -94,14 +103,14 @@ class Diagnosis:
         dtypes = ", ".join(sorted(summary.dtypes))
         total = sum(summary.parameters.values())
         rows = [
-            ("checkpoint", str(summary.folder)),
+            ("checkpoint", str(summary.checkpoint.path)),
             ("trained for", f"{summary.mode.name}: {summary.mode.reason}"),
-            ("can seed RL", "yes" if summary.mode.has_trained_tokens else "no"),
+            ("can seed RL", "yes" if self.can_seed_rl else "no"),
             ("parameters", f"{total:,} ({dtypes}, {summary.bytes / 1e9:.2f} GB on disk)"),
             *(("", f"{count:>15,} {part}") for part, count in summary.parameters.items()),
             ("shards", f"{summary.num_shards} with {summary.num_tensors} tensors"),
             ("heads", ", ".join(f"{kind} of step {step}" for kind, step in summary.steps.items()) or "none"),
-            ("statistics", ", ".join(sorted(summary.config.statistics)) or "none"),
+            ("statistics", ", ".join(sorted(summary.checkpoint.config.statistics)) or "none"),
         ]
         if summary.adapter is not None:
             adapter = summary.adapter
@@ -130,17 +139,26 @@ def check_checkpoint(
     """
     return [
         _check_mode(summary, purpose),
-        _check_tokenizer(summary.folder, summary.config),
+        _check_weights(summary.checkpoint),
+        _check_tokenizer(summary.checkpoint),
         _check_cameras(summary, num_images),
-        *_check_proprio_format(summary.config, purpose),
+        *_check_proprio_format(summary.checkpoint.config, purpose),
         _check_statistics(summary, task_suite),
     ]
 
 
-def _check_cameras(summary: CheckpointSummary, num_images: int) -> Check:
-    config = summary.config
+def _check_weights(checkpoint: CheckpointFolder) -> Check:
     try:
-        require_cameras(config, num_images, summary.folder)
+        require_finite_files(checkpoint.shards, checkpoint.heads.values())
+    except ValueError as error:
+        return Check("weights", "problem", str(error))
+    return Check("weights", "ok", "all of them are finite")
+
+
+def _check_cameras(summary: CheckpointSummary, num_images: int) -> Check:
+    config = summary.checkpoint.config
+    try:
+        require_cameras(config, num_images, summary.checkpoint.path)
     except ValueError as error:
         return Check("cameras", "problem", str(error))
     # What this package trained notes more than one camera, and how it was trained: then one is what it has.
@@ -164,9 +182,8 @@ def _check_proprio_format(config: OpenVLAConfig, purpose: str) -> list[Check]:
 
 
 def _check_statistics(summary: CheckpointSummary, task_suite: str | None) -> Check:
-    config = summary.config
-    # As loading does: the file goes before what config.json has.
-    keys = sorted(config.dataset_statistics or config.norm_stats)
+    config = summary.checkpoint.config
+    keys = sorted(config.statistics)
     libero = [suite for suite in SUITES if {suite, f"{suite}_no_noops"} & set(keys)]
     if not keys or (task_suite is None and not libero):
         found = f"there are none of LIBERO's, only {', '.join(keys)}" if keys else "there are none"
@@ -178,11 +195,10 @@ def _check_statistics(summary: CheckpointSummary, task_suite: str | None) -> Che
         return Check("statistics", "problem", text)
     try:
         suites = libero if task_suite is None else [get_suite(task_suite).base or task_suite]
-        actions = [ActionTokenizer.from_statistics(summary.folder, suite) for suite in suites]
+        for suite in suites:
+            action_tokenizer(config, suite, source=summary.checkpoint.path)
     except ValueError as error:
         return Check("statistics", "problem", str(error))
-    if config.use_proprio and any(each.proprio_q01 is None for each in actions):
-        return Check("statistics", "problem", "it reads the robot's state, but its statistics have none")
     text = f"it has those of {task_suite or ', '.join(libero)}"
     default = EnvironmentConfig().task_suite
     if task_suite is None and default not in libero:
@@ -191,7 +207,7 @@ def _check_statistics(summary: CheckpointSummary, task_suite: str | None) -> Che
 
 
 def _check_mode(summary: CheckpointSummary, purpose: str) -> Check:
-    mode, alone = summary.mode, trained_mode(summary.folder)
+    mode, alone = summary.mode, trained_mode(summary.checkpoint)
     if purpose == "evaluate" and mode.has_trained_tokens and not alone.has_trained_tokens:
         instead = "by its L1 head" if alone.name == "l1" else "by its tokens one after the other"
         text = (
@@ -217,9 +233,10 @@ def _check_mode(summary: CheckpointSummary, purpose: str) -> Check:
     return Check("mode", "problem", text)
 
 
-def _check_tokenizer(folder: Path, config: OpenVLAConfig) -> Check:
+def _check_tokenizer(checkpoint: CheckpointFolder) -> Check:
+    config = checkpoint.config
     try:
-        token = empty_token_id(load_tokenizer(folder))
+        token = empty_token_id(load_tokenizer(checkpoint.path))
     except ValueError as error:
         return Check("tokenizer", "problem", str(error))
     if token != config.empty_token_id:
@@ -276,7 +293,9 @@ def _check_memory(device: torch.device, needs: dict[str, MemoryEstimate]) -> Che
         return Check("memory", "ok", text)
     advice = "lower --num-envs, halve float32 weights (`torchrl-vla export --dtype bfloat16`)"
     if "training" in needs:
-        advice = "lower --batch-size or --num-envs, use adapters (--use-lora), --recompute 1 or --load-in-4bit"
+        advice = (
+            "lower --batch-size or --num-envs, use adapters (--use-lora), --gradient-checkpointing 1 or --load-in-4bit"
+        )
     return Check("memory", "problem", f"{text}: {advice}, or take a larger machine")
 
 

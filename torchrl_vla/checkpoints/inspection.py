@@ -11,19 +11,22 @@ from typing import Literal
 
 import torch
 
-from torchrl_vla.checkpoints.files import read_json
+from torchrl_vla.checkpoints.folder import CheckpointFolder
+from torchrl_vla.checkpoints.head_files import head_step, read_head
 from torchrl_vla.checkpoints.names import parameter_names, unused_shapes
-from torchrl_vla.checkpoints.openvla_format import read_head
-from torchrl_vla.checkpoints.shards import (
-    check_shards,
-    find_shards,
-    head_file,
-    head_step,
-    refuse_foreign_heads,
-)
+from torchrl_vla.checkpoints.shards import check_tensors
 from torchrl_vla.config.releases import TOKEN_CHECKPOINTS
-from torchrl_vla.modules.openvla.architecture import OpenVLAConfig
+from torchrl_vla.files import read_json
 from torchrl_vla.modules.openvla.model import OpenVLA
+
+__all__ = [
+    "ActionMode",
+    "CheckpointSummary",
+    "TrainedMode",
+    "inspect_checkpoint",
+    "require_trained_tokens",
+    "trained_mode",
+]
 
 ActionMode = Literal["tokens", "l1", "hybrid", "autoregressive"]
 
@@ -49,7 +52,7 @@ class TrainedMode:
         return self.name in ("tokens", "hybrid")
 
 
-def trained_mode(folder: str | Path, *, finetuned_on_discrete_actions: bool = False) -> TrainedMode:
+def trained_mode(checkpoint: CheckpointFolder, *, finetuned_on_discrete_actions: bool = False) -> TrainedMode:
     """Find out for which way of acting a checkpoint was trained.
 
     Upstream's files do not say it. What they give away: only regression leaves an L1 head, only OpenVLA-OFT has a
@@ -57,15 +60,11 @@ def trained_mode(folder: str | Path, *, finetuned_on_discrete_actions: bool = Fa
     the ``config.json`` that it writes.
 
     Args:
-        folder: a checkpoint folder.
+        checkpoint: the folder.
         finetuned_on_discrete_actions: the maker of the checkpoint says that its action tokens were trained.
-
-    Raises:
-        ValueError: if the folder holds no readable ``config.json``.
     """
-    folder = Path(folder)
-    head = head_file(folder, "action_head")
-    noted = OpenVLAConfig.from_folder(folder).trained_for
+    head = checkpoint.heads.get("action_head")
+    noted = checkpoint.config.trained_for
     if noted == "tokens" or finetuned_on_discrete_actions:
         reason = (
             "config.json notes that tokens were trained last"
@@ -77,14 +76,14 @@ def trained_mode(folder: str | Path, *, finetuned_on_discrete_actions: bool = Fa
         return TrainedMode("l1", "config.json notes that the L1 head was trained last")
     if head is not None:
         return TrainedMode("l1", f"{head.name} is there: such checkpoints are trained by regression alone")
-    if head_file(folder, "proprio_projector") is not None:
+    if "proprio_projector" in checkpoint.heads:
         return TrainedMode("tokens", "it reads the robot's state, as OpenVLA-OFT does, and has no L1 head")
-    code = folder / "modeling_prismatic.py"
+    code = checkpoint.path / "modeling_prismatic.py"
     if code.is_file():
         if "ACTIONS_CHUNK" in code.read_text(encoding="utf-8", errors="replace"):
             return TrainedMode("tokens", f"{code.name} decodes chunks, as OpenVLA-OFT does, and there is no L1 head")
         return TrainedMode("autoregressive", f"{code.name} knows no chunks: it is base OpenVLA's")
-    path = folder.resolve()
+    path = checkpoint.path.resolve()
     # The hub's cache has the repository's name further up.
     names = [path.name, *(parent.name for parent in path.parents if parent.name.startswith("models--"))]
     if any(_OFT_NAME.search(name.lower()) for name in names):
@@ -92,24 +91,31 @@ def trained_mode(folder: str | Path, *, finetuned_on_discrete_actions: bool = Fa
     return TrainedMode("autoregressive", "nothing of OpenVLA-OFT is in it, neither head nor projector nor code")
 
 
-def require_trained_tokens(folder: str | Path, *, finetuned_on_discrete_actions: bool = False, advice: str) -> None:
+def require_trained_tokens(
+    checkpoint: CheckpointFolder, *, finetuned_on_discrete_actions: bool = False, advice: str
+) -> TrainedMode:
     """Refuse a checkpoint trained by regression alone where token probabilities are needed.
 
     Args:
-        folder: a checkpoint folder.
+        checkpoint: the folder.
         finetuned_on_discrete_actions: the maker of the checkpoint says that its action tokens were trained.
         advice: what else the user can do, to end the message with.
 
+    Returns:
+        What it was trained for.
+
     Raises:
-        ValueError: if the checkpoint was trained for its L1 head.
+        ValueError: the checkpoint was trained for its L1 head.
     """
-    mode = trained_mode(folder, finetuned_on_discrete_actions=finetuned_on_discrete_actions)
+    mode = trained_mode(checkpoint, finetuned_on_discrete_actions=finetuned_on_discrete_actions)
     if mode.name == "l1":
         raise ValueError(
-            f"{folder} has an L1 action head ({mode.reason}): its action-token logits were never trained, so there is "
-            f"no token policy in it to start from. Take a checkpoint made for tokens ({', '.join(TOKEN_CHECKPOINTS)}), "
-            "or, if its maker says that the tokens were trained too, pass --finetuned-on-discrete-actions. " + advice
+            f"{checkpoint.path} has an L1 action head ({mode.reason}): its action-token logits were never trained, so "
+            f"there is no token policy in it to start from. Take a checkpoint made for tokens "
+            f"({', '.join(TOKEN_CHECKPOINTS)}), or, if its maker says that the tokens were trained too, pass "
+            "--finetuned-on-discrete-actions. " + advice
         )
+    return mode
 
 
 @dataclass(frozen=True)
@@ -117,8 +123,7 @@ class CheckpointSummary:
     """What is in a checkpoint folder.
 
     Args:
-        folder: the folder.
-        config: its architecture.
+        checkpoint: the folder.
         mode: how it was trained to act.
         parameters: number of parameters by part; ``unused`` are those that no forward reads.
         dtypes: number of parameters of the shards by dtype.
@@ -129,8 +134,7 @@ class CheckpointSummary:
         adapter: rank, alpha and base model of ``lora_adapter/``, which upstream has merged into the shards already.
     """
 
-    folder: Path
-    config: OpenVLAConfig
+    checkpoint: CheckpointFolder
     mode: TrainedMode
     parameters: dict[str, int]
     dtypes: dict[str, int]
@@ -141,55 +145,56 @@ class CheckpointSummary:
     adapter: dict[str, object] | None
 
 
-def inspect_checkpoint(folder: str | Path, *, finetuned_on_discrete_actions: bool = False) -> CheckpointSummary:
+def inspect_checkpoint(
+    checkpoint: CheckpointFolder, *, finetuned_on_discrete_actions: bool = False
+) -> CheckpointSummary:
     """Describe a checkpoint without loading a weight.
 
     Args:
-        folder: a checkpoint folder.
+        checkpoint: the folder.
         finetuned_on_discrete_actions: the maker of the checkpoint says that its action tokens were trained.
 
     Raises:
-        ValueError: if a file is missing, truncated or unsafe, or a tensor has another shape than config.json says.
+        ValueError: a file is truncated or unsafe, or a tensor is missing, unknown or of another shape than config.json
+            says.
 
-    Example:
+    Examples:
         >>> import tempfile
+        >>> from torchrl_vla.checkpoints.folder import open_checkpoint
+        >>> from torchrl_vla.checkpoints.openvla_format import save_openvla
+        >>> from torchrl_vla.modules import OpenVLAConfig
         >>> folder = tempfile.mkdtemp()
-        >>> OpenVLA(OpenVLAConfig.tiny()).save_pretrained(folder)
-        >>> summary = inspect_checkpoint(folder)
+        >>> save_openvla(OpenVLA(OpenVLAConfig.tiny()), folder)
+        >>> summary = inspect_checkpoint(open_checkpoint(folder))
         >>> summary.mode.name, summary.dtypes
         ('tokens', {'F32': 7987584})
     """
-    folder = Path(folder)
-    config = OpenVLAConfig.from_folder(folder)
-    refuse_foreign_heads(folder)
-    heads = {kind: path for kind in ("proprio_projector", "action_head") if (path := head_file(folder, kind))}
     with torch.device("meta"):
-        model = OpenVLA(config, use_l1_head="action_head" in heads)
-    own_names, unused = parameter_names(model), unused_shapes(config)
-    shards = find_shards(folder)
+        model = OpenVLA(checkpoint.config, use_l1_head="action_head" in checkpoint.heads)
+    own_names, unused = parameter_names(model), unused_shapes(checkpoint.config)
     expected = {name: tuple(model.get_parameter(own).shape) for name, own in own_names.items()}
-    found = check_shards(shards, expected | unused)
+    check_tensors(checkpoint.shards, expected | unused)
     parameters = Counter({"unused": sum(math.prod(shape) for shape in unused.values())})
     dtypes: Counter[str] = Counter()
-    for name, info in found.items():
-        dtypes[info.dtype] += math.prod(info.shape)
-        if name not in unused:
-            parameters[name.split(".")[0]] += math.prod(info.shape)
-    for kind, path in heads.items():
-        state = read_head(getattr(model, kind), path, device="meta")
+    for header in checkpoint.shards.values():
+        for name, info in header.items():
+            dtypes[info.dtype] += math.prod(info.shape)
+            if name not in unused:
+                parameters[name.split(".")[0]] += math.prod(info.shape)
+    for kind, path in checkpoint.heads.items():
+        state = read_head(model.get_submodule(kind), path, device="meta")
         parameters[kind] = sum(tensor.numel() for tensor in state.values())
-    files = [*shards, *heads.values()]
+    files = [*checkpoint.shards, *checkpoint.heads.values()]
     return CheckpointSummary(
-        folder=folder,
-        config=config,
-        mode=trained_mode(folder, finetuned_on_discrete_actions=finetuned_on_discrete_actions),
+        checkpoint=checkpoint,
+        mode=trained_mode(checkpoint, finetuned_on_discrete_actions=finetuned_on_discrete_actions),
         parameters=dict(parameters),
         dtypes=dict(dtypes),
         bytes=sum(path.stat().st_size for path in files),
-        num_tensors=len(found),
-        num_shards=len(shards),
-        steps={kind: head_step(path) for kind, path in heads.items()},
-        adapter=_read_adapter(folder / "lora_adapter"),
+        num_tensors=sum(len(header) for header in checkpoint.shards.values()),
+        num_shards=len(checkpoint.shards),
+        steps={kind: head_step(path) for kind, path in checkpoint.heads.items()},
+        adapter=_read_adapter(checkpoint.path / "lora_adapter"),
     )
 
 

@@ -16,6 +16,8 @@ from torchrl_vla.modules.openvla.lora import add_lora, freeze_backbone
 from torchrl_vla.modules.openvla.model import OpenVLA
 from torchrl_vla.modules.openvla.quantization import quantized_linears
 
+__all__ = ["PROMPT_TOKENS", "MemoryEstimate", "estimate_memory"]
+
 #: Tokens of a prompt; LIBERO's longest instruction has 19 words.
 PROMPT_TOKENS = 48
 #: NF4 keeps half a byte per weight and a float32 scale per 64 of them.

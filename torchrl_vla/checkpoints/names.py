@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from torchrl_vla.modules.openvla.architecture import OpenVLAConfig
+from torchrl_vla.modules.openvla.architecture import OpenVLAConfig
+
+__all__ = ["TOWERS", "parameter_names", "unused_shapes", "unused_weight", "upstream_name"]
 
 TOWERS = ("vision_backbone.featurizer.", "vision_backbone.fused_featurizer.")
-HEADS = ("action_head.", "proprio_projector.")
-"""Prefixes of our parameters that upstream keeps in files of their own."""
+# Prefixes of our parameters that upstream keeps in files of their own.
+_HEADS = ("action_head.", "proprio_projector.")
 
 # Applied in this order to names inside a tower; timm's names are on the right.
 _TOWER_NAMES = (
@@ -71,7 +70,7 @@ def unused_shapes(config: OpenVLAConfig) -> dict[str, tuple[int, ...]]:
 
 def parameter_names(model: nn.Module) -> dict[str, str]:
     """Our name of every parameter in upstream's shards, by upstream's name (base weights only, no adapters)."""
-    names = (name for name, _ in model.named_parameters() if not name.startswith(HEADS) and ".lora_" not in name)
+    names = (name for name, _ in model.named_parameters() if not name.startswith(_HEADS) and ".lora_" not in name)
     return {upstream_name(name).replace(".base_layer.", "."): name for name in names}
 
 

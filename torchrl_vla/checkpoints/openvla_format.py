@@ -1,130 +1,91 @@
-"""Upstream's checkpoint format, in and out."""
+"""A network in upstream's checkpoint format, in and out."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import pickle
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from torchrl_vla.checkpoints.architecture_file import CONFIG_FILE, write_architecture
+from torchrl_vla.checkpoints.finite import require_finite
+from torchrl_vla.checkpoints.folder import CheckpointFolder, open_checkpoint
+from torchrl_vla.checkpoints.head_files import FOREIGN_HEADS, HEADS, head_step, read_head, write_head
+from torchrl_vla.checkpoints.locations import resolve_checkpoint
 from torchrl_vla.checkpoints.names import parameter_names, unused_shapes, unused_weight
-from torchrl_vla.checkpoints.shards import (
-    FOREIGN_HEADS,
-    INDEX,
-    SINGLE,
-    check_shards,
-    find_shards,
-    head_file,
-    head_step,
-    listed,
-    refuse_foreign_heads,
-)
-from torchrl_vla.config.releases import TOKEN_CHECKPOINTS
-from torchrl_vla.modules.openvla.architecture import OpenVLAConfig
+from torchrl_vla.checkpoints.shards import INDEX, SINGLE, check_tensors
+from torchrl_vla.checkpoints.statistics import STATISTICS_FILE, write_statistics
+from torchrl_vla.files import replacing_files, write_json
 from torchrl_vla.modules.openvla.attention import resolve_attention
 from torchrl_vla.modules.openvla.linear import merged_weight
+from torchrl_vla.modules.openvla.model import OpenVLA
 from torchrl_vla.modules.openvla.quantization import check_4bit, prepare_4bit, quantize_weight
 
-if TYPE_CHECKING:
-    from torchrl_vla.modules.openvla.model import OpenVLA
+__all__ = ["load_openvla", "save_openvla", "upstream_tensors"]
 
 _logger = logging.getLogger(__name__)
 
-# The code is never run here: it says which upstream wrote the checkpoint, and goes along with an export.
-_HUB_FILES = ["*.json", "*.safetensors", "*_checkpoint.pt", "tokenizer*", "*.model", "*.py"]
-
 # Files that a checkpoint may have and another one not; left beside another's weights they would be taken for its own.
-_OWN_FILES = [
-    SINGLE, INDEX, "model-*-of-*.safetensors", "dataset_statistics.json", "vit_overrides.json",
-    *(f"{kind}--*_checkpoint.pt" for kind in ("proprio_projector", "action_head", *FOREIGN_HEADS)),
-]  # fmt: skip
+_OWN_FILES = (
+    SINGLE, INDEX, "model-*-of-*.safetensors", STATISTICS_FILE, "vit_overrides.json",
+    *(f"{kind}--*_checkpoint.pt" for kind in (*HEADS, *FOREIGN_HEADS)),
+)  # fmt: skip
 
 
-def resolve_checkpoint(path_or_hub_id: str | Path, *, local_files_only: bool = False, use_local: bool = True) -> Path:
-    """The folder of a checkpoint: a folder on disk, else a Hugging Face repository in the cache or downloaded.
+def load_openvla(
+    checkpoint: str | Path | CheckpointFolder,
+    *,
+    dtype: torch.dtype | Literal["stored"] | None = None,
+    device: torch.device | str = "cpu",
+    attn_implementation: str | None = None,
+    load_in_4bit: bool = False,
+    load_l1_action_head: bool | None = None,
+) -> OpenVLA:
+    """Load an OpenVLA or OpenVLA-OFT, upstream's or one that :func:`save_openvla` wrote.
+
+    One shard is in memory at a time, and each tensor goes straight onto its device.
 
     Args:
-        path_or_hub_id: a folder, or a repository as ``owner/name``.
-        local_files_only: do not use the network.
-        use_local: look for a folder of that name first.
+        checkpoint: a folder, opened already or not, or a Hugging Face repository.
+        dtype: dtype of the weights; None for the checkpoint's on an accelerator and float32 on the CPU; ``stored`` for
+            the checkpoint's anywhere, and the heads' own, so that no bit is lost.
+        device: where to load them.
+        attn_implementation: ``sdpa``, ``flash_attention_2`` or ``eager``; None for the fastest that runs.
+        load_in_4bit: quantise the linear layers to 4 bits (NF4) through bitsandbytes; needs CUDA.
+        load_l1_action_head: load ``action_head--N_checkpoint.pt``; None for where there is one. The token head is
+            always there, so with it the model serves both.
+
+    Returns:
+        The model in eval mode. Its ``proprio_projector`` is there if the checkpoint has one.
 
     Raises:
-        ValueError: if there is no such folder and the repository cannot be had.
+        ValueError: a file is missing, truncated or unsafe, a tensor has another shape than the configuration says or
+            numbers that are not finite, or an option is not available here.
     """
-    path = Path(path_or_hub_id).expanduser()
-    if use_local and path.is_dir():
-        return path
-    advice = (
-        "Name a folder that holds config.json and the *.safetensors, or download the repository where there is a "
-        "network (`hf download OWNER/NAME --local-dir FOLDER`) and name that folder."
-    )
-    repo_id = str(path_or_hub_id)
-    if path.is_absolute() or repo_id.startswith((".", "~")) or repo_id.count("/") != 1:
-        raise ValueError(
-            f"there is no checkpoint folder {repo_id!r}. {advice} Checkpoints with trained action tokens, which RL "
-            f"needs: {', '.join(TOKEN_CHECKPOINTS)}; bundled:tiny comes with this package."
-        )
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES, local_files_only=local_files_only))
-    # A network lost on the way: an HTTPError of what huggingface_hub downloads with, or a RuntimeError of hf_xet.
-    except (
-        HTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, RuntimeError,
-    ) as error:  # fmt: skip
-        raise ValueError(
-            f"{repo_id!r} is no folder here, and the Hugging Face repository of that name cannot be had "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). {advice}"
-        ) from error
-
-
-def load_pretrained(
-    path_or_hub_id: str | Path,
-    *,
-    dtype: torch.dtype | Literal["stored"] | None,
-    device: torch.device | str | None,
-    attn_implementation: str | None,
-    load_in_4bit: bool,
-    local_files_only: bool,
-    use_local: bool,
-    load_l1_action_head: bool | None,
-) -> OpenVLA:
-    """What :meth:`OpenVLA.from_pretrained` does, one shard at a time, each tensor straight onto its device."""
-    from torchrl_vla.modules.openvla.model import OpenVLA
-
-    folder = resolve_checkpoint(path_or_hub_id, local_files_only=local_files_only, use_local=use_local)
-    config = OpenVLAConfig.from_folder(folder)
-    refuse_foreign_heads(folder)
-    device = _check_device("cpu" if device is None else device, load_in_4bit)
-    shards = find_shards(folder)
-    heads_as_stored = dtype == "stored"
-    if dtype == "stored" or (dtype is None and device.type != "cpu"):
-        dtype = getattr(torch, config.torch_dtype)
-    elif dtype is None:
-        dtype = torch.float32
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(
-            f"dtype must be torch.float32, torch.bfloat16 or torch.float16, 'stored' or None, got {dtype!r}."
-        )
-    head_dtype = None if heads_as_stored else dtype
-    proprio_file = head_file(folder, "proprio_projector")
-    action_file = head_file(folder, "action_head")
+    if not isinstance(checkpoint, CheckpointFolder):
+        checkpoint = open_checkpoint(resolve_checkpoint(checkpoint))
+    config = checkpoint.config
+    device = _check_device(device, load_in_4bit)
+    head_dtype = None if dtype == "stored" else _choose_dtype(dtype, config.torch_dtype, device)
+    dtype = head_dtype or getattr(torch, config.torch_dtype)
+    proprio_file, action_file = (checkpoint.heads.get(kind) for kind in HEADS)
     if load_l1_action_head and action_file is None:
-        raise ValueError(f"{folder} has no action_head--N_checkpoint.pt: load it with load_l1_action_head=False.")
+        raise ValueError(
+            f"{checkpoint.path} has no action_head--N_checkpoint.pt: load it with load_l1_action_head=False."
+        )
     use_l1_head = load_l1_action_head is not False and action_file is not None
-    if (folder / "lora_adapter").is_dir():
-        _logger.info("%s: its lora_adapter folder is merged into the shards already, so it is not added again.", folder)
+    if (checkpoint.path / "lora_adapter").is_dir():
+        _logger.info(
+            "%s: its lora_adapter folder is merged into the shards already, so it is not added again.", checkpoint.path
+        )
 
     attention = resolve_attention(attn_implementation, device.type, dtype)
     with torch.device("meta"):
@@ -133,25 +94,36 @@ def load_pretrained(
         prepare_4bit(model, device, dtype)
     unused = unused_shapes(config)
     ours = parameter_names(model)
-    check_shards(shards, {name: tuple(model.get_parameter(own).shape) for name, own in ours.items()} | unused)
-    for path, names in shards.items():
+    check_tensors(
+        checkpoint.shards, {name: tuple(model.get_parameter(own).shape) for name, own in ours.items()} | unused
+    )
+    for path, names in checkpoint.shards.items():
         with safe_open(path, framework="pt", device=str(device)) as shard:
             for name in names:
                 # A copy: a tensor of the file's own memory map would change with the file.
                 tensor = shard.get_tensor(name)
                 if name in unused:
-                    model.unused_weights[name] = tensor.to("cpu", copy=True)
+                    model.unused_weights[name] = require_finite(tensor.to("cpu", copy=True), name, path)
                 else:
-                    _assign(model, ours[name], tensor.to(dtype, copy=device.type == "cpu"))
-    if proprio_file is not None:
-        _load_head(model.proprio_projector, proprio_file, device, head_dtype)
-    if use_l1_head:
-        assert action_file is not None
-        _load_head(model.action_head, action_file, device, head_dtype)
-        model.checkpoint_step = head_step(action_file)
-    elif proprio_file is not None:
-        model.checkpoint_step = head_step(proprio_file)
+                    tensor = require_finite(tensor.to(dtype, copy=device.type == "cpu"), name, path)
+                    _assign(model, ours[name], tensor)
+    for kind, head in (("proprio_projector", proprio_file), ("action_head", action_file if use_l1_head else None)):
+        if head is not None:
+            for name, tensor in read_head(model.get_submodule(kind), head).items():
+                tensor = tensor.to(device, head_dtype or tensor.dtype, copy=True)
+                _assign(model, f"{kind}.{name}", require_finite(tensor, name, head))
+            model.checkpoint_step = head_step(head)
     return model.eval()
+
+
+def _choose_dtype(dtype: torch.dtype | str | None, stored: str, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else getattr(torch, stored)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"dtype must be torch.float32, torch.bfloat16 or torch.float16, 'stored' or None, got {dtype!r}."
+        )
+    return dtype
 
 
 def _check_device(name: torch.device | str, load_in_4bit: bool) -> torch.device:
@@ -175,45 +147,8 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module, leaf, nn.Parameter(tensor) if quantized is None else quantized)
 
 
-def _load_head(module: nn.Module | None, path: Path, device: torch.device, dtype: torch.dtype | None) -> None:
-    assert module is not None
-    for name, tensor in read_head(module, path).items():
-        _assign(module, name, tensor.to(device, dtype or tensor.dtype, copy=True))
-
-
-def read_head(module: nn.Module, path: Path, *, device: str = "cpu") -> dict[str, Tensor]:
-    """The tensors of a head's ``.pt`` file by our names, mapped from the file; theirs start with ``module.``.
-
-    Args:
-        module: the head they are for, to be compared with.
-        path: the file.
-        device: ``cpu``, or ``meta`` to read no weights.
-
-    Raises:
-        ValueError: if the file is truncated or holds anything but tensors of this head's names and shapes.
-    """
-    try:
-        state = torch.load(path, map_location=device, weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and is not loaded: it could run code ({error}).") from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is truncated or no PyTorch file ({error}): download it again.") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} is no state dict of tensors, so no head can be read from it.")
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    for name, shape in expected.items():
-        if name not in state:
-            raise ValueError(f"{path} lacks {name}.")
-        if tuple(state[name].shape) != shape:
-            raise ValueError(f"{name} is {list(state[name].shape)} in {path}, but this model makes it {list(shape)}.")
-    if set(state) - set(expected):
-        raise ValueError(f"{path} has {listed(sorted(set(state) - set(expected)))}, which this head has no place for.")
-    return state
-
-
 def upstream_tensors(model: OpenVLA, *, merge_in_float32: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of upstream's shards by its name there, adapters merged, one at a time in its own dtype.
+    """Give every tensor of upstream's shards by its name there, adapters merged, one at a time in its own dtype.
 
     Args:
         model: the model; it is not changed.
@@ -225,7 +160,7 @@ def upstream_tensors(model: OpenVLA, *, merge_in_float32: bool = True) -> Iterat
         yield name, unused_weight(model, name, shape)
 
 
-def save_pretrained(
+def save_openvla(
     model: OpenVLA,
     folder: str | Path,
     *,
@@ -244,7 +179,7 @@ def save_pretrained(
         merge_in_float32: add an adapter to its weight in float32 and round once, not in the weight's dtype.
 
     Raises:
-        ValueError: if the model was loaded in 4 bits.
+        ValueError: the model was loaded in 4 bits.
     """
     if model.is_loaded_in_4bit:
         raise ValueError(
@@ -259,38 +194,21 @@ def save_pretrained(
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
     }
-    with _replacing(Path(folder)) as partial:
-        config.save(partial)
-        (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    with replacing_files(Path(folder), _is_own) as partial:
+        write_architecture(config, partial)
+        if config.dataset_statistics:
+            write_statistics(partial, config.dataset_statistics)
+        write_json(partial / "generation_config.json", generation)
         _save_shards(upstream_tensors(model, merge_in_float32=merge_in_float32), partial, dtype, max_shard_bytes)
         # Upstream keeps the projector in float32 and casts the action head.
         for kind, head_dtype in (("proprio_projector", torch.float32), ("action_head", dtype)):
             module = getattr(model, kind)
             if module is not None:
-                state = {f"module.{name}": tensor.cpu().to(head_dtype) for name, tensor in module.state_dict().items()}
-                torch.save(state, partial / f"{kind}--{model.checkpoint_step}_checkpoint.pt")
+                write_head(module, partial, kind=kind, step=model.checkpoint_step, dtype=head_dtype)
 
 
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder to write a checkpoint in, whose files then take the place of those of a checkpoint in ``folder``.
-
-    If writing fails, ``folder`` is left as it was. Files in it that are no checkpoint's stay.
-    """
-    partial = folder / "checkpoint.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        written = sorted(path.name for path in partial.iterdir())
-        for name in written:
-            os.replace(partial / name, folder / name)
-        for pattern in _OWN_FILES:
-            for path in folder.glob(pattern):
-                if path.name not in written:
-                    path.unlink()
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _is_own(path: Path) -> bool:
+    return any(path.match(pattern) for pattern in _OWN_FILES)
 
 
 def _save_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype, max_bytes: int) -> None:
@@ -303,7 +221,7 @@ def _save_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, dtype: tor
         part = folder / f"part-{len(parts)}.tmp"
         save_file(shard, part, metadata={"format": "pt"})
         # safetensors lets only the owner read.
-        shutil.copymode(folder / "config.json", part)
+        shutil.copymode(folder / CONFIG_FILE, part)
         parts.append(list(shard))
         shard.clear()
 
@@ -325,4 +243,4 @@ def _save_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, dtype: tor
         os.replace(folder / f"part-{number}.tmp", folder / file)
         weight_map |= dict.fromkeys(names, file)
     index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    write_json(folder / INDEX, index)

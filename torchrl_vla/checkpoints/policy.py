@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -14,12 +13,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from torchrl_vla.checkpoints.companions import save_companions
-from torchrl_vla.checkpoints.files import read_json
+from torchrl_vla.checkpoints.folder import CheckpointFolder, open_checkpoint
 from torchrl_vla.checkpoints.inspection import TrainedMode, trained_mode
-from torchrl_vla.checkpoints.openvla_format import resolve_checkpoint
+from torchrl_vla.checkpoints.locations import RANDOM, find_policy
+from torchrl_vla.checkpoints.openvla_format import load_openvla, save_openvla
+from torchrl_vla.checkpoints.statistics import action_tokenizer, add_statistics, write_statistics
 from torchrl_vla.checkpoints.trainable import check_tokens, prepare_for_ppo, weights_dtype
 from torchrl_vla.config import OpenVLAActorConfig
 from torchrl_vla.envs.tasks import get_suite
+from torchrl_vla.files import read_json, whole_folder, write_json
 from torchrl_vla.modules import (
     ActionTokenizer,
     OpenVLA,
@@ -36,19 +38,21 @@ from torchrl_vla.modules import (
 )
 from torchrl_vla.modules.openvla.lora import without_adapters
 from torchrl_vla.modules.openvla.tokenizer import empty_token_id
-from torchrl_vla.training.run_folder import written_whole
 
-__all__ = ["BUNDLED", "RANDOM", "Policy", "build_policy", "load_policy", "save_policy"]
+__all__ = [
+    "GRAPH_BATCH_SIZE",
+    "Policy",
+    "build_policy",
+    "load_policy",
+    "policy_mode",
+    "read_image_settings",
+    "require_cameras",
+    "require_proprio_format",
+    "save_policy",
+]
 
-#: What names of untrained policies begin with.
-RANDOM = "random:"
-#: The policy that comes with the package, made as docs/tiny_policy.md says.
-BUNDLED = "bundled:tiny"
-_BUNDLED_FOLDER = Path(__file__).parents[1] / "assets" / "tiny_policy"
 #: Image settings of a policy folder; released checkpoints have none.
 PROCESSOR_FILE = "processor.json"
-#: Subfolder of a run with what it can be resumed from.
-CHECKPOINTS = "checkpoints"
 #: As many environments as a 7B model's rollout has at most: to launch 8 decisions one by one takes longer than to
 #: compute them, and replaying larger batches costs nothing.
 GRAPH_BATCH_SIZE = 32
@@ -182,28 +186,6 @@ def require_proprio_format(config: OpenVLAConfig, proprio_format: str, folder: P
         )
 
 
-def find_policy(name: str, *, use_local: bool = True) -> Path:
-    """The folder of a policy that has one: the bundled one, a checkpoint, or the policy of a run's folder.
-
-    Args:
-        name: ``bundled:tiny``, a folder or a hub id.
-        use_local: look for a folder of that name before asking the hub.
-
-    Raises:
-        ValueError: it cannot be had.
-    """
-    folder = _BUNDLED_FOLDER if name == BUNDLED else resolve_checkpoint(name, use_local=use_local)
-    if (folder / CHECKPOINTS).is_dir() and (folder / "policy").is_dir():
-        return folder / "policy"
-    if (folder / CHECKPOINTS).is_dir() and not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"{folder} is a run without a policy of its own. One of `train` that was interrupted, or loaded in 4 bits: "
-            f"`torchrl-vla export {folder} OUT` writes it from the latest checkpoint. One of `finetune`: go on with it "
-            "by --resume."
-        )
-    return folder
-
-
 def policy_mode(name: str) -> TrainedMode:
     """For which way of acting a policy was trained.
 
@@ -215,13 +197,13 @@ def policy_mode(name: str) -> TrainedMode:
     """
     if name.startswith(RANDOM):
         return TrainedMode("tokens", "it is untrained")
-    return trained_mode(find_policy(name))
+    return trained_mode(open_checkpoint(find_policy(name)))
 
 
 def load_policy(
-    actor: OpenVLAActorConfig,
+    checkpoint: str | Path | CheckpointFolder | OpenVLAActorConfig,
     *,
-    task_suite: str,
+    task_suite: str = "libero_spatial",
     temperature: float = 1.6,
     device: torch.device | str = "cpu",
     head_device: torch.device | None = None,
@@ -230,26 +212,42 @@ def load_policy(
     autoregressive: bool = False,
     read_task_ids: bool = False,
     proprio_format: Literal["axis_angle", "quaternion"] | None = None,
+    **options: Any,
 ) -> Policy:
-    """Load the policy that a configuration names, and prepare what of it learns.
+    """Load a policy, and prepare what of it learns.
 
     Args:
-        actor: checkpoint, adapters and mode.
-        task_suite: the suite whose statistics to use if the configuration names none.
+        checkpoint: ``bundled:tiny``, ``random:tiny``, ``random:7b``, a folder, opened already or not, or a hub id; or a
+            configuration that names one of them.
+        task_suite: the suite whose statistics to use if `unnorm_key` names none.
         temperature: sampling temperature.
         device: where to load it.
         head_device: where to put the L1 head; None for `device`.
-        dtype: as for :meth:`OpenVLA.from_pretrained`, but None for :func:`weights_dtype`'s.
+        dtype: as for :func:`~torchrl_vla.checkpoints.openvla_format.load_openvla`; None for :func:`weights_dtype`'s.
         trainable: add adapters or freeze parts as configured; False loads it to be used as it is.
         autoregressive: decode one token after the other and one control step at a time, as base OpenVLA does. Such a
             policy acts; it cannot be trained so.
         read_task_ids: read which task of the suite it is from ``task_id``, not from ``language_instruction``.
         proprio_format: how the robot's state will be written, noted when the policy is saved; None: as it notes itself.
+        options: fields of :class:`~torchrl_vla.config.OpenVLAActorConfig`, such as ``use_lora`` and ``lora_rank``, if
+            `checkpoint` is not a configuration.
 
     Raises:
-        ValueError: the checkpoint cannot be had, does not fit the configuration or its decoding, or is to be trained
-            and has no trained tokens.
+        ValueError: the checkpoint is not available, does not fit the options or its decoding, or is to be trained and
+            has no trained tokens.
+
+    Examples:
+        >>> policy = load_policy("bundled:tiny", task_suite="libero_spatial", lora_rank=4)
+        >>> sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+        204000
     """
+    if isinstance(checkpoint, OpenVLAActorConfig):
+        if options:
+            raise ValueError(f"{', '.join(options)}: the configuration of the policy has these options already.")
+        actor = checkpoint
+    else:
+        name = checkpoint.path if isinstance(checkpoint, CheckpointFolder) else checkpoint
+        actor = OpenVLAActorConfig(pretrained_checkpoint=str(name), **options)
     if autoregressive and (trainable or not actor.use_tokenized_actions):
         raise ValueError(
             "autoregressive decoding is for acting by tokens: load the policy with trainable=False and "
@@ -284,11 +282,13 @@ def load_policy(
             instructions=instructions,
         )
     else:
-        folder = find_policy(actor.pretrained_checkpoint, use_local=actor.use_local)
-        if trainable and not actor.force:
-            check_tokens(folder, actor)
+        opened = checkpoint
+        if not isinstance(opened, CheckpointFolder):
+            opened = open_checkpoint(find_policy(actor.pretrained_checkpoint, use_local=actor.use_local))
+        folder, config = opened.path, opened.config
         # Small files first: what does not fit is said before gigabytes are read.
-        config = OpenVLAConfig.from_folder(folder)
+        if trainable and not actor.force:
+            check_tokens(opened, actor)
         if config.use_proprio and not actor.use_proprio:
             raise ValueError(
                 f"use_proprio is off, but {folder} was trained with the robot's state: leave it on, or choose a "
@@ -303,12 +303,11 @@ def load_policy(
         if proprio_format is not None:
             require_proprio_format(config, proprio_format, folder)
         key = actor.unnorm_key or get_suite(task_suite).base or task_suite
-        sizes = {"n_bins": config.n_action_bins, "vocab_size": config.tokenizer_vocab_size}
-        actions = ActionTokenizer.from_statistics(folder, key, **sizes)
+        actions = action_tokenizer(config, key, source=folder)
         tokenizer = load_tokenizer(folder)
         settings = read_image_settings(folder)
-        model = OpenVLA.from_pretrained(
-            folder,
+        model = load_openvla(
+            opened,
             dtype=dtype or choose_dtype(config),
             device=device,
             load_in_4bit=actor.load_in_4bit,
@@ -367,21 +366,24 @@ def read_image_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def save_policy(policy: Policy, folder: Path, **options: Any) -> None:
+def save_policy(policy: Policy, folder: Path, *, statistics: Mapping[str, Any] | None = None, **options: Any) -> None:
     """Write the policy in upstream's format, adapters merged, so that `load_policy` and upstream's tools read it.
 
     Args:
         policy: the policy; it is not changed.
         folder: replaced as a whole once everything is written.
-        options: of :meth:`OpenVLA.save_pretrained`.
+        statistics: by data set, to be written; None: those it was loaded with, and the percentiles that it acts by.
+        options: of :func:`~torchrl_vla.checkpoints.openvla_format.save_openvla`.
     """
-    with written_whole(folder) as partial:
-        policy.model.save_pretrained(partial, **options)
-        policy.processor.action_tokenizer.save_statistics(partial, policy.statistics_key)
-        images = policy.processor.images
-        settings = {"backend": images.backend, "center_crop": images.center_crop}
-        (partial / PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-        save_companions(policy.processor.tokenizer, policy.model.config, partial)
+    config, processor = policy.model.config, policy.processor
+    if statistics is None:
+        statistics = add_statistics(config.statistics, policy.statistics_key, processor.action_tokenizer)
+    with whole_folder(folder) as partial:
+        save_openvla(policy.model, partial, **options)
+        write_statistics(partial, statistics)
+        settings = {"backend": processor.images.backend, "center_crop": processor.images.center_crop}
+        write_json(partial / PROCESSOR_FILE, settings)
+        save_companions(processor.tokenizer, config, partial)
 
 
 def _assemble(

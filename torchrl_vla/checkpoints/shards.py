@@ -1,24 +1,21 @@
-"""Files of a checkpoint folder: the shards and what their headers say, and the files of the heads."""
+"""The shards of a checkpoint folder and what their headers say."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from torchrl_vla.checkpoints.files import read_json
+from torchrl_vla.files import read_json
 
-_logger = logging.getLogger(__name__)
+__all__ = ["INDEX", "SINGLE", "Shards", "TensorInfo", "check_tensors", "listed", "read_shards", "stored_dtype"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-FOREIGN_HEADS = {"vision_backbone": "FiLM", "noisy_action_projector": "a diffusion head"}
-"""What upstream trained a checkpoint with, by the kind of the ``KIND--N_checkpoint.pt`` that it left."""
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -36,64 +33,74 @@ class TensorInfo:
     dtype: str
 
 
-def find_shards(folder: Path) -> dict[Path, list[str]]:
-    """The names of the tensors in each shard, by path.
+Shards = Mapping[Path, Mapping[str, TensorInfo]]
+"""What each shard holds, by path."""
+
+
+def read_shards(folder: Path) -> Shards:
+    """Read what the shards of a folder hold, from the index and their headers alone, each of which is read once.
+
+    Args:
+        folder: a checkpoint folder.
 
     Raises:
-        ValueError: if there are no weights, or a shard of the index is missing.
+        ValueError: there are no weights, a shard of the index is missing, or a file is damaged or of another kind.
     """
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
-        if not isinstance(index.get("weight_map"), dict):
-            raise ValueError(f"{folder / INDEX} has no weight_map, so it is no index of shards: download it again.")
-        weight_map: dict[str, str] = index["weight_map"]
-        shards: dict[Path, list[str]] = {}
-        for name, file in weight_map.items():
-            shards.setdefault(folder / file, []).append(name)
-    elif (folder / SINGLE).is_file():
-        shards = {folder / SINGLE: list(read_header(folder / SINGLE))}
-    else:
-        raise ValueError(f"{folder} has neither {INDEX} nor {SINGLE}: it holds no weights.")
-    missing = [path.name for path in shards if not path.is_file()]
+    if not (folder / INDEX).exists():
+        if not (folder / SINGLE).exists():
+            raise ValueError(f"{folder} has neither {INDEX} nor {SINGLE}: it holds no weights.")
+        return {folder / SINGLE: _read_header(folder / SINGLE)}
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{folder / INDEX} has no weight_map, so it is no index of shards: download it again.")
+    names_by_file: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(
+                f"{folder / INDEX} says that {name} is in {file!r}; only names of files beside the index are read. "
+                "Download it again from a source that you trust."
+            )
+        names_by_file.setdefault(file, []).append(name)
+    missing = [file for file in names_by_file if not (folder / file).exists()]
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names: download the missing files.")
+    shards: dict[Path, dict[str, TensorInfo]] = {}
+    for file, names in names_by_file.items():
+        header = _read_header(folder / file)
+        absent = sorted(set(names) - set(header))
+        if absent:
+            raise ValueError(f"{folder / file} lacks {listed(absent)}, which {INDEX} says it has: download it again.")
+        shards[folder / file] = {name: header[name] for name in names}
     return shards
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of a shard by name, read from its header alone.
-
-    Raises:
-        ValueError: if the file is truncated or none of safetensors'.
-    """
+def _read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         with safe_open(path, framework="pt") as shard:
             slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
             return {name: TensorInfo(tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file ({error}): download it again.") from error
 
 
-def check_shards(shards: dict[Path, list[str]], expected: dict[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
+def check_tensors(shards: Shards, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Compare what is in the shards with what the model needs, before anything is loaded.
 
     Args:
-        shards: from :func:`find_shards`.
+        shards: from :func:`read_shards`.
         expected: shapes by upstream's name.
 
-    Returns:
-        The tensors found, by name.
-
     Raises:
-        ValueError: if a tensor is missing, unknown or of another shape.
+        ValueError: a tensor is missing, unknown, of another shape or stored in a dtype that weights do not have.
     """
-    found: dict[str, TensorInfo] = {}
-    for path, names in shards.items():
-        header = read_header(path)
-        absent = sorted(set(names) - set(header))
-        if absent:
-            raise ValueError(f"{path} lacks {listed(absent)}, which {INDEX} says it has: download it again.")
-        found |= {name: header[name] for name in names}
+    found = {name: info for header in shards.values() for name, info in header.items()}
+    for path, header in shards.items():
+        for name, info in header.items():
+            if info.dtype not in _DTYPES:
+                raise ValueError(
+                    f"{name} in {path} is stored as {info.dtype}; weights must be {', '.join(_DTYPES)}. Quantised ones "
+                    "are not read: take the checkpoint that they were made from."
+                )
     for name, shape in expected.items():
         if name in found and found[name].shape != shape:
             raise ValueError(
@@ -105,68 +112,26 @@ def check_shards(shards: dict[Path, list[str]], expected: dict[str, tuple[int, .
         raise ValueError(f"the checkpoint lacks {listed(missing)}: its configuration is of another model.")
     if unknown:
         raise ValueError(f"the checkpoint has {listed(unknown)}, which an OpenVLA has no place for.")
-    return found
 
 
-def stored_dtype(shards: Iterable[Path]) -> str | None:
-    """The dtype of most weights, as ``config.json`` calls it, from the headers of the shards.
+def stored_dtype(shards: Shards) -> str | None:
+    """Tell the dtype of most weights, as ``config.json`` calls it.
 
     Args:
-        shards: their paths.
+        shards: from :func:`read_shards`.
 
     Returns:
         ``float32``, ``bfloat16`` or ``float16``; None where no tensor is of one of these.
-
-    Raises:
-        ValueError: if a file is truncated or none of safetensors'.
     """
     sizes: Counter[str] = Counter()
-    for path in shards:
-        for info in read_header(path).values():
+    for header in shards.values():
+        for info in header.values():
             if info.dtype in _DTYPES:
                 sizes[_DTYPES[info.dtype]] += math.prod(info.shape)
     return max(sizes, key=sizes.__getitem__, default=None)
 
 
-def refuse_foreign_heads(folder: Path) -> None:
-    """Refuse a checkpoint whose policy needs a part that this package does not have; without it, it acts otherwise.
-
-    Args:
-        folder: a checkpoint folder.
-
-    Raises:
-        ValueError: if it has a file of such a part.
-    """
-    for kind, what in FOREIGN_HEADS.items():
-        for path in sorted(folder.glob(f"{kind}--*_checkpoint.pt")):
-            raise ValueError(
-                f"{path} says that this checkpoint was trained with {what}, which this package does not have: take a "
-                "checkpoint that was trained without it."
-            )
-
-
 def listed(names: list[str]) -> str:
-    """The first three names, and how many more there are."""
+    """List the first three names, and how many more there are."""
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-def head_step(path: Path) -> str:
-    """``150000`` of ``action_head--150000_checkpoint.pt``."""
-    return path.name.partition("--")[2].removesuffix("_checkpoint.pt")
-
-
-def head_file(folder: Path, kind: str) -> Path | None:
-    """The file of a head, that of the latest step if there are several.
-
-    Args:
-        folder: a checkpoint folder.
-        kind: ``action_head`` or ``proprio_projector``.
-    """
-    files = sorted(
-        (path for path in folder.glob(f"{kind}--*_checkpoint.pt") if path.is_file()),
-        key=lambda path: int(head_step(path)) if head_step(path).isdigit() else float("inf"),
-    )
-    if len(files) > 1:
-        _logger.warning("%s has %d files of %s; %s is loaded.", folder, len(files), kind, files[-1].name)
-    return files[-1] if files else None

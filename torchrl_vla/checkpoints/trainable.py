@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from torchrl_vla.checkpoints.inspection import require_trained_tokens, trained_mode
+from torchrl_vla.checkpoints.folder import CheckpointFolder
+from torchrl_vla.checkpoints.inspection import require_trained_tokens
 from torchrl_vla.config import OpenVLAActorConfig
 from torchrl_vla.modules import OpenVLA, OpenVLAConfig
 from torchrl_vla.modules.openvla.lora import add_lora, freeze_backbone
@@ -46,28 +46,26 @@ def weights_dtype(
     return torch.float32 if learn or device.type == "cpu" else getattr(torch, config.torch_dtype)
 
 
-def check_tokens(folder: Path, actor: OpenVLAActorConfig) -> None:
+def check_tokens(checkpoint: CheckpointFolder, actor: OpenVLAActorConfig) -> None:
     """Refuse a checkpoint whose action tokens were never trained, and say so where they were trained one by one.
 
     Args:
-        folder: of the checkpoint.
+        checkpoint: the folder.
         actor: what the user says of it.
 
     Raises:
         ValueError: its tokens were never trained.
     """
-    believed = actor.finetuned_on_discrete_actions
-    require_trained_tokens(
-        folder,
-        finetuned_on_discrete_actions=believed,
+    mode = require_trained_tokens(
+        checkpoint,
+        finetuned_on_discrete_actions=actor.finetuned_on_discrete_actions,
         advice="--force starts from it all the same.",
     )
-    mode = trained_mode(folder, finetuned_on_discrete_actions=believed)
     if not mode.has_trained_tokens:
         logger.warning(
             "%s is taken for base OpenVLA (%s): its tokens were trained one after the other, and are decoded in "
             "parallel here. `torchrl-vla finetune` teaches it that.",
-            folder,
+            checkpoint.path,
             mode.reason,
         )
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -15,8 +15,17 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from torchrl_vla.collectors.lanes import Decision, Lane, Outcome, Waiting, make_executor
 from torchrl_vla.collectors.plan import Episode
+from torchrl_vla.collectors.planned import PlannedCollector
+from torchrl_vla.collectors.seeds import decision_seeds, episode_seeds
 from torchrl_vla.collectors.slots import EnvSlots
 from torchrl_vla.collectors.trajectories import TrajectoryRecorder
+from torchrl_vla.modules.distributions import SEED_KEY
+
+__all__ = ["GroupCollector", "Progress"]
+
+#: Where a batch says which of its actions were executed.
+MASK_KEY = "mask"
+_LABELS = ("group_id", "task_id", "init_state_id")
 
 
 class Progress(NamedTuple):
@@ -28,7 +37,7 @@ class Progress(NamedTuple):
     planned_episodes: int
 
 
-class GroupCollector:
+class GroupCollector(PlannedCollector):
     """Runs every episode of a plan to its end, exactly once, and yields whole plans.
 
     The set of episodes is fixed before they run, so that nothing is in a batch because it ended first (TorchRL's
@@ -38,11 +47,22 @@ class GroupCollector:
     :class:`~torchrl_vla.envs.watchdog.WatchedParallelEnv` had to be replaced, its episodes run again from their start
     and what was collected of them is dropped: the batch has every planned episode once, as if nothing had happened.
 
+    An episode owns its random numbers. The policy finds a seed for each decision, ``"decision_seed"`` int64
+    ``[N, 1]``, which depends on ``seed``, the number of the collection, the episode's group and member and the number
+    of the decision: not on slots, workers or what else runs. :class:`~torchrl_vla.modules.TokenCategorical` samples
+    with it; policies that do not know it draw from torch's global generator. It is not stored.
+
     A decision is stored once: what the policy saw and wrote, without ``not_stored``; under ``"next"`` only reward,
-    done flags and ``next_keys``, and ``value_key`` if the policy writes it, as GAE needs it (after the last decision:
-    0 if terminated, the value of what was seen then if truncated). The batch is flat, ``[T]``, ordered by episode and
-    time, with ``group_id``, ``task_id``, ``init_state_id`` ``[T, 1]`` and ``("collector", "traj_ids")`` ``[T]``, on the
-    CPU.
+    done flags and ``next_keys``, and ``value_key`` if the policy writes it, as ``GAE(value_network=None)`` needs it.
+    The batch is flat, ``[T]``, ordered by episode and time, with ``group_id``, ``task_id``, ``init_state_id``
+    ``[T, 1]`` and ``("collector", "traj_ids")`` ``[T]``, on the CPU. Where the environment reports
+    ``num_control_steps``, ``"mask"`` bool ``[T, K]`` says which actions of a chunk were executed before its episode
+    ended. :class:`~torchrl_vla.objectives.AsymmetricClipPPOLoss` reads it; for TorchRL's losses with one
+    log-probability per token or action, set ``loss.loss_mask_key = "mask"``.
+
+    TorchRL counts frames; here they are decisions. A batch has as many as its episodes took, so there is no
+    ``frames_per_batch``; ``min_control_steps`` sets its size instead. A later iteration goes on with the plan after
+    the last one.
 
     Several environments take turns: while the policy decides for one of them, the others simulate, each in a thread of
     its own. Which one runs which episode does not depend on their speed.
@@ -52,22 +72,45 @@ class GroupCollector:
             ``init_state_id`` ``[*B, 1]`` and which reports them in its observations; or several, which must simulate
             in processes of their own (:func:`~torchrl_vla.envs.factory.make_envs`).
         policy: reads observations and writes an action; runs without gradients on the device of its parameters.
-        plans: one per batch that iterating over the collector yields; :meth:`collect` needs none.
+        plans: one per batch that iterating over the collector yields, or several where a batch needs more steps;
+            :meth:`collect` needs none.
 
     Keyword Args:
+        min_control_steps: fewest control steps of a batch (decisions where the environment does not report
+            ``num_control_steps``): plans are put together until they have as many. How many that takes is guessed,
+            before they run, from the episodes of the batch before, with a tenth to spare; where the guess falls short,
+            more follow. Plans of one group each make batches of the nearest size. None: one plan per batch.
+        total_frames: decisions, of the batches that iterating yields, after which it stops; -1 for as long as there are
+            plans.
+        init_random_frames: likewise, after which the policy acts; batches begun before hold random actions of the
+            environment's spec, and nothing that the policy writes.
+        seed: of the episodes' random numbers, not negative; None draws one from torch's global generator.
         exploration_type: RANDOM to sample, DETERMINISTIC to judge the greedy policy.
         not_stored: entries the policy sees or writes that are left out.
         next_keys: entries of the next observation that are stored where they exist.
         value_key: where a policy with a critic writes its value ``[N, 1]``.
+        bootstrap_at_horizon: what comes after the last decision of an episode that ran out of time. False: nothing, as
+            after any other end, for a time-out is how a task like LIBERO's fails; ``("next", "terminated")`` is set
+            there, and ``("next", value_key)`` is 0. True: the value of what was seen then.
         progress: called after every step.
+        pre_collect_hook: called before each batch that iterating yields.
+        post_collect_hook: called with each batch that iterating yields.
 
     Examples:
-        >>> plans = EpisodePlan.stream([0], range(50), groups=4, group_size=8, seed=0)  # doctest: +SKIP
-        >>> for batch in GroupCollector(LiberoEnv(num_envs=16), actor, plans):  # doctest: +SKIP
-        ...     replay_buffer.extend(batch)
+        >>> from torchrl_vla.collectors import EpisodePlan
+        >>> from torchrl_vla.envs.toy import ToyTrackingEnv
+        >>> def act(tensordict):  # to the target that the state shows
+        ...     target = tensordict["observation", "state"][..., 2:].unsqueeze(-2)
+        ...     return tensordict.set("action", target.expand(*tensordict.shape, 4, 2))
+        >>> plans = EpisodePlan.stream({0: range(50)}, groups=2, group_size=4, seed=0)
+        >>> collector = GroupCollector(ToyTrackingEnv(3), act, plans, total_frames=16)
+        >>> for batch in collector:
+        ...     print(len(batch), batch["group_id"].unique().tolist(), int(batch["next", "success"].sum()))
+        8 [0, 1] 8
+        8 [2, 3] 8
 
     Raises:
-        ValueError: if the environment does not report ``task_id`` and ``init_state_id``.
+        ValueError: if the environment does not report ``task_id`` and ``init_state_id``, or a number is out of range.
     """
 
     #: Large, and the loss computes them anew.
@@ -79,51 +122,65 @@ class GroupCollector:
         policy: Callable[[TensorDictBase], TensorDictBase],
         plans: Iterable[Sequence[Episode]] = (),
         *,
+        min_control_steps: int | None = None,
+        total_frames: int = -1,
+        init_random_frames: int = 0,
+        seed: int | None = None,
         exploration_type: ExplorationType = ExplorationType.RANDOM,
         not_stored: Sequence[NestedKey] = NOT_STORED,
         next_keys: Sequence[NestedKey] = ("success", "num_control_steps"),
         value_key: NestedKey = "state_value",
+        bootstrap_at_horizon: bool = False,
         progress: Callable[[Progress], None] | None = None,
+        pre_collect_hook: Callable[[], None] | None = None,
+        post_collect_hook: Callable[[TensorDictBase], None] | None = None,
     ) -> None:
+        super().__init__(
+            plans,
+            min_control_steps=min_control_steps,
+            total_frames=total_frames,
+            seed=seed,
+            pre_collect_hook=pre_collect_hook,
+            post_collect_hook=post_collect_hook,
+        )
         envs = [env] if isinstance(env, EnvBase) else list(env)
         if not envs:
             raise ValueError("The collector needs at least one environment, got an empty list.")
         self.policy = policy
-        self.plans = plans
+        self.init_random_frames = init_random_frames
         self.exploration_type = exploration_type
         self.value_key = value_key
+        self.bootstrap_at_horizon = bootstrap_at_horizon
         self.progress = progress
         self._slots = [EnvSlots(each) for each in envs]
-        self._not_stored = frozenset(not_stored)
+        self._not_stored = frozenset((*not_stored, SEED_KEY))
         self._next_keys = (*envs[0].reward_keys, *envs[0].done_keys, *next_keys)
-        self._num_collected = 0
 
     @property
     def num_slots(self) -> int:
         """Episodes that can run at the same time."""
         return sum(map(len, self._slots))
 
-    def __iter__(self) -> Iterator[TensorDict]:
-        for plan in self.plans:
-            yield self.collect(plan)
-
     @torch.no_grad()
-    def collect(self, plan: Sequence[Episode]) -> TensorDict:
+    def collect(self, plan: Sequence[Episode], *, number: int | None = None) -> TensorDict:
         """Run the episodes of a plan.
 
         Args:
-            plan: at least one episode, such as an :class:`EpisodePlan`.
+            plan: at least one episode, such as an :class:`EpisodePlan`, or a part of one.
+            number: which of the run's collections it is, for the episodes' random numbers; by default as many came
+                before. Collectors that share out one plan must be given the same.
 
         Returns:
             Their decisions, ``[T]``, the episodes in the plan's order.
 
         Raises:
-            ValueError: if the plan is empty.
+            ValueError: if the plan is empty, or has an episode twice.
             RuntimeError: if the environment starts another episode than it was asked to.
         """
         if not len(plan):
             raise ValueError("The plan has no episodes; it needs at least one.")
-        collection = _Collection(plan, [Lane(slots) for slots in self._slots])
+        seeds = episode_seeds(self.seed, self._collections if number is None else number, plan)
+        collection = _Collection(plan, seeds, [Lane(slots) for slots in self._slots])
         with set_exploration_type(self.exploration_type), make_executor(len(self._slots)) as executor:
             # In turns and in a fixed order, so that the same seed gives the same batch whoever is faster.
             while collection.finished < len(plan):
@@ -132,22 +189,75 @@ class GroupCollector:
                     if outcome is not None:
                         self._record(collection, lane, outcome)
                     self._send(collection, lane, executor)
-        return self._label(collection)
+        batch = self._label(collection)
+        self._count(plan)
+        return batch
+
+    def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:
+        """Close the environments.
+
+        Args:
+            timeout: for TorchRL's collectors of several processes; no effect here.
+            close_env: False leaves them open, for whoever shares them.
+            raise_on_error: raise what an environment raises while it closes.
+        """
+        for slots in self._slots:
+            if close_env and not slots.env.is_closed:
+                slots.env.close(raise_if_closed=raise_on_error)
+
+    def set_seed(self, seed: int, static_seed: bool = False) -> int:
+        """Seed the episodes' random numbers, and the environments.
+
+        Args:
+            seed: not negative.
+            static_seed: give all environments the same one.
+
+        Returns:
+            The seed for whatever comes next.
+        """
+        if seed < 0:
+            raise ValueError(f"seed={seed} must not be negative.")
+        self.seed = seed
+        for slots in self._slots:
+            seed = slots.env.set_seed(seed, static_seed=static_seed)
+        return seed
+
+    def _maybe_fallback_update(self, policy_or_weights: Any = None, *, model_id: str | None = None) -> None:
+        """Copy weights into the policy, as ``update_policy_weights_`` asks; without any there is nothing to do.
+
+        The policy is of this process, and mostly the learner's own.
+        """
+        if model_id not in (None, "policy"):
+            raise KeyError(f"model_id={model_id!r} is unknown: this collector has one model, 'policy'.")
+        if policy_or_weights is None or policy_or_weights is self.policy:
+            return
+        if not isinstance(self.policy, nn.Module):
+            raise TypeError(f"The policy is a {type(self.policy).__name__}, not a module: it has no weights to update.")
+        weights, own = policy_or_weights, {id(parameter) for parameter in self.policy.parameters()}
+        if isinstance(weights, nn.Module):
+            if own.issuperset(map(id, weights.parameters())):
+                return
+            weights = TensorDict.from_module(weights)
+        elif not isinstance(weights, TensorDictBase):
+            weights = TensorDict(weights).unflatten_keys(".")
+        with torch.no_grad():
+            # Not through `.data`, where a policy that keeps copies of its weights would not notice.
+            TensorDict.from_module(self.policy).update_(weights)
 
     def _send(self, collection: _Collection, lane: Lane, executor: Executor) -> None:
-        """Decides for the slots of an environment that run, and gives it its next turn."""
+        """Decide for the slots of an environment that run, and give it its next turn."""
         running = lane.running()
         starts = collection.waiting.take(lane)
         decision = None
         if len(running):
             seen = lane.slots.observe(running)
-            decision = Decision(running, seen, self._act(seen))
+            decision = Decision(running, seen, self._decide(collection, lane, running, seen))
         if decision is not None or starts or len(lane.again):
-            keep_cut = decision is not None and self.value_key in decision.written
+            keep_cut = self.bootstrap_at_horizon and decision is not None and self.value_key in decision.written
             lane.send(executor, collection.plan, decision, starts, keep_cut)
 
     def _record(self, collection: _Collection, lane: Lane, outcome: Outcome) -> None:
-        """Takes note of what followed from an environment's last decisions, and of the episodes begun since."""
+        """Take note of what followed from an environment's last decisions, and of the episodes begun since."""
         assert lane.decision is not None
         (slots, seen, written), lane.decision = lane.decision, None
         following, lost = outcome.following, outcome.lost
@@ -159,11 +269,13 @@ class GroupCollector:
             slots, seen = slots[~lost], seen[~lost]
             written = {key: value[~lost] for key, value in written.items()}
             following = {key: value[~lost] for key, value in following.items()}
-        recorder.append(current[slots], self._decisions(seen, written, following))
         over = following["done"].reshape(-1).cpu()
         if outcome.cut is not None:
             cut = slots[over & ~following["terminated"].reshape(-1).cpu()]
             collection.last_values[current[cut]] = self._act(outcome.cut)[self.value_key].cpu()
+        if not self.bootstrap_at_horizon:
+            following["terminated"] = following["done"]
+        recorder.append(current[slots], self._decisions(seen, written, following))
         if "success" in following:
             collection.successes += int(following["success"].reshape(-1).cpu()[over].sum())
         collection.finished += int(over.sum())
@@ -176,8 +288,17 @@ class GroupCollector:
             decisions = int(recorder.lengths.sum())
             self.progress(Progress(decisions, collection.finished, collection.successes, len(collection.plan)))
 
+    def _decide(
+        self, collection: _Collection, lane: Lane, running: Tensor, seen: TensorDict
+    ) -> dict[NestedKey, Tensor]:
+        episodes = lane.current[running]
+        seeds = decision_seeds(collection.seeds[episodes], collection.recorder.lengths[episodes])
+        if self._frames < self.init_random_frames:
+            return lane.slots.random_actions(seeds)
+        return self._act(seen.clone(False).set(SEED_KEY, seeds))
+
     def _act(self, seen: TensorDict) -> dict[NestedKey, Tensor]:
-        """What the policy writes, on its device, without what is not stored."""
+        """Ask the policy, on its device, and return what it writes, without what is not stored."""
         parameters = self.policy.parameters() if isinstance(self.policy, nn.Module) else ()
         device = next((parameter.device for parameter in parameters), seen.device)
         given = seen if device is None else seen.to(device)
@@ -202,12 +323,14 @@ class GroupCollector:
     def _label(self, collection: _Collection) -> TensorDict:
         plan, lengths = collection.plan, collection.recorder.lengths
         data = collection.recorder.finish()
-        for index, key in enumerate(Episode._fields):
-            ids = torch.tensor([[episode[index]] for episode in plan])
+        for key in _LABELS:
+            ids = torch.tensor([[getattr(episode, key)] for episode in plan])
             data.set(key, ids.repeat_interleave(lengths, 0))
-        episodes = torch.arange(len(plan)) + self._num_collected
-        self._num_collected += len(plan)
+        episodes = torch.arange(len(plan)) + self._episodes
         data.set(("collector", "traj_ids"), episodes.repeat_interleave(lengths))
+        steps = data.get(("next", "num_control_steps"), None)
+        if steps is not None:
+            data.set(MASK_KEY, torch.arange(self._slots[0].chunk_size) < steps)
         if self.value_key in data.keys(True, True):
             following = data.get(self.value_key).roll(-1, 0)
             following[lengths.cumsum(0) - 1] = collection.last_values
@@ -218,8 +341,9 @@ class GroupCollector:
 class _Collection:
     """How far the episodes of a plan have come, and what was recorded of them."""
 
-    def __init__(self, plan: Sequence[Episode], lanes: Sequence[Lane]) -> None:
+    def __init__(self, plan: Sequence[Episode], seeds: Tensor, lanes: Sequence[Lane]) -> None:
         self.plan = plan
+        self.seeds = seeds
         self.lanes = lanes
         self.waiting = Waiting(len(plan), lanes)
         self.recorder = TrajectoryRecorder(len(plan))

@@ -16,6 +16,8 @@ from torch import Tensor
 from torchrl_vla.collectors.plan import Episode
 from torchrl_vla.collectors.slots import EnvSlots
 
+__all__ = ["Decision", "Lane", "Outcome", "Waiting", "make_executor"]
+
 
 class Decision(NamedTuple):
     """What the policy saw in some slots, int64 ``[n]``, and what it wrote."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import cycle, islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count, cycle, islice
 from typing import NamedTuple, overload
 
 import numpy as np
 
+__all__ = ["Episode", "EpisodePlan"]
+
 
 class Episode(NamedTuple):
-    """One planned episode: its group, and where it starts."""
+    """One planned episode: its group, where it starts, and its number in the group."""
 
     group_id: int
     task_id: int
     init_state_id: int
+    member: int = 0
 
 
 class EpisodePlan(Sequence[Episode]):
@@ -27,7 +30,7 @@ class EpisodePlan(Sequence[Episode]):
 
     Examples:
         >>> EpisodePlan([(0, 3), (1, 3)], group_size=2)[2]
-        Episode(group_id=1, task_id=1, init_state_id=3)
+        Episode(group_id=1, task_id=1, init_state_id=3, member=0)
         >>> [(e.task_id, e.init_state_id) for e in EpisodePlan.grid([0, 1], range(2))]
         [(0, 0), (0, 1), (1, 0), (1, 1)]
 
@@ -54,46 +57,40 @@ class EpisodePlan(Sequence[Episode]):
 
     @classmethod
     def stream(
-        cls,
-        task_ids: Iterable[int],
-        init_state_ids: Iterable[int],
-        *,
-        groups: int,
-        group_size: int,
-        seed: int,
-        first_plan: int = 0,
+        cls, init_states: Mapping[int, Iterable[int]], *, groups: int, group_size: int, seed: int
     ) -> Iterator[EpisodePlan]:
-        """Plans without end, one per update, in random order but even over tasks and initial states.
+        """Make plans without end, in random order but even over tasks and over each task's initial states.
 
         Tasks take turns, in a new order each round; a task runs through all its initial states before one returns.
+        Group ids count on from plan to plan, so that each names one group of the whole stream.
 
         Args:
-            task_ids: distinct tasks.
-            init_state_ids: distinct initial states, the same for every task.
+            init_states: distinct initial states of each task; tasks may have unequal numbers of them.
             groups: groups per plan.
             group_size: episodes per group.
             seed: the same seed gives the same plans.
-            first_plan: how many plans to pass over, to go on where an earlier run stopped.
 
         Raises:
-            ValueError: if there is no task or initial state, one is given twice, or a size is not positive.
+            ValueError: if there is no task, a task has no initial state or one twice, or a size is not positive.
+
+        Examples:
+            >>> plans = EpisodePlan.stream({0: range(50), 4: [7]}, groups=2, group_size=8, seed=0)
+            >>> plan = next(plans)
+            >>> len(plan), sorted({episode.task_id for episode in plan})
+            (16, [0, 4])
         """
-        tasks, states = list(task_ids), list(init_state_ids)
-        for name, ids in (("task_ids", tasks), ("init_state_ids", states)):
+        states = {int(task): list(ids) for task, ids in init_states.items()}
+        if not states:
+            raise ValueError("init_states is empty: name at least one task and its initial states.")
+        for task, ids in states.items():
             if not ids or len(set(ids)) < len(ids):
-                raise ValueError(f"{name}={ids} must be distinct and not empty.")
+                raise ValueError(f"init_states of task {task} must be distinct and not empty, got {ids}.")
         if groups < 1:
             raise ValueError(f"groups={groups} must be at least 1.")
-        starts = _shuffled_starts(tasks, states, np.random.default_rng(seed))
-
-        def plans() -> Iterator[EpisodePlan]:
-            first_group_id = first_plan * groups
-            for chosen in iter(lambda: list(islice(starts, groups)), []):
-                yield cls(chosen, group_size=group_size, first_group_id=first_group_id)
-                first_group_id += groups
-
-        next(islice(starts, first_plan * groups, first_plan * groups), None)
-        return plans()
+        if group_size < 1:
+            raise ValueError(f"group_size={group_size} must be at least 1.")
+        starts = _shuffled_starts(states, np.random.default_rng(seed))
+        return (cls(islice(starts, groups), group_size=group_size, first_group_id=first) for first in count(0, groups))
 
     def __len__(self) -> int:
         return len(self._starts) * self.group_size
@@ -107,16 +104,16 @@ class EpisodePlan(Sequence[Episode]):
     def __getitem__(self, index: int | slice) -> Episode | list[Episode]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        group = range(len(self))[index] // self.group_size
-        return Episode(self.first_group_id + group, *self._starts[group])
+        group, member = divmod(range(len(self))[index], self.group_size)
+        return Episode(self.first_group_id + group, *self._starts[group], member)
 
 
-def _shuffled_starts(tasks: list[int], states: list[int], rng: np.random.Generator) -> Iterator[tuple[int, int]]:
-    def without_repeats() -> Iterator[int]:
+def _shuffled_starts(states: Mapping[int, list[int]], rng: np.random.Generator) -> Iterator[tuple[int, int]]:
+    def without_repeats(ids: list[int]) -> Iterator[int]:
         for _ in cycle((None,)):
-            yield from rng.permutation(states).tolist()
+            yield from rng.permutation(ids).tolist()
 
-    next_state = {task: without_repeats() for task in tasks}
+    next_state = {task: without_repeats(ids) for task, ids in states.items()}
     for _ in cycle((None,)):
-        for task in rng.permutation(tasks).tolist():
+        for task in rng.permutation(list(states)).tolist():
             yield task, next(next_state[task])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -13,7 +14,28 @@ from torchrl.envs import EnvBase, TransformedEnv
 
 from torchrl_vla.collectors.plan import Episode
 from torchrl_vla.collectors.trajectories import non_tensor, non_tensor_leaves
-from torchrl_vla.envs.watchdog import WatchedParallelEnv
+
+__all__ = ["EnvSlots", "ReplacesWorkers"]
+
+
+class ReplacesWorkers(Protocol):
+    """An environment of several workers, equal parts of its batch, that replaces those that die or hang.
+
+    :class:`~torchrl_vla.envs.watchdog.WatchedParallelEnv` is one.
+    """
+
+    num_workers: int
+
+    @property
+    def lost_workers(self) -> Collection[int]:
+        """Workers that were replaced during the last step, so that their episodes are lost."""
+        ...
+
+
+def replaces_workers(env: Any) -> TypeGuard[ReplacesWorkers]:
+    """Tell whether an environment is a :class:`ReplacesWorkers`."""
+    # Not hasattr: TorchRL's batched environments answer for any name, in the place of their workers.
+    return inspect.getattr_static(env, "lost_workers", None) is not None
 
 
 class EnvSlots:
@@ -52,6 +74,12 @@ class EnvSlots:
 
     def __len__(self) -> int:
         return self._size
+
+    @property
+    def chunk_size(self) -> int:
+        """Actions per decision: ``K`` of actions ``[*B, K, D]``, 1 where they are ``[*B, D]``."""
+        shape = self.env.full_action_spec[self.env.action_keys[0]].shape[self.env.batch_dims :]
+        return shape[0] if len(shape) > 1 else 1
 
     def start(self, slots: Tensor, episodes: Sequence[Episode]) -> None:
         """Reset some slots, int64 ``[n]``, to the starts of n episodes.
@@ -130,10 +158,19 @@ class EnvSlots:
         self._keep_others(slots, following)
         return {key: value[slots] for key, value in tensors.items()}
 
+    def random_actions(self, seeds: Tensor) -> dict[NestedKey, Tensor]:
+        """Draw an action from the environment's specs for each seed, int64 ``[n, 1]``."""
+        rows = []
+        with torch.random.fork_rng(devices=[]):
+            for seed in seeds.flatten().tolist():
+                torch.default_generator.manual_seed(seed)
+                rows.append(self.env.full_action_spec.rand().reshape(self._size)[0])
+        return dict(TensorDict.stack(rows).items(True, True))
+
     def lost(self) -> Tensor:
         """Slots, bool ``[size]``, whose worker was replaced during the last step: their episodes are gone."""
         mask = torch.zeros(self._size, dtype=torch.bool)
-        if isinstance(self._base_env, WatchedParallelEnv):
+        if replaces_workers(self._base_env):
             for worker in self._base_env.lost_workers:
                 mask.view(self._base_env.num_workers, -1)[worker] = True
         return mask

@@ -10,6 +10,8 @@ from tensordict import NonTensorData, NonTensorStack, TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+__all__ = ["TrajectoryRecorder", "non_tensor", "non_tensor_leaves"]
+
 
 def non_tensor_leaves(tensordict: TensorDictBase) -> dict[NestedKey, list[Any]]:
     """What a TensorDict ``[N]`` holds beside tensors, such as instructions: lists of N, by key."""

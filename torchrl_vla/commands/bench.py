@@ -9,6 +9,7 @@ import tyro
 from torchrl_vla.bench.checkpoint_loading import CheckpointBench
 from torchrl_vla.bench.gpu import GpuBench
 from torchrl_vla.bench.sim import SimulatorBench
+from torchrl_vla.files import check_output_file
 
 __all__ = ["main"]
 
@@ -28,4 +29,6 @@ def main(arguments: Sequence[str]) -> None:
     bench = tyro.extras.subcommand_cli_from_dict(
         _BENCHES, prog="torchrl-vla bench", description="Measure speed and memory on this machine.", args=arguments
     )
+    if bench.json is not None:
+        check_output_file(bench.json, "--json")
     bench.run()

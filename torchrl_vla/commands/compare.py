@@ -10,6 +10,8 @@ from typing import Annotated
 
 import tyro
 
+from torchrl_vla.files import check_output_folder
+
 __all__ = ["CompareConfig", "main"]
 
 
@@ -42,9 +44,10 @@ def main(arguments: Sequence[str]) -> None:
     print(comparison)
     if config.out is None:
         return
+    check_output_folder(config.out, "--out")
     if (config.out / "comparison.json").exists():
         raise ValueError(f"{config.out} holds a comparison already: choose another --out.")
     config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "comparison.json").write_text(json.dumps(comparison.to_dict(), indent=2) + "\n")
+    (config.out / "comparison.json").write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
     write_html(config.out / "comparison.html", new, comparison=comparison)
     print(f"Page: {config.out / 'comparison.html'}   Figures: {config.out / 'comparison.json'}")

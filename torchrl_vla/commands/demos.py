@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import tyro
 
+from torchrl_vla.config.ids import Ids
+from torchrl_vla.config.validation import check_fields, check_ids, fraction, non_negative, positive
 from torchrl_vla.envs.processes import prepare_processes
 
-__all__ = ["DemosArguments", "main", "parse_ids"]
+__all__ = ["DemosArguments", "main"]
 
 
 @dataclass
 class DemosArguments:
     """Record demonstrations of a scripted expert. An interrupted collection goes on when the command is repeated."""
 
+    LARGEST: ClassVar[Mapping[str, int]] = {
+        "episodes_per_task": 10_000,
+        "camera_size": 4096,
+        "num_workers": 4096,
+        "extra_steps": 1_000_000,
+    }
+
     out: Path
     """Folder of the data set."""
     task_suite: str = "libero_spatial"
     """LIBERO suite."""
-    task_ids: str | None = None
-    """Tasks, such as 0-3 or 0,4,9; None: all."""
+    task_ids: Ids = None
+    """Tasks, such as 0-3 or 0 4 9; None: all."""
     episodes_per_task: int = 50
     """Episodes tried of each task; failed ones are counted and not stored."""
-    init_states: str | None = None
+    init_state_ids: Ids = None
     """Initial states to start from, such as 0-39; None: all."""
     sampled_init_states: int | None = None
     """Start from initial states drawn from the tasks' regions with this seed, as many as there are official ones and
@@ -36,46 +45,26 @@ class DemosArguments:
     perturb_prob: float = 0.0
     """Share of episodes in which the arm is pushed off its way a few times, so that recoveries are shown."""
     camera_size: int = 256
-    """Height and width of the frames in pixels."""
+    """Height and width of the images in pixels."""
     wrist_camera: bool = False
     """Record the wrist camera too."""
     extra_steps: int = 8
     """Control steps recorded after success."""
     num_workers: int | None = None
     """Processes; None: one per core."""
-    timeout: float = 600.0
+    worker_timeout: float = 600.0
     """Seconds after which a worker that does not answer is replaced."""
     seed: int = 0
     """Seeds noise, perturbations and the poses of fixtures."""
     export_lerobot: Path | None = None
     """New folder for the demonstrations in LeRobot's format too, if the library lerobot is installed."""
 
-
-def parse_ids(text: str | None, name: str) -> list[int] | None:
-    """Numbers of a list such as ``0-3,7``; ``0..3`` means the same as ``0-3``.
-
-    Args:
-        text: the list; None stays None.
-        name: of the option, for the message.
-
-    Raises:
-        ValueError: it is no such list, or has a number twice.
-
-    Examples:
-        >>> parse_ids("0-3,7", "task_ids")
-        [0, 1, 2, 3, 7]
-    """
-    if text is None:
-        return None
-    ids: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:(?:-|\.\.)(\d+))?", part.strip())
-        if not match:
-            raise ValueError(f"{name} must be a list such as 0-3,7, got {text!r}.")
-        ids += range(int(match[1]), int(match[2] or match[1]) + 1)
-    if len(set(ids)) != len(ids) or not ids:
-        raise ValueError(f"{name} must name at least one number and none twice, got {text!r}.")
-    return ids
+    def __post_init__(self) -> None:
+        check_fields(self)
+        positive(self, "episodes_per_task", "camera_size", "num_workers", "worker_timeout")
+        non_negative(self, "noise", "extra_steps")
+        fraction(self, "perturb_prob")
+        check_ids(self, "task_ids", "init_state_ids")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -86,8 +75,11 @@ def main(arguments: Sequence[str]) -> None:
     """
     options = tyro.cli(DemosArguments, prog="torchrl-vla demos", args=arguments)
     prepare_processes()
+    from torchrl_vla.files import check_output_folder
+
+    check_output_folder(options.out, "--out")
     from torchrl_vla.demonstrations.collect import collect_demonstrations
-    from torchrl_vla.training.run_folder import versions
+    from torchrl_vla.versions import versions
 
     if options.export_lerobot is not None:
         from torchrl_vla.datasets.lerobot_export import check_lerobot
@@ -97,8 +89,8 @@ def main(arguments: Sequence[str]) -> None:
         options.out,
         task_suite=options.task_suite,
         episodes_per_task=options.episodes_per_task,
-        task_ids=parse_ids(options.task_ids, "task_ids"),
-        init_state_ids=parse_ids(options.init_states, "init_states"),
+        task_ids=options.task_ids,
+        init_state_ids=options.init_state_ids,
         sampled_init_states=options.sampled_init_states,
         noise=options.noise,
         perturb_prob=options.perturb_prob,
@@ -106,7 +98,7 @@ def main(arguments: Sequence[str]) -> None:
         wrist_camera=options.wrist_camera,
         extra_steps=options.extra_steps,
         num_workers=options.num_workers,
-        timeout=options.timeout,
+        timeout=options.worker_timeout,
         seed=options.seed,
         versions=versions(),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ FITS, PROBLEMS, UNREADABLE = 0, 1, 2
 
 @dataclass
 class DoctorArguments:
-    """Say what is in a checkpoint and whether this machine can train or evaluate it. No weights are read.
+    """Say what is in a checkpoint and whether this machine can train or evaluate it. Each weight is read once, to see
+    that it is finite; none is kept.
 
     Exit code 0: it fits; 1: there are problems, each with what to do about it; 2: the checkpoint cannot be had or read.
     """
@@ -48,7 +48,7 @@ class DoctorArguments:
     """Rank of the adapters."""
     freeze_vla_backbone: bool = False
     """Train the heads only."""
-    recompute: float | Literal["auto"] = "auto"
+    gradient_checkpointing: float | Literal["auto"] = "auto"
     """Share of the layers, 0 to 1, that are computed again in the backward pass to save memory; auto: none if the
     memory allows it, else all."""
     load_l1_action_head: bool = False
@@ -65,8 +65,8 @@ class DoctorArguments:
         for name in ("num_envs", "batch_size", "num_images_in_input", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.recompute != "auto" and not 0 <= self.recompute <= 1:
-            raise ValueError(f"recompute must be auto or from 0 to 1, got {self.recompute}.")
+        if self.gradient_checkpointing != "auto" and not 0 <= self.gradient_checkpointing <= 1:
+            raise ValueError(f"gradient_checkpointing must be auto or from 0 to 1, got {self.gradient_checkpointing}.")
         if self.load_in_4bit and self.purpose == "evaluate":
             raise ValueError(
                 "load_in_4bit is for --purpose train: `evaluate` loads the weights as they are, so leave out "
@@ -87,24 +87,27 @@ def main(arguments: Sequence[str]) -> None:
     import torch
 
     from torchrl_vla.checkpoints.diagnosis import Diagnosis, check_checkpoint, check_machine, fits_memory
+    from torchrl_vla.checkpoints.folder import open_checkpoint
     from torchrl_vla.checkpoints.inspection import inspect_checkpoint
+    from torchrl_vla.checkpoints.locations import find_policy
     from torchrl_vla.checkpoints.memory_estimate import estimate_memory
-    from torchrl_vla.checkpoints.policy import find_policy
     from torchrl_vla.checkpoints.trainable import weights_dtype
+    from torchrl_vla.files import write_json
     from torchrl_vla.training.devices import choose_device
 
     try:
         device = choose_device(options.device)
         summary = inspect_checkpoint(
-            find_policy(options.checkpoint), finetuned_on_discrete_actions=options.finetuned_on_discrete_actions
+            open_checkpoint(find_policy(options.checkpoint)),
+            finetuned_on_discrete_actions=options.finetuned_on_discrete_actions,
         )
     except ValueError as error:
         print(f"torchrl-vla doctor: {error}", file=sys.stderr)
         sys.exit(UNREADABLE)
-    trainable = options.purpose == "train"
+    config, trainable = summary.checkpoint.config, options.purpose == "train"
     learning: dict[str, Any] = dict(use_lora=options.use_lora, freeze_vla_backbone=options.freeze_vla_backbone)
     if options.dtype == "auto":
-        dtype = weights_dtype(summary.config, device, trainable=trainable, **learning)
+        dtype = weights_dtype(config, device, trainable=trainable, **learning)
     else:
         dtype = getattr(torch, options.dtype)
     acts_by = summary.mode.name if options.purpose == "evaluate" else "tokens"
@@ -115,7 +118,7 @@ def main(arguments: Sequence[str]) -> None:
         load_in_4bit=options.load_in_4bit,
     )
     rollout = estimate_memory(
-        summary.config,
+        config,
         batch_size=options.num_envs,
         training=False,
         autoregressive=acts_by == "autoregressive",
@@ -125,15 +128,17 @@ def main(arguments: Sequence[str]) -> None:
     if trainable:
         training = functools.partial(
             estimate_memory,
-            summary.config,
+            config,
             batch_size=options.batch_size,
             training=True,
             lora_rank=options.lora_rank,
             **learning,
             **shared,
         )
-        needs["training"] = training(recompute=0.0 if options.recompute == "auto" else options.recompute)
-        if options.recompute == "auto" and not fits_memory(device, needs["training"]):
+        needs["training"] = training(
+            recompute=0.0 if options.gradient_checkpointing == "auto" else options.gradient_checkpointing
+        )
+        if options.gradient_checkpointing == "auto" and not fits_memory(device, needs["training"]):
             needs["training"] = training(recompute=1.0)
     checks = check_checkpoint(
         summary, purpose=options.purpose, task_suite=options.task_suite, num_images=options.num_images_in_input
@@ -143,6 +148,6 @@ def main(arguments: Sequence[str]) -> None:
     print(diagnosis)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(diagnosis.as_dict(), indent=2) + "\n")
+        write_json(options.json, diagnosis.as_dict())
         print(f"\nFindings: {options.json}")
     sys.exit(FITS if diagnosis.fits else PROBLEMS)

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     options = tyro.cli(ExportArguments, prog="torchrl-vla export", args=arguments)
     import torch
 
-    from torchrl_vla.checkpoints.exporting import export
+    from torchrl_vla.training.run_policy import export
 
     export(
         options.source,

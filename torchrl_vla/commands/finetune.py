@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import tyro
 
-from torchrl_vla.commands.options import read_first
-from torchrl_vla.config.finetune import FinetuneConfig
+from torchrl_vla.commands.options import given_options
+from torchrl_vla.config import FinetuneConfig
 
 __all__ = ["main"]
 
@@ -20,14 +19,14 @@ def main(arguments: Sequence[str]) -> None:
     Args:
         arguments: its options.
     """
-    (out,), rest = read_first(arguments, "--out")
-    program = "torchrl-vla finetune"
-    if "--resume" in rest and out is not None:
+    prog = "torchrl-vla finetune"
+    given = given_options(FinetuneConfig, arguments, prog=prog)
+    if given.get("resume") and "run_dir" in given:
         # What is not said anew stays as it was.
-        before = replace(FinetuneConfig.load(Path(out) / "config.json"), out=Path(out))
-        config = tyro.cli(FinetuneConfig, prog=program, default=before, args=rest)
+        before = FinetuneConfig.load(given["run_dir"] / "config.json")
+        config = tyro.cli(FinetuneConfig, prog=prog, default=replace(before, run_dir=given["run_dir"]), args=arguments)
     else:
-        config = tyro.cli(FinetuneConfig, prog=program, args=arguments)
+        config = tyro.cli(FinetuneConfig, prog=prog, args=arguments)
     from torchrl_vla.recipes.finetune import finetune
 
     finetune(config)

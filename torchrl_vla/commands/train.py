@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import tyro
 
-from torchrl_vla.commands.options import read_first
+from torchrl_vla.commands.options import given_options
 from torchrl_vla.config import TrainConfig
 from torchrl_vla.config.presets import PRESETS, choose_preset
-from torchrl_vla.envs.processes import prepare_processes
+from torchrl_vla.envs.processes import check_temporary_folder, prepare_processes
 
 __all__ = ["main"]
 
@@ -21,30 +20,30 @@ def main(arguments: Sequence[str]) -> None:
     Args:
         arguments: its options.
     """
-    (wanted, run_dir), rest = read_first(arguments, "--preset", "--run-dir")
-    preset = choose_preset(wanted or "auto")
-    if "--resume" in rest and run_dir is not None:
-        if not (Path(run_dir) / "config.json").is_file():
-            raise ValueError(
-                f"{run_dir} is not the folder of a run: it has no config.json. Leave out --resume to start one."
-            )
-        default, origin = TrainConfig.load(Path(run_dir) / "config.json"), f"those of the run in {run_dir}"
-        from torchrl_vla.training.run_folder import noted_preset
-
-        preset = noted_preset(Path(run_dir)) or preset
+    prog = "torchrl-vla train"
+    given = given_options(TrainConfig, arguments, prog=prog)
+    run_dir = given.get("run_dir")
+    if given.get("resume") and run_dir is not None:
+        if given.get("preset") is not None:
+            raise ValueError("a resumed run keeps its own options: leave out --preset.")
+        default, origin = TrainConfig.load(run_dir / "config.json"), f"those of the run in {run_dir}"
     else:
+        preset = choose_preset(given.get("preset") or "auto")
         default, origin = PRESETS[preset](), f"preset {preset}: {PRESETS[preset].__doc__}"
-    default.run_dir = Path(run_dir) if run_dir is not None else None
+    preset_name = default.preset
     config = tyro.cli(
         tyro.conf.OmitArgPrefixes[TrainConfig],
-        prog="torchrl-vla train",
+        prog=prog,
         description="Fine-tune a policy with PPO/GRPO on LIBERO. "
         f"--preset {{auto,{','.join(PRESETS)}}} chooses the defaults; now {origin}",
         default=default,
-        args=rest,
+        args=arguments,
     )
-    if config.env.num_envs > 1:
+    config.preset = preset_name  # by its name, where auto has chosen it
+    if config.ppo.num_envs > 1:
         prepare_processes()
+    else:
+        check_temporary_folder()  # videos are drawn in a process
     from torchrl_vla.recipes.grpo import train
 
-    train(config, preset)
+    train(config)

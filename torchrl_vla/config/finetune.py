@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
+
+import tyro
+
+from torchrl_vla.config.files import SavedConfig
+from torchrl_vla.config.validation import check_fields, fraction, non_negative, positive
 
 __all__ = ["FinetuneConfig"]
 
 
 @dataclass
-class FinetuneConfig:
+class FinetuneConfig(SavedConfig):
     """Supervised fine-tuning on demonstrations. The defaults train a tiny policy from nothing; docs/tiny_policy.md has
     the settings of the bundled one.
 
-    For a released 7B checkpoint on one 80 GB card: ``--use-lora --learning-rate 5e-4 --batch-size 8 --ema-decay 0
-    --proprio-noise 0 --weight-decay 0.01``.
+    For a released 7B checkpoint on one 80 GB card: ``--use-lora --actor-lr 5e-4 --mini-batch-size 8
+    --ema-decay 0 --proprio-noise 0 --weight-decay 0.01``.
 
     Raises:
         ValueError: a value is out of range, or two of them exclude each other.
@@ -27,11 +31,19 @@ class FinetuneConfig:
         3500
     """
 
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({
+        "steps", "batch_size", "gradient_checkpointing", "compile", "device", "log_interval", "val_interval",
+        "save_interval",
+    })  # fmt: skip
+    """What a resumed run may be given anew: how long it runs, how often it reports, what memory and device it uses."""
+
+    LARGEST: ClassVar[Mapping[str, int]] = {"lora_rank": 65_536, "lora_alpha": 1_000_000, "mini_batch_size": 1_000_000}
+
     dataset: Path
     """Folder of demonstrations, from `torchrl-vla demos`."""
-    out: Path
+    run_dir: Path
     """Folder for everything the run writes; the finished policy is its subfolder `policy`."""
-    checkpoint: str = "random:tiny"
+    pretrained_checkpoint: Annotated[str, tyro.conf.arg(aliases=["--checkpoint"])] = "random:tiny"
     """Policy to start from: a folder or hub id of an OpenVLA checkpoint, the folder of a run, or bundled:tiny, which
     comes with the package; random:tiny builds a small untrained one."""
     objective: Literal["tokens", "l1"] = "tokens"
@@ -64,17 +76,18 @@ class FinetuneConfig:
 
     steps: int = 3500
     """Optimizer steps."""
-    batch_size: int = 512
+    mini_batch_size: int = 512
     """Decisions per optimizer step."""
-    micro_batch_size: int | None = None
-    """Decisions per forward and backward pass, if not all at once: saves memory, changes no gradient."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: saves memory, costs a second forward."""
-    learning_rate: float = 8e-4
-    """Peak learning rate of AdamW (betas 0.9 and 0.95)."""
+    batch_size: int | None = None
+    """Decisions per forward and backward pass; None: the whole mini-batch. Less saves memory and changes no
+    gradient."""
+    gradient_checkpointing: float = 0.0
+    """Share of the layers, 0 to 1, whose activations are computed again in the backward pass to save memory."""
+    actor_lr: float = 8e-4
+    """Peak learning rate of the policy (AdamW, betas 0.9 and 0.95)."""
     weight_decay: float = 0.05
     """AdamW's decay of weight matrices; biases and norms are not decayed."""
-    warmup_steps: int = 300
+    lr_warmup_steps: int = 300
     """Steps of linear warm-up; a cosine to zero follows."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
@@ -107,33 +120,34 @@ class FinetuneConfig:
     save_interval: int = 1000
     """Write a checkpoint to resume from every this many steps and at the end."""
     resume: bool = False
-    """Go on with the run in `out` from its last checkpoint."""
+    """Resume the run in run_dir from its last checkpoint, with its own options. How long it runs, how often it
+    reports and what memory and device it uses may be given anew."""
+    allow_changed: list[str] = field(default_factory=list)
+    """Names of other options that a resumed run is given anew on purpose, such as actor_lr."""
 
     def __post_init__(self) -> None:
-        positive = (
-            "lora_rank", "lora_alpha", "steps", "batch_size", "learning_rate", "max_grad_norm", "log_interval",
-            "val_interval", "save_interval",
+        check_fields(self)
+        positive(
+            self, "lora_rank", "lora_alpha", "episodes_per_task", "steps", "mini_batch_size", "batch_size", "actor_lr",
+            "max_grad_norm", "log_interval", "val_interval", "save_interval",
         )  # fmt: skip
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in ("target_sigma", "val_episodes_per_task", "weight_decay", "warmup_steps", "proprio_noise"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
-        if self.episodes_per_task is not None and self.episodes_per_task < 1:
+        non_negative(
+            self, "target_sigma", "val_episodes_per_task", "weight_decay", "lr_warmup_steps", "proprio_noise",
+            "brightness", "contrast", "saturation",
+        )  # fmt: skip
+        fraction(self, "gradient_checkpointing", "lora_dropout", "ema_decay", "crop_area", "hue")
+        positive(self, "crop_area")
+        for name in ("lora_dropout", "ema_decay"):
+            if getattr(self, name) == 1:
+                raise ValueError(f"{name} must be below 1, got 1: nothing would be learned.")
+        if self.lr_warmup_steps >= self.steps:
             raise ValueError(
-                f"episodes_per_task must be at least 1, or left out for all, got {self.episodes_per_task}."
+                f"lr_warmup_steps ({self.lr_warmup_steps}) must be below steps ({self.steps}): lower --lr-warmup-steps "
+                "for a short run."
             )
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}.")
-        if self.warmup_steps >= self.steps:
+        if self.batch_size is not None and self.mini_batch_size % self.batch_size:
             raise ValueError(
-                f"warmup_steps ({self.warmup_steps}) must be below steps ({self.steps}): lower --warmup-steps for a "
-                "short run."
-            )
-        if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
-            raise ValueError(
-                f"micro_batch_size ({self.micro_batch_size}) must divide batch_size ({self.batch_size}) evenly."
+                f"batch_size ({self.batch_size}) must divide mini_batch_size ({self.mini_batch_size}) evenly."
             )
         if self.num_images_in_input not in (1, 2):
             raise ValueError(f"num_images_in_input must be 1 or 2, got {self.num_images_in_input}.")
@@ -143,26 +157,3 @@ class FinetuneConfig:
             raise ValueError("freeze_vla_backbone trains the heads only: leave out use_lora and freeze_l1_action_head.")
         if self.freeze_vla_backbone and self.objective == "tokens":
             raise ValueError("freeze_vla_backbone needs objective=l1: the action tokens' head is part of the backbone.")
-
-    def save(self, path: Path) -> None:
-        """Write as JSON."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n")
-
-    @classmethod
-    def load(cls, path: Path) -> FinetuneConfig:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: there is no such file, or it is of a run of another command or version.
-        """
-        if not path.is_file():
-            raise ValueError(
-                f"{path.parent} is not the folder of a fine-tuning: it has no {path.name}. Leave out --resume to start "
-                "one."
-            )
-        values = json.loads(path.read_text())
-        try:
-            paths = {name: Path(values[name]) for name in ("dataset", "out")}
-            return cls(**{**values, **paths})
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"{path} was not written by this version of `torchrl-vla finetune`: {error}.") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torchrl_vla.config import EnvironmentConfig, OpenVLAActorConfig, PPOConfig, TrainConfig
+from torchrl_vla.config import OpenVLAActorConfig, PPOConfig, TrainConfig
 from torchrl_vla.config.releases import TOKEN_CHECKPOINTS
 
 __all__ = ["PRESETS", "choose_preset"]
@@ -13,19 +13,21 @@ __all__ = ["PRESETS", "choose_preset"]
 def _tiny() -> TrainConfig:
     """A small OpenVLA on a machine without a GPU: minutes, to see everything work."""
     return TrainConfig(
+        preset="tiny",
         ppo=PPOConfig(
+            num_envs=8,
             total_timesteps=7_500,
             n_steps=1_500,
             batch_size=32,
             n_epochs=1,
             actor_lr=2e-5,
+            entropy_coef=0.0,
             rollout_temperature=1.0,
             val_interval=4_000,
             val_episodes=8,
             log_interval=1,
             save_interval=4_000,
         ),
-        env=EnvironmentConfig(num_envs=8, image_size=(126, 126)),
         actor=OpenVLAActorConfig(pretrained_checkpoint="bundled:tiny", use_lora=False),
     )
 
@@ -33,8 +35,8 @@ def _tiny() -> TrainConfig:
 def _24gb() -> TrainConfig:
     """OpenVLA-OFT 7B with LoRA on one 24 GB card."""
     return TrainConfig(
-        ppo=PPOConfig(batch_size="auto", memory_gb=22.0),
-        env=EnvironmentConfig(num_envs=8),
+        preset="24gb",
+        ppo=PPOConfig(num_envs=8, batch_size="auto", memory_gb=22.0, entropy_coef=0.0),
         actor=OpenVLAActorConfig(pretrained_checkpoint=TOKEN_CHECKPOINTS[0]),
     )
 
@@ -42,8 +44,8 @@ def _24gb() -> TrainConfig:
 def _80gb() -> TrainConfig:
     """OpenVLA-OFT 7B with LoRA on one 80 GB card."""
     return TrainConfig(
-        ppo=PPOConfig(batch_size="auto"),
-        env=EnvironmentConfig(num_envs=16),
+        preset="80gb",
+        ppo=PPOConfig(num_envs=16, batch_size="auto", entropy_coef=0.0),
         actor=OpenVLAActorConfig(pretrained_checkpoint=TOKEN_CHECKPOINTS[0]),
     )
 

@@ -19,8 +19,10 @@ from tensordict import TensorDict
 from torch import Tensor
 from tqdm import tqdm
 
+from torchrl_vla.checkpoints.statistics import STATISTICS_FILE, read_statistics, write_statistics
 from torchrl_vla.datasets.episodes import CorruptEpisodeError, read_episode
-from torchrl_vla.datasets.statistics import compute_statistics, read_statistics, write_statistics
+from torchrl_vla.datasets.statistics import compute_statistics
+from torchrl_vla.files import write_json
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
 from torchrl_vla.modules.openvla.image_pipeline import lanczos3_resize
 from torchrl_vla.modules.openvla.jpeg import decode_jpeg
@@ -72,9 +74,7 @@ class DemonstrationIndex:
             for task_id, instruction in self.instructions.items()
         ]
         content = {"format": 1, "tasks": tasks, **asdict(self)}
-        partial = folder / f".{_INDEX}.partial"
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        partial.replace(folder / _INDEX)
+        write_json(folder / _INDEX, content, indent=1)
 
     @classmethod
     def load(cls, folder: Path) -> DemonstrationIndex:
@@ -89,7 +89,7 @@ class DemonstrationIndex:
                 f"{folder} is no data set of demonstrations: it has no {_INDEX}. Make one: torchrl-vla demos."
             )
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             instructions = {int(task_id): text for task_id, text in content["instructions"].items()}
             return cls(
                 content["task_suite"], instructions, content["options"], content["versions"], content["outcomes"]
@@ -155,12 +155,27 @@ class DemonstrationDataset:
         Raises:
             ValueError: the data set has none.
         """
-        return read_statistics(self.folder, self.task_suite)
+        again = "`torchrl-vla demos` writes it last: run it again with the same options, it goes on from what is there."
+        try:
+            statistics = read_statistics(self.folder)
+        except ValueError as error:
+            raise ValueError(f"{error} {again}") from error
+        if not statistics:
+            raise ValueError(
+                f"{self.folder} has no {STATISTICS_FILE}, and actions cannot be normalised without. {again}"
+            )
+        if self.task_suite not in statistics:
+            raise ValueError(
+                f"{self.folder / STATISTICS_FILE} has statistics of {', '.join(sorted(statistics))}, not of "
+                f"{self.task_suite!r}."
+            )
+        return statistics[self.task_suite]
 
     def update_statistics(self) -> None:
         """Write ``dataset_statistics.json`` anew from the episodes there are."""
         arrays = [(data["action"].numpy(), data["state"].numpy()) for data in self.episodes.values()]
-        write_statistics(self.folder, self.task_suite, compute_statistics(*map(list, zip(*arrays, strict=True))))
+        statistics = compute_statistics(*map(list, zip(*arrays, strict=True)))
+        write_statistics(self.folder, {self.task_suite: statistics})
 
     def split(self, *, per_task: int | None = None, held_out: int = 1) -> tuple[list[str], list[str]]:
         """Choose the episodes to learn from and, task by task, others to judge by.

@@ -156,7 +156,7 @@ def _check_files(folder: Path) -> None:
     meta_file = folder / "meta.json"
     if not meta_file.is_file():
         raise CorruptEpisodeError(f"{meta_file.name} is missing")
-    meta: dict[str, Any] = json.loads(meta_file.read_text())
+    meta: dict[str, Any] = json.loads(meta_file.read_text(encoding="utf-8"))
     for name, entry in meta.items():
         if not isinstance(entry, dict):
             continue

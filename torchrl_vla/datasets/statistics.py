@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from torchrl_vla.checkpoints.files import read_json
-from torchrl_vla.modules.action_tokenizer import STATISTICS_FILE
-
-__all__ = ["compute_statistics", "read_statistics", "write_statistics"]
+__all__ = ["compute_statistics"]
 
 
 def compute_statistics(actions: Sequence[np.ndarray], states: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -55,31 +50,3 @@ def _summary(values: np.ndarray) -> dict[str, list[float]]:
     q01, q99 = np.quantile(values, [0.01, 0.99], axis=0)
     parts = {"mean": values.mean(0), "std": values.std(0), "max": values.max(0), "min": values.min(0)}
     return {name: array.tolist() for name, array in (parts | {"q01": q01, "q99": q99}).items()}
-
-
-def write_statistics(folder: Path, key: str, statistics: dict[str, Any]) -> None:
-    """Write ``dataset_statistics.json`` into a folder, with the statistics under the data set's name."""
-    partial = folder / f".{STATISTICS_FILE}.partial"
-    partial.write_text(json.dumps({key: statistics}, indent=1) + "\n")
-    partial.replace(folder / STATISTICS_FILE)
-
-
-def read_statistics(folder: Path, key: str) -> dict[str, Any]:
-    """The statistics of one data set.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    path = folder / STATISTICS_FILE
-    if not path.is_file():
-        raise ValueError(
-            f"{folder} has no {STATISTICS_FILE}, and actions cannot be normalised without. `torchrl-vla demos` writes "
-            "it last: run it again with the same options, it goes on from what is there."
-        )
-    try:
-        statistics = read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{error} `torchrl-vla demos` does, run again with the same options.") from error
-    if key not in statistics:
-        raise ValueError(f"{path} has statistics of {', '.join(sorted(statistics)) or 'nothing'}, not of {key!r}.")
-    return statistics[key]

@@ -6,10 +6,15 @@ Importing it imports neither MuJoCo nor OpenGL, and TorchRL (seconds) only when 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from torchrl_vla.envs.rendering import check_wanted_backend
 from torchrl_vla.envs.tasks import SUITES, LiberoTask, TaskSuite, get_suite, suite_names
+
+if (_cache := os.environ.get("TORCHRL_VLA_CACHE")) and "NUMBA_CACHE_DIR" not in os.environ:
+    # Before numba is imported, by robosuite too: one folder to choose is enough.
+    os.environ["NUMBA_CACHE_DIR"] = os.path.join(os.path.expanduser(_cache), "numba")
 
 if TYPE_CHECKING:
     from torchrl_vla.envs.instruction import InstructionFromTaskId

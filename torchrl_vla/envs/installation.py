@@ -38,6 +38,7 @@ def import_libero() -> types.ModuleType:
     """
     if "libero.libero" in sys.modules:
         return sys.modules["libero.libero"]
+    _ensure_home()
     try:
         spec = importlib.util.find_spec("libero.libero")
     except ModuleNotFoundError:
@@ -62,11 +63,26 @@ def import_libero_envs() -> types.ModuleType:
 
     Raises:
         ImportError: no LIBERO can be imported.
+        ValueError: robosuite finds no folder to keep its compiled functions in.
     """
     import_libero()
     _quiet_robosuite()
-    with contextlib.redirect_stdout(io.StringIO()):
-        return importlib.import_module("libero.libero.envs")
+    # robosuite refuses a GPU of EGL that CUDA_VISIBLE_DEVICES does not name, though EGL counts for itself; it reads the
+    # variable at its import alone.
+    device = os.environ.pop("MUJOCO_EGL_DEVICE_ID", None)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return importlib.import_module("libero.libero.envs")
+    except RuntimeError as error:
+        if "cannot cache function" not in str(error):
+            raise
+        raise ValueError(
+            f"robosuite cannot keep its compiled functions on disk ({error}): set TORCHRL_VLA_CACHE, or "
+            "NUMBA_CACHE_DIR, to a folder that can be written."
+        ) from error
+    finally:
+        if device is not None:
+            os.environ["MUJOCO_EGL_DEVICE_ID"] = device
 
 
 @functools.cache
@@ -82,6 +98,14 @@ def warn_about_mujoco_version() -> None:
         "LIBERO's demonstrations lose accuracy. Run `pip install mujoco==3.3.2`.",
         stacklevel=2,
     )
+
+
+def _ensure_home() -> None:
+    """Give libraries a home folder to ask for at their import, where this user has none: that of `docker --user`."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = "/"
 
 
 def _prompts_at_import(package: Path) -> bool:
@@ -103,7 +127,9 @@ def _answer_in_temporary_folder(package: Path) -> None:
         "datasets": package.parent / "datasets",
         "assets": package / "assets",
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump({key: str(path) for key, path in paths.items()}))
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({key: str(path) for key, path in paths.items()}), encoding="utf-8"
+    )
     os.environ["LIBERO_CONFIG_PATH"] = str(folder)
 
 

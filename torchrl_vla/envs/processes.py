@@ -4,16 +4,36 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-__all__ = ["make_process", "prepare_processes"]
+__all__ = ["check_temporary_folder", "make_process", "prepare_processes"]
 
 #: What takes seconds to load and is the same for all. MuJoCo is not: with EGL it opens the GPU's driver, which a copied
 #: process cannot use.
 _LOADED = ("torch", "tensordict", "numba", "scipy.spatial.transform")
+
+
+#: Bytes of a socket's path on Linux, and those that multiprocessing adds to the temporary folder's.
+_LONGEST_SOCKET, _ADDED = 107, len("/pymp-12345678/listener-12345678")
+
+
+def check_temporary_folder() -> None:
+    """Refuse a temporary folder in whose path the sockets between processes find no room.
+
+    Raises:
+        ValueError: its path is too long.
+    """
+    folder = tempfile.gettempdir()
+    longest = _LONGEST_SOCKET - _ADDED
+    if len(os.fsencode(folder)) > longest:
+        raise ValueError(
+            f"the temporary folder {folder} has a path of {len(os.fsencode(folder))} bytes, and processes need sockets "
+            f"in it, which allow {longest}: set TMPDIR to a shorter one, such as /tmp."
+        )
 
 
 def prepare_processes() -> str:
@@ -29,6 +49,7 @@ def prepare_processes() -> str:
         >>> prepare_processes() in multiprocessing.get_all_start_methods()
         True
     """
+    check_temporary_folder()
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return "spawn"
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(_LOADED))

@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from torchrl_vla.errors import UserError
+
 __all__ = [
     "RenderingUnavailable",
     "check_wanted_backend",
@@ -39,7 +41,7 @@ print(GL.glGetString(GL.GL_RENDERER).decode())
 _PROBE_SECONDS = 60
 
 
-class RenderingUnavailable(RuntimeError):
+class RenderingUnavailable(UserError, RuntimeError):
     """There is no OpenGL to render with; the message says what to install."""
 
 

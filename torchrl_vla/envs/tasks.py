@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import io
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ def get_suite(name: str) -> TaskSuite:
     with contextlib.redirect_stdout(io.StringIO()):
         libero = import_libero()
         entries = benchmarks[key]().tasks
-        bddl_root, states_root = Path(libero.get_libero_path("bddl_files")), Path(libero.get_libero_path("init_states"))
+        bddl_root, states_root = (_libero_folder(libero, name) for name in ("bddl_files", "init_states"))
     tasks = []
     for task_id, entry in enumerate(entries):
         base_bddl_file = bddl_root / base / entry.bddl_file if base else None
@@ -148,6 +149,21 @@ def get_suite(name: str) -> TaskSuite:
             )
         )
     return TaskSuite(key, tuple(tasks), SUITES[base] if base else _OTHER_HORIZON, base)
+
+
+def _libero_folder(libero: Any, name: str) -> Path:
+    """A folder of LIBERO's, as its `config.yaml` says, where there is one."""
+    config = os.path.join(os.environ.get("LIBERO_CONFIG_PATH") or libero.libero_config_path, "config.yaml")
+    advice = "mend it, remove it, or point LIBERO_CONFIG_PATH to another folder"
+    try:
+        folder = Path(libero.get_libero_path(name))
+    except Exception as error:
+        if not os.path.exists(config):
+            raise
+        raise ValueError(f"{config} does not say where LIBERO's {name} are ({error}): {advice}.") from error
+    if not folder.is_dir() and os.path.exists(config):
+        raise ValueError(f"{config} says that LIBERO's {name} are in {folder}, which is no folder: {advice}.")
+    return folder
 
 
 def _benchmarks() -> dict[str, type]:

@@ -105,8 +105,10 @@ def serve(connection: Connection, bell: Connection, **options: Any) -> None:
         bell: says that a command is done.
         options: of TorchRL's loop.
     """
-    # Ctrl-C reaches all processes of a terminal: the parent closes its workers when it is ready.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What asks a run to end often reaches all its processes, from a terminal's Ctrl-C to a scheduler's notice: the
+    # parent closes its workers when it is ready, and they end by themselves where it is gone.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     try:
         _run_worker_pipe_shared_mem(child_pipe=connection, shm_done_flags=_Bell(bell), **options)
     except Exception as error:

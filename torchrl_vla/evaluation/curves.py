@@ -64,7 +64,7 @@ def run_charts(checkpoint: str) -> list[Chart]:
     file = next((place / _METRICS for place in (folder, *folder.parents[:2]) if (place / _METRICS).is_file()), None)
     if file is None:
         return []
-    with file.open(newline="") as stream:
+    with file.open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     charts = []
     for title, percent, steps, columns in _CHARTS:

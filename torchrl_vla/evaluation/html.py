@@ -34,7 +34,7 @@ def write_html(
         films: MP4 files of episodes, copied into the page.
         charts: learning curves of the run that the policy comes from.
     """
-    style = importlib.resources.files("torchrl_vla").joinpath("assets/report.css").read_text()
+    style = importlib.resources.files("torchrl_vla").joinpath("assets/report.css").read_text(encoding="utf-8")
     sections = [
         _headline(report),
         _comparison(comparison) if comparison else "",

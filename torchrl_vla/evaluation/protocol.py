@@ -94,7 +94,7 @@ def spread_episodes(
 def evaluate(
     env: EnvBase | Sequence[EnvBase],
     policy: Callable[[TensorDictBase], TensorDictBase],
-    plan: EpisodePlan,
+    plan: Sequence[Episode],
     *,
     task_suite: str,
     instructions: dict[int, str],
@@ -130,7 +130,7 @@ def evaluate(
     for start in range(0, len(plan), size):
         part = plan[start : start + size]
         collector.progress = None if progress is None else _continued(progress, report, len(plan))
-        episodes, actions = _results(collector.collect(part), part)
+        episodes, actions = _results(collector.collect(part, number=0), part)
         report = replace(
             report,
             episodes=[*report.episodes, *episodes],

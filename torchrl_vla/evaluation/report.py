@@ -192,8 +192,8 @@ class EvaluationReport:
             "settings": self.settings,
             "episodes": [dataclasses.asdict(episode) for episode in self.episodes],
         }
-        (folder / _JSON_NAME).write_text(json.dumps(content, indent=2, default=str) + "\n")
-        with (folder / "episodes.csv").open("w", newline="") as stream:
+        (folder / _JSON_NAME).write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+        with (folder / "episodes.csv").open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, [f.name for f in dataclasses.fields(EpisodeResult)])
             writer.writeheader()
             writer.writerows(dataclasses.asdict(episode) for episode in self.episodes)
@@ -212,7 +212,7 @@ class EvaluationReport:
         if file is None:
             raise ValueError(f"{path} holds no {_JSON_NAME}: name the folder that torchrl-vla evaluate wrote.")
         try:
-            content = json.loads(file.read_text())
+            content = json.loads(file.read_text(encoding="utf-8"))
             return cls(
                 content["task_suite"],
                 {int(task): entry["instruction"] for task, entry in content["tasks"].items()},

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchrl_vla.checkpoints.files import read_json
-
-STATISTICS_FILE = "dataset_statistics.json"
+__all__ = ["ActionTokenizer"]
 
 _IDENTITY: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]},
@@ -40,7 +37,7 @@ class ActionTokenizer(nn.Module):
         vocab_size: size of the language model's vocabulary, action tokens included, paddings excluded.
 
     Raises:
-        ValueError: if a size is too small, or percentiles are missing or of unequal length.
+        ValueError: if a size is too small, or percentiles are missing, not finite, swapped or of unequal length.
 
     Source: OpenVLA (arXiv:2406.09246, section 3.2) and OpenVLA-OFT (arXiv:2502.19645).
 
@@ -87,7 +84,10 @@ class ActionTokenizer(nn.Module):
             got = sorted(statistics) if isinstance(statistics, Mapping) else repr(statistics)
             raise ValueError(f"statistics must have the entry 'action', got {got}.")
         q01, q99 = _percentiles("action", statistics["action"])
-        mask = torch.as_tensor(statistics["action"].get("mask", [True] * len(q01)), dtype=torch.bool)
+        given = statistics["action"].get("mask", [True] * len(q01))
+        if not isinstance(given, Sequence) or any(value not in (True, False) for value in given):
+            raise ValueError(f"statistics['action']['mask'] must be a list of true and false, got {given!r}.")
+        mask = torch.tensor(list(given), dtype=torch.bool)
         if mask.shape != q01.shape:
             raise ValueError(f"statistics['action']['mask'] has {mask.numel()} entries, 'q01' has {q01.numel()}.")
         self.register_buffer("action_q01", q01)
@@ -96,32 +96,6 @@ class ActionTokenizer(nn.Module):
         proprio = _percentiles("proprio", statistics["proprio"]) if "proprio" in statistics else (None, None)
         self.register_buffer("proprio_q01", proprio[0])
         self.register_buffer("proprio_q99", proprio[1])
-
-    @classmethod
-    def from_statistics(
-        cls, path: str | Path, key: str, *, n_bins: int = 256, vocab_size: int = 32000
-    ) -> ActionTokenizer:
-        """Read the statistics of one data set from a checkpoint.
-
-        Args:
-            path: a ``dataset_statistics.json``, or a checkpoint folder that holds one (base OpenVLA's has the
-                statistics under ``norm_stats`` of its ``config.json`` instead).
-            key: name of the data set, e.g. ``"libero_spatial"``; ``key + "_no_noops"`` is tried next.
-            n_bins: as for the class.
-            vocab_size: as for the class.
-
-        Raises:
-            ValueError: if there is no such file or no such key; the keys there are get listed.
-        """
-        statistics = _read_statistics(Path(path))
-        for name in (key, f"{key}_no_noops"):
-            if name in statistics:
-                return cls(statistics[name], n_bins=n_bins, vocab_size=vocab_size)
-        raise ValueError(
-            f"No statistics for {key!r} in {path}; it has: {', '.join(sorted(statistics))}. Name the ones that the "
-            "policy was trained with (--unnorm-key), or put the dataset_statistics.json of a release fine-tuned on "
-            "the same data into the folder."
-        )
 
     def statistics(self) -> dict[str, dict[str, list[Any]]]:
         """The percentiles in upstream's format, to the bit those the tokenizer was made with."""
@@ -135,34 +109,6 @@ class ActionTokenizer(nn.Module):
         if self.proprio_q01 is not None and self.proprio_q99 is not None:
             out["proprio"] = {"q01": self.proprio_q01.tolist(), "q99": self.proprio_q99.tolist()}
         return out
-
-    def save_statistics(self, folder: str | Path, key: str) -> Path:
-        """Write these statistics under ``key`` into ``dataset_statistics.json`` and return its path.
-
-        What the file has of other data sets stays, and so does an entry of this one (or of ``key + "_no_noops"``) with
-        the same percentiles: upstream's entries have more than those. A new file takes over the ``norm_stats`` of a
-        ``config.json`` in the folder, which are not read any more where there is a file.
-
-        Args:
-            folder: an existing folder, usually a checkpoint's.
-            key: name of the data set, e.g. ``"libero_spatial"``.
-        """
-        path = Path(folder) / STATISTICS_FILE
-        config = path.with_name("config.json")
-        if path.is_file():
-            stored = read_json(path)
-        else:
-            stored = (read_json(config).get("norm_stats") if config.is_file() else None) or {}
-        same = (
-            name in stored and ActionTokenizer(stored[name]).statistics() == self.statistics()
-            for name in (key, f"{key}_no_noops")
-        )
-        if not any(same):
-            stored = stored | {key: self.statistics()}
-        elif path.is_file():
-            return path
-        path.write_text(json.dumps(stored, indent=1))
-        return path
 
     def encode(self, actions: Tensor) -> Tensor:
         """Normalised actions ``[..., D]`` to bins int64 ``[..., D]``; values outside [-1, 1] are clipped.
@@ -261,21 +207,10 @@ def _percentiles(name: str, entry: Mapping[str, Sequence[Any]]) -> tuple[Tensor,
             f"statistics[{name!r}]: 'q01' and 'q99' must be lists of one length, got {list(q01.shape)} "
             f"and {list(q99.shape)}."
         )
+    for index, (low, high) in enumerate(zip(q01.tolist(), q99.tolist(), strict=True)):
+        if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+            raise ValueError(
+                f"statistics[{name!r}]: 'q01' and 'q99' of dimension {index} are {low} and {high}; both must be "
+                "finite, and 'q01' not above 'q99'."
+            )
     return q01, q99
-
-
-def _read_statistics(path: Path) -> dict[str, Any]:
-    if path.is_dir():
-        if (path / STATISTICS_FILE).is_file():
-            return read_json(path / STATISTICS_FILE)
-        if (path / "config.json").is_file():
-            statistics = read_json(path / "config.json").get("norm_stats")
-            if statistics:
-                return statistics
-        raise ValueError(
-            f"{path} holds no action statistics: neither {STATISTICS_FILE} nor 'norm_stats' in config.json. Take "
-            "dataset_statistics.json of a release fine-tuned on the same data."
-        )
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; give a {STATISTICS_FILE} or a checkpoint folder.")
-    return read_json(path)

@@ -13,7 +13,7 @@ from torchrl.modules import ProbabilisticActor, SafeProbabilisticModule, ValueOp
 from torchrl.modules.tensordict_module.probabilistic import SafeProbabilisticTensorDictSequential
 
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
-from torchrl_vla.modules.distributions import TokenCategorical, check_temperature
+from torchrl_vla.modules.distributions import SEED_KEY, TokenCategorical, check_temperature
 from torchrl_vla.modules.openvla.model import OpenVLA, OpenVLAOutput
 from torchrl_vla.modules.openvla.processor import OpenVLAProcessor, ProcessorOutput
 
@@ -200,6 +200,12 @@ class ActionTokenSampler(SafeProbabilisticModule):
     def out_keys(self) -> list[NestedKey]:
         """Tokens, their log-probabilities and the action."""
         return [*super().out_keys, ACTION_KEY]
+
+    def get_dist(self, tensordict: TensorDictBase) -> TokenCategorical:
+        """Build the distribution of the tokens; it samples with the decisions' own seeds where there are any."""
+        dist = super().get_dist(tensordict)
+        dist.seed = tensordict.get(SEED_KEY, None)
+        return dist
 
     def forward(
         self, tensordict: TensorDictBase, tensordict_out: TensorDictBase | None = None, _requires_sample: bool = True

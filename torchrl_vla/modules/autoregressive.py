@@ -8,7 +8,7 @@ from tensordict import TensorDictBase
 from torchrl.envs.utils import ExplorationType, exploration_type
 
 from torchrl_vla.modules.actor import ACTION_KEY, TOKENS_KEY, OpenVLABackbone
-from torchrl_vla.modules.distributions import check_temperature
+from torchrl_vla.modules.distributions import SEED_KEY, check_temperature, seeded_uniforms
 from torchrl_vla.modules.openvla.model import OpenVLA
 from torchrl_vla.modules.openvla.processor import OpenVLAProcessor
 
@@ -60,11 +60,13 @@ class OpenVLAAutoregressiveActor(OpenVLABackbone):
         """Decide: decode seven tokens, to the env's units."""
         greedy = exploration_type() in _GREEDY
         inputs = self._read(tensordict)
+        seed = tensordict.get(SEED_KEY, None)
         ids = self.model.generate_autoregressive(
             inputs.pixel_values,
             inputs.input_ids,
             inputs.attention_mask,
             temperature=0.0 if greedy else self.temperature,
+            uniform=None if seed is None else seeded_uniforms(seed.view(-1, 1), self.model.config.action_dim),
         )
         bins = self.action_tokenizer.ids_to_bins(ids).view(*tensordict.batch_size, 1, -1)
         tensordict.set(TOKENS_KEY, bins)

@@ -11,7 +11,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives.common import LossModule
 
-from torchrl_vla.objectives.masking import expand_mask, masked_mean
+from torchrl_vla.objectives.masking import masked_mean, one_batch_size, valid_entries
 
 
 class TokenCrossEntropyLoss(LossModule):
@@ -42,6 +42,7 @@ class TokenCrossEntropyLoss(LossModule):
         logits: NestedKey = ("vla_action", "logits")
         tokens: NestedKey = ("vla_action", "tokens")
         mask: NestedKey = "mask"
+        num_control_steps: NestedKey = ("next", "num_control_steps")
 
     default_keys = _AcceptedKeys
     out_keys = ["loss_tokens", "accuracy", "entropy", "l1"]
@@ -63,15 +64,16 @@ class TokenCrossEntropyLoss(LossModule):
 
         Args:
             tensordict: what the network reads, tokens int64 ``[*B, K, D]`` and, optionally, ``mask`` bool ``[*B, K]``
-                of the control steps that count.
+                of the control steps that count and, of a policy's own episodes, ``("next", "num_control_steps")``
+                ``[*B, 1]``, which leaves out actions that were never executed.
 
         Returns:
             ``loss_tokens``, and detached: ``accuracy`` (share of tokens whose most likely bin is the demonstrated
             one), ``entropy`` in nats and, with ``bin_centers``, ``l1`` in their unit.
         """
         tokens = tensordict.get(self.tensor_keys.tokens)
-        valid = _valid(tensordict, self.tensor_keys.mask, tokens)
-        logits = self.network(tensordict.clone(False)).get(self.tensor_keys.logits)
+        valid = _valid(self, tensordict, tokens)
+        logits = self.network(one_batch_size(tensordict)).get(self.tensor_keys.logits)
         log_probs = torch.log_softmax(logits.float(), dim=-1)
         terms = {"loss_tokens": masked_mean(self._cross_entropy(log_probs, tokens), valid)}
         with torch.no_grad():
@@ -111,6 +113,7 @@ class ActionL1Loss(LossModule):
         prediction: NestedKey = ("vla_action", "prediction")
         target: NestedKey = ("vla_action", "chunk")
         mask: NestedKey = "mask"
+        num_control_steps: NestedKey = ("next", "num_control_steps")
 
     default_keys = _AcceptedKeys
     out_keys = ["loss_l1", "l1"]
@@ -126,17 +129,19 @@ class ActionL1Loss(LossModule):
 
         Args:
             tensordict: what the network reads, normalised actions ``[*B, K, D]`` and, optionally, ``mask`` bool
-                ``[*B, K]`` of the control steps that count.
+                ``[*B, K]`` of the control steps that count and, of a policy's own episodes, ``("next",
+                "num_control_steps")`` ``[*B, 1]``, which leaves out actions that were never executed.
         """
         target = tensordict.get(self.tensor_keys.target)
-        valid = _valid(tensordict, self.tensor_keys.mask, target)
-        prediction = self.network(tensordict.clone(False)).get(self.tensor_keys.prediction)
+        valid = _valid(self, tensordict, target)
+        prediction = self.network(one_batch_size(tensordict)).get(self.tensor_keys.prediction)
         loss = masked_mean((prediction.float() - target).abs(), valid)
         return TensorDict({"loss_l1": loss, "l1": loss.detach()})
 
 
-def _valid(tensordict: TensorDictBase, key: NestedKey, like: Tensor) -> Tensor:
-    mask = tensordict.get(key, None)
-    if mask is None:
-        return torch.ones_like(like, dtype=torch.bool)
-    return expand_mask(mask, like.shape)
+def _valid(loss: LossModule, tensordict: TensorDictBase, like: Tensor) -> Tensor:
+    keys = loss.tensor_keys
+    masks = (keys.mask, *loss._loss_mask_keys())
+    return valid_entries(
+        tensordict, like.shape, masks=masks, num_control_steps=keys.num_control_steps, device=like.device
+    )

@@ -18,7 +18,7 @@ from torchrl.objectives.common import LossModule
 from tqdm import tqdm
 
 from torchrl_vla.checkpoints.policy import Policy
-from torchrl_vla.config.finetune import FinetuneConfig
+from torchrl_vla.config import FinetuneConfig
 from torchrl_vla.datasets import DemonstrationDataset
 from torchrl_vla.modules.openvla.augmentation import ImageAugmentation
 from torchrl_vla.objectives.sft import ActionL1Loss, TokenCrossEntropyLoss
@@ -29,7 +29,7 @@ from torchrl_vla.training.finetune_policy import load_student, save_student
 from torchrl_vla.training.logging import RunLogger
 from torchrl_vla.training.optimizer_step import TrainingDiverged
 from torchrl_vla.training.run_checkpoints import RunCheckpoints, TrainableState
-from torchrl_vla.training.run_folder import describe_run
+from torchrl_vla.training.run_folder import check_run_folder, describe_run, open_run_folder
 
 __all__ = ["Finetuner", "finetune"]
 
@@ -71,13 +71,13 @@ class Finetuner:
                 {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
                 {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
             ],
-            lr=config.learning_rate,
+            lr=config.actor_lr,
             betas=_BETAS,
             fused=self.model.device.type == "cuda",
         )
         self.average = ParameterAverage(self.parameters, config.ema_decay)
         self.checkpoints = RunCheckpoints(
-            config.out / "checkpoints",
+            config.run_dir / "checkpoints",
             keep=1,
             policy=TrainableState(self.model),
             optimizer=self.optimizer,
@@ -103,10 +103,10 @@ class Finetuner:
 
     def _learning_rate(self) -> float:
         """Of the step that comes next."""
-        warmup, steps = self.config.warmup_steps, self.config.steps
+        warmup, steps = self.config.lr_warmup_steps, self.config.steps
         if self.step < warmup:
-            return self.config.learning_rate * (self.step + 1) / warmup
-        return self.config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (self.step - warmup) / (steps - warmup)))
+            return self.config.actor_lr * (self.step + 1) / warmup
+        return self.config.actor_lr * 0.5 * (1.0 + math.cos(math.pi * (self.step - warmup) / (steps - warmup)))
 
     def state_dict(self) -> dict[str, Any]:
         """How far the run has come."""
@@ -165,7 +165,7 @@ class Finetuner:
         valid = batch["mask"].sum()
         sums: dict[str, Tensor] = {}
         self.optimizer.zero_grad(set_to_none=True)
-        for micro in batch.split(self.config.micro_batch_size or self.config.batch_size):
+        for micro in batch.split(self.config.batch_size or self.config.mini_batch_size):
             # Each term is a mean over valid control steps; weighted by their share, micro-batches add up to the batch.
             share = micro["mask"].sum() / valid
             with self._autocast():
@@ -193,7 +193,7 @@ class Finetuner:
         total = self.validation["mask"].sum().to(self.model.device)
         # The last batch is smaller, and not worth another compilation.
         with self.average.swapped_in(), torch.compiler.set_stance("force_eager"), self._autocast():
-            for samples in self.validation.split(self.config.micro_batch_size or self.config.batch_size):
+            for samples in self.validation.split(self.config.batch_size or self.config.mini_batch_size):
                 batch = self.inputs(samples, training=False)
                 share = batch["mask"].sum() / total
                 _add(sums, {name: value * share for name, value in self.loss(batch).items()})
@@ -208,12 +208,12 @@ class Finetuner:
     def _check_finite(self, sums: Mapping[str, Tensor]) -> None:
         if not math.isfinite(float(sums["loss"])) or not math.isfinite(float(sums["grad_norm"])):
             if self.checkpoints.rotation.latest() is None:
-                way_on = "start anew in another --out: there is no checkpoint yet that --resume could go on from"
+                way_on = "start anew in another --run-dir: there is no checkpoint yet to resume from"
             else:
-                way_on = "go on with --resume: the last checkpoint is untouched"
+                way_on = "go on with --resume --allow-changed actor_lr: the last checkpoint is untouched"
             raise TrainingDiverged(
-                f"The loss or its gradient is not finite at step {self.step}. Lower learning_rate "
-                f"({self.config.learning_rate:g}) and {way_on}."
+                f"The loss or its gradient is not finite at step {self.step}. Lower actor_lr "
+                f"({self.config.actor_lr:g}) and {way_on}."
             )
 
     def _summary(self, row: Mapping[str, float]) -> str:
@@ -236,10 +236,10 @@ def finetune(config: FinetuneConfig) -> Path:
         The finished policy's folder, for `load_policy` and upstream's tools.
 
     Raises:
-        ValueError: something the user asked for cannot be had; nothing long was started then.
+        ValueError: something the user asked for is not available; nothing long was started then.
     """
     began = time.perf_counter()
-    _check_folder(config)
+    check_run_folder(config)
     device = choose_device(config.device)
     torch.manual_seed(config.seed)
     dataset = DemonstrationDataset(config.dataset)
@@ -265,19 +265,18 @@ def finetune(config: FinetuneConfig) -> Path:
     )
     if config.compile or (config.compile is None and device.type == "cuda"):
         policy.model.compile(dynamic=False)
-    buffer = sample_buffer(samples, config.batch_size)
-    config.out.mkdir(parents=True, exist_ok=True)
-    logger = RunLogger(config.out)
+    buffer = sample_buffer(samples, config.mini_batch_size)
+    logger = RunLogger(open_run_folder(config))
     trainer = Finetuner(config, policy, inputs, buffer, validation, logger)
     if config.resume:
         trainer.checkpoints.load_latest()
         logger.restore(trainer.step)
-        tqdm.write(f"going on after step {trainer.step}")
-    describe_run(config, config.out)  # only now: options that the checkpoint does not fit are none to resume with
+        tqdm.write(f"resumed after step {trainer.step}")
+    describe_run(config, config.run_dir)  # only now: options that the checkpoint does not fit are none to resume with
     started = time.perf_counter()
     trainer.train()
     tqdm.write(f"training took {time.perf_counter() - started:.1f} s")
-    folder = config.out / "policy"
+    folder = config.run_dir / "policy"
     with trainer.average.swapped_in():
         size = save_student(policy, folder, dataset.statistics)
     logger.close()
@@ -286,9 +285,3 @@ def finetune(config: FinetuneConfig) -> Path:
         f"Figures: {logger.csv_path}"
     )
     return folder
-
-
-def _check_folder(config: FinetuneConfig) -> None:
-    folder = config.out
-    if not config.resume and folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} exists already: choose another --out, or go on with the run in it with --resume.")

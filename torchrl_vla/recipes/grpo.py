@@ -16,36 +16,39 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import nn
-from torchrl.data import ListStorage, ReplayBuffer, SamplerWithoutReplacement, TensorDictReplayBuffer
+from torchrl.data import ListStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
 from torchrl.envs.transforms import Transform
 from torchrl.objectives.value import GAE
 from tqdm import tqdm
 
 from torchrl_vla.checkpoints.policy import save_policy
-from torchrl_vla.collectors import GroupCollector
-from torchrl_vla.collectors.update_batches import UpdateCollector
+from torchrl_vla.collectors import EpisodePlan
 from torchrl_vla.config import PPOConfig, TrainConfig
+from torchrl_vla.distributed import ALONE, OneProcess, SharedBuffer, SharedCollector, join_ranks
 from torchrl_vla.envs import get_suite
 from torchrl_vla.envs.factory import make_envs
 from torchrl_vla.evaluation.protocol import initial_states
 from torchrl_vla.objectives import AsymmetricClipPPOLoss, EstimateAdvantage, GRPOAdvantage
-from torchrl_vla.training.actor_critic import Critic
+from torchrl_vla.training.actor_critic import make_critic
 from torchrl_vla.training.backward_pass import can_be_recorded
 from torchrl_vla.training.figures import group_figures, nothing_to_learn, rollout_figures, update_figures
-from torchrl_vla.training.logging import RunLogger, described, format_table
+from torchrl_vla.training.logging import RunLogger, format_table
 from torchrl_vla.training.micro_batch import trim_heap
 from torchrl_vla.training.optimizer_step import OptimizerStep
+from torchrl_vla.training.profiling import UpdateProfiler
 from torchrl_vla.training.progress import EpisodeBar, RunProgress
-from torchrl_vla.training.reference import reference_policy
+from torchrl_vla.training.reference import ReferenceLogProb, reference_policy
+from torchrl_vla.training.run import open_run
 from torchrl_vla.training.run_checkpoints import RunCheckpoints, TrainableState
-from torchrl_vla.training.run_folder import describe_run, log_to, open_run_folder
+from torchrl_vla.training.run_folder import describe_run
 from torchrl_vla.training.schedule import LearningRateSchedule
 from torchrl_vla.training.start import load_for_training
 from torchrl_vla.training.validation import Validation
@@ -53,107 +56,93 @@ from torchrl_vla.training.validation import Validation
 __all__ = ["learn", "make_buffer", "train", "update"]
 
 
-def train(config: TrainConfig, preset: str = "none") -> Path:
+def train(config: TrainConfig) -> Path:
     """Train one policy from its start, or from the newest checkpoint, to the end, and return the run's folder.
-
-    Args:
-        config: the run.
-        preset: name of the preset it started from, for the record.
 
     Raises:
         ValueError: an option does not fit the checkpoint, the suite or this machine; nothing long was started.
         TrainingDiverged: too many optimizer steps in a row were not finite.
     """
-    ppo, env, suite = config.ppo, config.env, get_suite(config.env.task_suite)
+    ppo, suite = config.ppo, get_suite(config.ppo.task_suite)
     with ExitStack() as stack:
+        ranks = stack.enter_context(join_ranks(ppo.device))  # torchrun's processes, or this one alone
         # -- policy: checked, loaded, adapters added; a value head if the advantage needs one ------------------------
-        policy, device, head_device = load_for_training(config)
-        critic = None
-        if ppo.advantage_estimator == "gae":
-            critic = Critic(policy.actor, policy.model.config.hidden_size).to(device)
+        policy, device, head_device = load_for_training(config, ranks)
+        critic = make_critic(policy, device) if ppo.advantage_estimator == "gae" else None
 
-        # -- the run's folder and logs -------------------------------------------------------------------------------
-        folder = open_run_folder(config, preset)
-        stack.enter_context(log_to(folder / "train.log"))
-        logger = RunLogger(folder, use_wandb=ppo.use_wandb, wandb_entity=ppo.wandb_entity, config=described(config))
-        stack.callback(logger.close)
-        logger.print(
-            f"preset {preset}, policy {config.actor.pretrained_checkpoint} on {device}, results go to {folder}"
-        )
+        folder, logger, stop = stack.enter_context(open_run(config, ranks))
+        logger.print(f"{config.actor.pretrained_checkpoint} on {device}, preset {config.preset}, results in {folder}")
+        profiler = stack.enter_context(UpdateProfiler(folder, config.profile))
 
         # -- environments and collector: groups of whole episodes, at least n_steps control steps per update ----------
-        horizon = env.max_episode_steps or suite.horizon
         envs = make_envs(
-            suite.name, task_ids=env.tasks, num_envs=env.num_envs, chunk_size=policy.model.config.chunk_size,
-            image_size=env.camera_size, cameras=("agentview", "robot0_eye_in_hand")[: policy.model.config.num_images],
-            proprio_format=env.proprio_format, max_episode_steps=horizon, reward_scale=env.reward_scale,
-            worker_timeout=env.worker_timeout, **env.simulation,
+            suite.name, task_ids=ppo.tasks, num_envs=ppo.num_envs, chunk_size=policy.model.config.chunk_size,
+            image_size=ppo.camera_size, cameras=("agentview", "robot0_eye_in_hand")[: policy.model.config.num_images],
+            proprio_format=ppo.proprio_format, max_episode_steps=ppo.max_episode_steps or suite.horizon,
+            reward_scale=ppo.reward_scale, worker_timeout=ppo.worker_timeout, **ppo.simulation,
         )  # fmt: skip
         for each in envs:
             stack.callback(each.close, raise_if_closed=False)  # an error before its first use is the one to see
-        starts = initial_states(suite, env.tasks, env.init_state_ids)
-        collector = UpdateCollector(
-            GroupCollector(envs, critic.rollout if critic else policy.actor, progress=EpisodeBar("rollout")),
-            env.tasks, next(iter(starts.values())), min_steps=ppo.n_steps, group_size=ppo.group_size, horizon=horizon,
-            seed=ppo.seed,
+        starts = initial_states(suite, ppo.tasks, ppo.init_state_ids)
+        collector = SharedCollector(
+            envs, critic.rollout if critic else policy.actor,
+            EpisodePlan.stream(starts, groups=1, group_size=ppo.group_size, seed=ppo.seed),
+            min_control_steps=ppo.n_steps, seed=ppo.seed, bootstrap_at_horizon=ppo.bootstrap_at_horizon,
+            progress=EpisodeBar("rollout", stop.check), ranks=ranks, pre_collect_hook=profiler.next_update,
         )  # fmt: skip
 
         # -- buffer and loss -----------------------------------------------------------------------------------------
-        advantage = make_advantage(ppo)
-        buffer = make_buffer(advantage)
         action_tokens = policy.processor.action_tokenizer
         loss = AsymmetricClipPPOLoss(
             policy.actor, critic.value_operator if critic else None,
             clip_ratio_low=ppo.clip_ratio_low, clip_ratio_high=ppo.clip_ratio_high, ratio_level=ppo.ratio_level,
-            dual_clip=ppo.dual_clip, entropy_coeff=ppo.entropy_coef, kl_coeff=ppo.kl_coef,
+            dual_clip=ppo.dual_clip, aggregation=ppo.aggregation, entropy_coeff=ppo.entropy_coef, kl_coeff=ppo.kl_coef,
             reference_context=reference_policy(policy.model) if ppo.kl_coef else None,
             reconstruction_coeff=ppo.reconstruction_coef,
             bin_centers=action_tokens.decode(torch.arange(action_tokens.n_bins)),
             critic_coeff=ppo.value_loss_coef if critic else None,
         ).to(device)  # fmt: skip
 
+        advantage, reference = make_advantage(ppo), [ReferenceLogProb(loss)] if ppo.kl_coef else []
+        several = ranks.size > 1
+        buffer = SharedBuffer(advantage, *reference, ranks=ranks) if several else make_buffer(advantage, *reference)
+
         # -- optimizer and step --------------------------------------------------------------------------------------
         groups = [{"params": [p for p in policy.model.parameters() if p.requires_grad], "lr": ppo.actor_lr}]
-        if critic:
-            groups.append({"params": list(critic.to(head_device).value_head.parameters()), "lr": ppo.critic_lr})
+        groups += [{"params": critic.to(head_device).value_head.parameters(), "lr": ppo.critic_lr}] if critic else []
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=device.type == "cuda")
-        schedule = LearningRateSchedule(optimizer, warmup_steps=ppo.lr_warmup_steps)
+        schedule = LearningRateSchedule(optimizer, warmup_steps=ppo.lr_warmup_steps, decay=ppo.lr_schedule)
         recorded = can_be_recorded(policy.model) and (critic is None or head_device == device)  # on one GPU
         step = OptimizerStep(
             loss, optimizer, ppo, schedule=schedule, device=device, report=logger.print,
             set_recompute=policy.model.gradient_checkpointing_enable,
-            prepare=policy.actor.backbone.prepare if recorded else None,
+            prepare=policy.actor.backbone.prepare if recorded else None, check=stop.agree, ranks=ranks,
         )  # fmt: skip
 
         # -- checkpoints ---------------------------------------------------------------------------------------------
-        progress = RunProgress()
+        progress, in_4bit = RunProgress(), policy.model.is_loaded_in_4bit
         checkpoints = RunCheckpoints(
-            folder / "checkpoints", keep=ppo.keep_checkpoints, policy=TrainableState(policy.model),
-            **({"value_head": TrainableState(critic.value_head)} if critic else {}),
+            folder / "checkpoints", keep=ppo.keep_checkpoints, writes=ranks.is_first,
+            policy=TrainableState(policy.model), value_head=TrainableState(critic.value_head if critic else None),
             optimizer=optimizer, schedule=schedule, step=step, collector=collector, progress=progress,
+            # Weights in 4 bits are rounded: `export` merges their adapters into the weights of the checkpoint.
+            after_save=None if in_4bit else partial(save_policy, policy, folder / "policy"),
         )  # fmt: skip
         if config.resume:
-            path = checkpoints.load_latest()
+            came_from = checkpoints.load_latest() or "its start, as it ended before its first checkpoint"
             logger.restore(progress.updates)
-            logger.print(f"Going on from {path}: update {progress.updates}, {progress.env_steps:,} control steps.")
-        describe_run(config, folder, preset=preset)  # only now: options that do not fit the checkpoint do not stay
-        in_4bit = policy.model.is_loaded_in_4bit  # rounded: `export` merges adapters into the checkpoint's weights
-
-        def save(success: float | None) -> None:
-            checkpoints.save(step=progress.env_steps, success=success)
-            if not in_4bit:
-                save_policy(policy, folder / "policy")
-
-        validates = ppo.val_interval and ppo.val_episodes
-        learn(
-            ppo, collector, buffer, step, progress, logger, advantage=advantage, save=save,
-            validate=Validation(config, policy.actor, envs, logger) if validates else None,
-        )  # fmt: skip
-        logger.print(
-            f"Done: {progress.updates} updates, {progress.env_steps:,} control steps. Policy: "
-            f"{f'`torchrl-vla export {folder} OUT`' if in_4bit else folder / 'policy'}   Figures: {logger.csv_path}   "
-            f"Learning curve: {logger.curve_path}"
-        )
+            logger.print(f"Resumed from {came_from}: {progress}.")
+        if ranks.is_first:
+            describe_run(config, folder)  # only now: options that do not fit the checkpoint do not stay
+        judged = ppo.val_interval and ppo.val_episodes
+        with checkpoints.kept_at_the_end(progress, logger.print):
+            learn(
+                ppo, collector, buffer, step, progress, logger, advantage=advantage, ranks=ranks,
+                validate=Validation(config, policy.actor, envs, logger, stop.check, ranks) if judged else None,
+                checkpoints=checkpoints,
+            )  # fmt: skip
+        where = f"`torchrl-vla export {folder} OUT`" if in_4bit else folder / "policy"
+        logger.print(f"Done: {progress}. Policy: {where}   Figures: {logger.csv_path}   Curve: {logger.curve_path}")
     return folder
 
 
@@ -162,46 +151,39 @@ def make_advantage(ppo: PPOConfig) -> Transform:
     if ppo.advantage_estimator == "gae":
         # The rollout wrote the values, of the last observations too: no network is needed here.
         return EstimateAdvantage(GAE(gamma=ppo.gamma, lmbda=ppo.gae_lambda, value_network=None, average_gae=True))
-    return GRPOAdvantage(
-        ppo.advantage_estimator, baseline=ppo.baseline, verifier_gamma=ppo.verifier_gamma,
-        keep_low=ppo.keep_low, keep_high=ppo.keep_high,
-    )  # fmt: skip
+    options = {name: getattr(ppo, name) for name in ("baseline", "verifier_gamma", "keep_low", "keep_high")}
+    return GRPOAdvantage(ppo.advantage_estimator, **options)
 
 
-def make_buffer(transform: Transform | None = None) -> TensorDictReplayBuffer:
-    """A buffer of one update's decisions, each learned from once an epoch; they are scored as they come in."""
+def make_buffer(*transforms: Transform) -> TensorDictReplayBuffer:
+    """A buffer of one update's decisions, each learned from once an epoch; the transforms work as they come in."""
     storage = ListStorage(max_size=2**31)  # keeps rows as they are: updates differ in size, and images are large
-    return TensorDictReplayBuffer(storage=storage, sampler=SamplerWithoutReplacement(), transform=transform)
+    buffer = TensorDictReplayBuffer(storage=storage, sampler=SamplerWithoutReplacement())
+    for transform in reversed(transforms):  # what comes in meets the last one first
+        buffer.append_transform(transform)
+    return buffer
 
 
 def learn(
-    ppo: PPOConfig,
-    collector: Iterable[TensorDictBase],
-    buffer: ReplayBuffer,
-    step: OptimizerStep,
-    progress: RunProgress,
-    logger: RunLogger,
-    *,
-    advantage: Any = None,
-    policy: nn.Module | None = None,
-    validate: Callable[[int], Mapping[str, float]] | None = None,
-    save: Callable[[float | None], None] | None = None,
-) -> None:
+    ppo: PPOConfig, collector: Iterable[TensorDictBase], buffer: Any, step: OptimizerStep, progress: RunProgress,
+    logger: RunLogger, *, advantage: Any = None, policy: nn.Module | None = None,
+    validate: Callable[[int], Mapping[str, float]] | None = None, checkpoints: RunCheckpoints | None = None,
+    ranks: OneProcess = ALONE,
+) -> None:  # fmt: skip
     """Collect, extend, step, push the weights, validate, log, save: to `total_timesteps`, or the collector's end.
 
     Args:
         ppo: how much is collected, how it is learned from, the intervals.
         collector: yields one update's decisions ``[T]``, episode after episode, or ``[N, T]``.
-        buffer: filled anew for each update; its transforms score the decisions, and may drop some.
+        buffer: a replay buffer, filled anew for each update; its transforms score the decisions, and may drop some.
         step: takes one optimizer step on a mini-batch.
         progress: how far the run has come; changed in place.
         logger: takes the figures.
-
-    Keyword Args:
         advantage: the buffer's transform; what its ``get_stats``, if it has one, says of groups is logged.
         policy: its weights go to a collector that has ``update_policy_weights_``, after each update.
         validate: judges the policy, given the control steps so far, and returns figures named ``val/...``.
-        save: writes a checkpoint, given the success rate if the policy was validated as it is.
+        checkpoints: what the run can be resumed from.
+        ranks: the processes that run this together.
     """
     total, batches, validated, saved = ppo.total_timesteps, iter(collector), -1, -1
     push_weights = getattr(collector, "update_policy_weights_", None)
@@ -216,13 +198,11 @@ def learn(
         if metrics:
             logger.log(metrics, update=progress.updates, env_steps=progress.env_steps)
         if metrics and (last or success is not None or progress.passed(ppo.log_interval)):
-            logger.print(
-                format_table(metrics, f"update {progress.updates}, {progress.env_steps:,} of {total:,} control steps")
-            )
+            logger.print(format_table(metrics, f"{progress} of {total:,}"))
             logger.draw()
         best = success is not None and progress.is_best(success)
-        if save and saved < progress.updates and (last or best or progress.passed(ppo.save_interval)):
-            save(success)
+        if checkpoints and saved < progress.updates and (last or best or progress.passed(ppo.save_interval)):
+            checkpoints.save(step=progress.env_steps, success=success)
             saved = progress.updates
 
     with tqdm(total=total, initial=progress.env_steps, desc="training", unit="step", position=0) as bar:
@@ -230,14 +210,16 @@ def learn(
             conclude({}, last=True)  # how it does before it learns, and what an interrupted run goes on from
         while progress.env_steps < total:
             started = time.perf_counter()
-            batch = next(batches, None)
+            with checkpoints.rollout("collector") if checkpoints else nullcontext():
+                batch = next(batches, None)
             if batch is None:
-                logger.print(f"The collector ended after {progress.env_steps:,} of {total:,} control steps.")
+                logger.print(f"The collector ended after {progress}, of {total:,} wanted.")
                 conclude({}, last=True)
                 break
-            metrics = rollout_figures(batch, time.perf_counter() - started)
+            metrics = rollout_figures(batch, time.perf_counter() - started, ranks)
             progress.count(int(metrics["rollout/env_steps"]))
-            metrics |= update(ppo, batch, buffer, step, advantage)
+            step.set_progress(progress.env_steps / total)
+            metrics |= update(ppo, batch, buffer, step, advantage, episodes=int(metrics["rollout/num_trajectories"]))
             del batch  # its images, while the next are collected
             trim_heap()
             if push_weights:  # with none given, a collector made with a policy_factory would act with its first ones
@@ -247,10 +229,10 @@ def learn(
 
 
 def update(
-    ppo: PPOConfig, batch: TensorDictBase, buffer: ReplayBuffer, step: OptimizerStep, advantage: Any = None
+    ppo: PPOConfig, batch: TensorDictBase, buffer: Any, step: OptimizerStep, advantage: Any = None, *, episodes: int
 ) -> dict[str, float]:
-    """Fill the buffer with a batch, step through it `n_epochs` times, and return the figures named ``train/...``."""
-    started, episodes = time.perf_counter(), max(1, int(batch["next", "done"].sum()))
+    """Fill the buffer with a batch of so many episodes, step through it, and return the figures named ``train/...``."""
+    started = time.perf_counter()
     getattr(advantage, "reset_stats", lambda: None)()
     buffer.extend(batch)
     stats: dict[str, float] = getattr(advantage, "get_stats", dict)()
@@ -259,14 +241,9 @@ def update(
         return group_figures(stats)
     kept, decisions = int(stats.get("kept_episodes", episodes)), len(buffer)
     parts = min(decisions, math.ceil(kept / ppo.traj_mini_batch_size))
-    sizes = [len(part) for part in torch.arange(decisions).tensor_split(parts)]  # none is small, with a whole step
+    sizes = [decisions // parts + (part < decisions % parts) for part in range(parts)]  # none is small
     with tqdm(total=ppo.n_epochs * decisions, desc="update", unit="decision", position=1, leave=False) as bar:
         steps = [step(buffer.sample(n).exclude("index"), bar.update) for _ in range(ppo.n_epochs) for n in sizes]
     buffer.empty()  # its images, while the next are collected
-    seconds = time.perf_counter() - started
-    return {
-        **group_figures(stats), **update_figures(steps),
-        "train/decisions": decisions, "train/episodes": kept, "train/dropped_episodes": episodes - kept,
-        "train/optimizer_steps": len(steps), "time/update_seconds": seconds,
-        "time/update_decisions_per_second": ppo.n_epochs * decisions / seconds,
-    }  # fmt: skip
+    counts = {"decisions": decisions, "epochs": ppo.n_epochs, "episodes": episodes, "kept": kept}
+    return group_figures(stats) | update_figures(steps, seconds=time.perf_counter() - started, **counts)

@@ -7,9 +7,10 @@ from typing import Self
 import torch
 from tensordict.nn import TensorDictModule, TensorDictSequential
 
+from torchrl_vla.checkpoints.policy import Policy
 from torchrl_vla.modules import OpenVLAActor, ValueHead, make_value_operator
 
-__all__ = ["Critic"]
+__all__ = ["Critic", "make_critic"]
 
 
 class Critic:
@@ -37,3 +38,14 @@ class Critic:
         """Move the value head."""
         self.value_head.to(device)
         return self
+
+
+def make_critic(policy: Policy, device: torch.device) -> Critic:
+    """A new value head for a policy.
+
+    Args:
+        policy: acts by tokens.
+        device: where the policy is, and the head with it.
+    """
+    assert isinstance(policy.actor, OpenVLAActor)
+    return Critic(policy.actor, policy.model.config.hidden_size).to(device)

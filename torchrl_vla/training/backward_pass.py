@@ -165,14 +165,13 @@ class RecordedPass(BackwardPass):
     def _inputs(self, micro: TensorDictBase, rows: int) -> TensorDictBase:
         """What the loss reads, in so many rows, where it reads it."""
         keys = self.loss.tensor_keys
+        valid = self.loss.valid_tokens(micro)  # read before "next", which it may come from, is left out
         micro = micro.exclude("next")
-        valid = torch.arange(rows, device=micro.get(keys.sample_log_prob).device) < len(micro)
-        if len(micro) < rows:
+        if (decisions := len(micro)) < rows:
             # Copies of the last decision, so that there is nothing in them that a network could not compute.
-            micro = micro[torch.arange(rows, device=valid.device).clamp_max(len(micro) - 1)]
-        mask = micro.get(keys.mask, None)
-        if mask is not None:
-            valid = mask.bool() & valid.reshape(rows, *(1,) * (mask.ndim - 1))
+            row = torch.arange(rows, device=valid.device)
+            micro, valid = micro[row.clamp_max(decisions - 1)], valid[row.clamp_max(decisions - 1)]
+            valid[decisions:] = False
         micro = self._prepare(micro.set(keys.mask, valid))
         if "loss_kl" in self.loss.out_keys and micro.get(keys.reference_log_prob, None) is None:
             micro.set(keys.reference_log_prob, self.loss.reference_log_prob(micro))

@@ -28,6 +28,8 @@ def choose_device(name: str, gpu_id: int = 0) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= count:
         have = f"cuda:0..cuda:{count - 1}" if count else "no GPU: use --device cpu"
         raise ValueError(f"device {name!r} is not on this machine, which has {have}.")

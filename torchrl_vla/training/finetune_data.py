@@ -58,8 +58,8 @@ def sample_buffer(samples: TensorDict, batch_size: int) -> TensorDictReplayBuffe
     """
     if len(samples) < batch_size:
         raise ValueError(
-            f"batch_size is {batch_size}, but the demonstrations have {len(samples)} samples: lower batch_size, or "
-            "take more episodes."
+            f"mini_batch_size is {batch_size}, but the demonstrations have {len(samples)} samples: lower "
+            "mini_batch_size, or take more episodes."
         )
     sampler = SamplerWithoutReplacement(drop_last=True)
     return TensorDictReplayBuffer(storage=TensorStorage(samples), sampler=sampler, batch_size=batch_size)

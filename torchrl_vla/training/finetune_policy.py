@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
+from torchrl_vla.checkpoints.folder import open_checkpoint
 from torchrl_vla.checkpoints.inspection import require_trained_tokens
+from torchrl_vla.checkpoints.locations import RANDOM, find_policy
+from torchrl_vla.checkpoints.openvla_format import load_openvla
 from torchrl_vla.checkpoints.policy import (
-    RANDOM,
     Policy,
     build_policy,
-    find_policy,
     read_image_settings,
     require_cameras,
     save_policy,
 )
 from torchrl_vla.checkpoints.trainable import weights_dtype
-from torchrl_vla.config.finetune import FinetuneConfig
+from torchrl_vla.config import FinetuneConfig
 from torchrl_vla.datasets import DemonstrationDataset
-from torchrl_vla.datasets.statistics import write_statistics
 from torchrl_vla.modules import ActionTokenizer, OpenVLA, OpenVLAConfig, OpenVLAProcessor, load_tokenizer, make_actor
 from torchrl_vla.modules.heads import L1ActionHead
 from torchrl_vla.modules.openvla import add_lora, freeze_backbone
@@ -50,27 +50,26 @@ def load_student(config: FinetuneConfig, dataset: DemonstrationDataset, device: 
         use_lora=config.use_lora,
         freeze_vla_backbone=config.freeze_vla_backbone,
     )
-    if config.checkpoint.startswith(RANDOM):
-        name = config.checkpoint.removeprefix(RANDOM)
+    if config.pretrained_checkpoint.startswith(RANDOM):
+        name = config.pretrained_checkpoint.removeprefix(RANDOM)
         fresh = build_policy(name, device=device, dtype=choose_dtype(OpenVLAConfig.preset(name)))
         model, tokenizer = fresh.model, fresh.processor.tokenizer
         settings = {"backend": fresh.processor.images.backend}
     else:
-        folder = find_policy(config.checkpoint)
+        checkpoint = open_checkpoint(find_policy(config.pretrained_checkpoint))
         if config.objective == "tokens":
             require_trained_tokens(
-                folder,
+                checkpoint,
                 finetuned_on_discrete_actions=config.finetuned_on_discrete_actions,
                 advice="Base openvla/openvla-7b can be fine-tuned too, and --objective l1 fine-tunes the head instead.",
             )
-        stored = OpenVLAConfig.from_folder(folder)
-        require_cameras(stored, config.num_images_in_input, folder)
-        model = OpenVLA.from_pretrained(folder, dtype=choose_dtype(stored), device=device)
-        tokenizer = load_tokenizer(folder)
-        settings = read_image_settings(folder)
+        require_cameras(checkpoint.config, config.num_images_in_input, checkpoint.path)
+        model = load_openvla(checkpoint, dtype=choose_dtype(checkpoint.config), device=device)
+        tokenizer = load_tokenizer(checkpoint.path)
+        settings = read_image_settings(checkpoint.path)
     if dataset.action_dim != model.config.action_dim:
         raise ValueError(
-            f"{dataset.folder} has actions of {dataset.action_dim} numbers, {config.checkpoint} gives "
+            f"{dataset.folder} has actions of {dataset.action_dim} numbers, {config.pretrained_checkpoint} gives "
             f"{model.config.action_dim}: fine-tune a policy of that action dimension."
         )
     model.config = replace(
@@ -92,8 +91,8 @@ def load_student(config: FinetuneConfig, dataset: DemonstrationDataset, device: 
 def _new_l1_head(model: OpenVLA, config: FinetuneConfig) -> L1ActionHead:
     if config.freeze_l1_action_head:
         raise ValueError(
-            f"{config.checkpoint} has no L1 head to keep as it is: leave out freeze_l1_action_head, and a new head is "
-            "trained."
+            f"{config.pretrained_checkpoint} has no L1 head to keep as it is: leave out freeze_l1_action_head, and a "
+            "new head is trained."
         )
     return L1ActionHead(model.config.hidden_size, model.config.action_dim).to(model.device)
 
@@ -108,7 +107,7 @@ def _choose_parameters(model: OpenVLA, config: FinetuneConfig) -> None:
     if model.action_head is not None:
         model.action_head.requires_grad_(config.objective == "l1" and not config.freeze_l1_action_head)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable(config.gradient_checkpointing)
 
 
 def save_student(policy: Policy, folder: Path, statistics: dict[str, Any]) -> int:
@@ -123,7 +122,6 @@ def save_student(policy: Policy, folder: Path, statistics: dict[str, Any]) -> in
         Size of the folder in bytes.
     """
     policy.model.config = replace(policy.model.config, torch_dtype="bfloat16")
-    save_policy(policy, folder)
     # The tokenizer knows the percentiles alone; upstream's format has more.
-    write_statistics(folder, policy.statistics_key, statistics)
+    save_policy(policy, folder, statistics={policy.statistics_key: statistics})
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from torchrl_vla.config import TrainConfig
 from torchrl_vla.evaluation.videos import FRAMES_PER_SECOND, write_mp4
+from torchrl_vla.training.health import Health
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["RunLogger", "check_wandb", "described", "format_table"]
+__all__ = ["RunLogger", "SilentLogger", "check_wandb", "described", "format_table"]
 
 # The rows of the console's table: title, then (label, metric, format) per cell.
 _TABLE = (
@@ -102,7 +103,7 @@ def check_wandb() -> None:
 
 def described(config: TrainConfig) -> dict[str, Any]:
     """The options of a run for W&B, where TorchRL writes under "env" what it runs on."""
-    return {"ppo": vars(config.ppo), "environment": vars(config.env), "actor": vars(config.actor)}
+    return {"ppo": vars(config.ppo), "actor": vars(config.actor)}
 
 
 def _encodes_videos(sink: Logger) -> bool:
@@ -119,6 +120,7 @@ class RunLogger:
         use_wandb: log to Weights & Biases too.
         wandb_entity: W&B user or team.
         config: the run's parameters, shown with it on W&B.
+        health: reads every row, and what it says is printed.
 
     Examples:
         >>> import tempfile
@@ -135,8 +137,10 @@ class RunLogger:
         use_wandb: bool = False,
         wandb_entity: str | None = None,
         config: Mapping[str, Any] | None = None,
+        health: Health | None = None,
     ) -> None:
         self.run_dir = run_dir
+        self.health = health
         self.csv_path = run_dir / "metrics.csv"
         self.curve_path = run_dir / "learning_curve.png"
         self.rows: list[dict[str, float]] = []
@@ -182,6 +186,8 @@ class RunLogger:
             update: number of the update; 0 is before the first.
             env_steps: control steps collected so far: the x axis of every plot.
         """
+        if self.health is not None:
+            metrics = {**metrics, **self.health.figures()}
         row = {"update": float(update), "env_steps": float(env_steps), **{k: float(v) for k, v in metrics.items()}}
         joins = bool(self.rows) and self.rows[-1]["update"] == row["update"]
         if joins:
@@ -198,6 +204,8 @@ class RunLogger:
         for name, value in metrics.items():
             for sink in self.loggers:
                 sink.log_scalar(name, float(value), step=env_steps)
+        for warning in [] if self.health is None else self.health.warnings(self.rows):
+            self.print(f"Watch out: {warning}")
 
     def _write(self, path: Path, rows: list[dict[str, float]]) -> None:
         partial = path.with_suffix(".partial")
@@ -265,3 +273,29 @@ class RunLogger:
                 if hasattr(experiment, method):
                     getattr(experiment, method)()
                     break
+
+
+class SilentLogger(RunLogger):
+    """Keeps a run's figures to itself: for the processes beside the one that writes.
+
+    Args:
+        run_dir: the run's folder.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir, self.rows, self.loggers, self.health = run_dir, [], [], None
+        self.csv_path, self.curve_path = run_dir / "metrics.csv", run_dir / "learning_curve.png"
+
+    def restore(self, update: int) -> None:
+        """Nothing to take up."""
+
+    def log(self, metrics: Mapping[str, float], *, update: int, env_steps: int) -> None:
+        """Remember the figures."""
+        self.rows.append({"update": float(update), "env_steps": float(env_steps), **metrics})
+
+    def draw(self) -> None:
+        """Draw nothing."""
+
+    def print(self, text: str) -> None:
+        """Say nothing on the console."""
+        logger.info(text)

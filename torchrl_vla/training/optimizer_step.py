@@ -12,10 +12,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchrl.objectives import LossModule
 
 from torchrl_vla.config import PPOConfig
+from torchrl_vla.distributed.ranks import ALONE, OneProcess
 from torchrl_vla.modules.openvla.graphs import GraphRecorder
 from torchrl_vla.objectives.combining import combine
 from torchrl_vla.training.backward_pass import BackwardPass, Normalized, RecordedPass
 from torchrl_vla.training.micro_batch import MicroBatch, free_memory
+from torchrl_vla.training.schedule import LearningRateSchedule
 
 __all__ = ["OptimizerStep", "TrainingDiverged"]
 
@@ -44,6 +46,9 @@ class OptimizerStep:
             cannot.
         prepare: for a policy whose passes can be recorded and replayed on a GPU: does ahead what of them needs the
             host; None launches them as any loss's.
+        check: called after every step; may raise to end the update there.
+        ranks: the processes that step together, each on its own decisions of a mini-batch, which can be none. Weights
+            stay the same in all.
 
     Examples:
         >>> for minibatch in buffer:  # doctest: +SKIP
@@ -61,6 +66,8 @@ class OptimizerStep:
         report: Callable[[str], None] = print,
         set_recompute: Callable[[float], None] | None = None,
         prepare: Callable[[TensorDictBase], TensorDictBase] | None = None,
+        check: Callable[[], None] | None = None,
+        ranks: OneProcess = ALONE,
     ) -> None:
         self.loss = loss
         self.optimizer = optimizer
@@ -68,9 +75,11 @@ class OptimizerStep:
         self.schedule = schedule
         self.device = torch.device(device)
         self.report = report
+        self._check = check
+        self._ranks = ranks
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.micro_batch = MicroBatch(
-            config.batch_size, config.recompute, memory_gb=config.memory_gb, set_recompute=set_recompute
+            config.batch_size, config.gradient_checkpointing, memory_gb=config.memory_gb, set_recompute=set_recompute
         )
         self.backward_pass = BackwardPass(loss, optimizer, self.device)
         if prepare is not None and isinstance(loss, Normalized):
@@ -86,11 +95,16 @@ class OptimizerStep:
         """Go on from where `state_dict` was taken."""
         self.optimizer_steps, self.bad_steps = int(state["optimizer_steps"]), int(state["bad_steps"])
 
+    def set_progress(self, progress: float) -> None:
+        """Tell the schedule, if it asks for it, which share of the run is over."""
+        if isinstance(self.schedule, LearningRateSchedule):
+            self.schedule.set_progress(progress)
+
     def __call__(self, minibatch: TensorDictBase, progress: Callable[[int], object] | None = None) -> dict[str, Tensor]:
         """Take one step.
 
         Args:
-            minibatch: decisions ``[B]``, with what the loss reads.
+            minibatch: this process's decisions ``[B]``, with what the loss reads.
             progress: called with the number of decisions done, negative where they will be repeated.
 
         Returns:
@@ -101,37 +115,54 @@ class OptimizerStep:
             RuntimeError: memory does not hold the pass of one decision.
         """
         progress = progress or (lambda decisions: None)
-        counts = self.loss.count_valid(minibatch).to(self.device) if isinstance(self.loss, Normalized) else None
-        if not self.micro_batch.chosen:
+        counts, total = None, self._ranks.sum(len(minibatch))
+        if isinstance(self.loss, Normalized):
+            counts = self.loss.count_valid(minibatch).to(self.device)
+            self._ranks.sum_(list(counts.values()))
+        if not self.micro_batch.chosen and len(minibatch):
             self._choose_micro_batch(minibatch, counts)
-        while (sums := self._accumulate(minibatch, progress, counts)) is None:
+        while (parts := self._accumulate(minibatch, progress, counts, total)) is None:
             self._halve_micro_batch()
+        self._ranks.sum_gradients(self.parameters)
+        sums = self._put_together(parts, counts)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self._step_if_finite(torch.isfinite(norm) & torch.isfinite(sums["loss"]))
+        if self._check is not None:
+            self._check()
         return sums | {"grad_norm": norm.detach().float()}
 
     def _accumulate(
-        self, minibatch: TensorDictBase, progress: Callable[[int], object], counts: TensorDictBase | None
-    ) -> dict[str, Tensor] | None:
-        """The gradient of a mini-batch, and its figures; None, and no gradient, if memory runs out."""
+        self, minibatch: TensorDictBase, progress: Callable[[int], object], counts: TensorDictBase | None, total: int
+    ) -> list[tuple[float, dict[str, Tensor]]] | None:
+        """The gradient of these decisions, and each pass's weight and figures; None if memory runs out."""
         self.backward_pass.zero_grad()
-        parts: list[dict[str, Tensor]] = []
-        shares: list[float] = []
+        parts: list[tuple[float, dict[str, Tensor]]] = []
+        if not len(minibatch):
+            return parts
         rows, done = self.micro_batch.rows(len(minibatch), self.config.traj_split_num), 0
         try:
             for micro in minibatch.split(rows):
                 # With counts the loss divides by the mini-batch's itself; a stock loss is a mean over the micro-batch.
-                shares.append(len(micro) / len(minibatch) if counts is None else 1.0)
-                parts.append(self.backward_pass(micro, rows=rows, scale=shares[-1], counts=counts))
+                share = len(micro) / total if counts is None else 1.0
+                parts.append((share, self.backward_pass(micro, rows=rows, scale=share, counts=counts)))
                 done += len(micro)
                 progress(len(micro))
         except torch.OutOfMemoryError:
             progress(-done)
             return None
+        return parts
+
+    def _put_together(
+        self, parts: list[tuple[float, dict[str, Tensor]]], counts: TensorDictBase | None
+    ) -> dict[str, Tensor]:
+        """The figures of a mini-batch from those of all processes' passes."""
+        if self._ranks.size > 1:
+            sent = [(share, {name: value.cpu() for name, value in part.items()}) for share, part in parts]
+            parts = [part for ranks in self._ranks.gather(sent) for part in ranks]
         if counts is not None:
-            return combine(parts)
-        weights = torch.tensor(shares, device=self.device)
-        return {name: weights @ torch.stack([part[name] for part in parts]) for name in parts[0]}
+            return combine([part for _, part in parts])
+        weights = torch.tensor([share for share, _ in parts], device=parts[0][1]["loss"].device)
+        return {name: weights @ torch.stack([part[name] for _, part in parts]) for name in parts[0][1]}
 
     def _choose_micro_batch(self, minibatch: TensorDictBase, counts: TensorDictBase | None) -> None:
         moments = 0 if self.optimizer.state else 2 * sum(p.nbytes for p in self.parameters)
@@ -150,7 +181,7 @@ class OptimizerStep:
         if not self.micro_batch.halve():
             raise RuntimeError(
                 "The GPU's memory does not hold the forward and backward pass of one decision: use a preset for a "
-                "smaller card, --recompute 1, --load-in-4bit, or a smaller --num-envs."
+                "smaller card, --gradient-checkpointing 1, --load-in-4bit, or a smaller --num-envs."
             )
         self.backward_pass.forget()
         free_memory()

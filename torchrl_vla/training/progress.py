@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,6 +36,9 @@ class RunProgress:
     def __post_init__(self) -> None:
         self._before = self.env_steps
 
+    def __str__(self) -> str:
+        return f"{self.updates} updates, {self.env_steps:,} control steps"
+
     def count(self, env_steps: int) -> None:
         """Add an update that collected so many control steps."""
         self._before = self.env_steps
@@ -67,10 +70,12 @@ class EpisodeBar:
 
     Args:
         name: what is being collected.
+        check: called after every decision too; may raise to end the collection.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, check: Callable[[], None] | None = None) -> None:
         self._name = name
+        self._check = check
         self._bar: tqdm | None = None
 
     def __call__(self, progress: Progress) -> None:
@@ -81,3 +86,5 @@ class EpisodeBar:
         if progress.episodes == progress.planned_episodes:
             self._bar.close()
             self._bar = None
+        if self._check is not None:
+            self._check()

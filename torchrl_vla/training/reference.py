@@ -8,11 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from tensordict import TensorDictBase
+from torchrl.envs.transforms import Transform
 
 from torchrl_vla.modules import OpenVLA
 from torchrl_vla.modules.openvla.lora import has_lora, without_adapters
+from torchrl_vla.objectives import AsymmetricClipPPOLoss
 
-__all__ = ["reference_policy"]
+__all__ = ["ReferenceLogProb", "reference_policy"]
 
 
 def reference_policy(model: OpenVLA) -> Callable[[], AbstractContextManager[Any]]:
@@ -47,3 +50,31 @@ def reference_policy(model: OpenVLA) -> Callable[[], AbstractContextManager[Any]
 def _set_data(parameters: list[torch.nn.Parameter], values: list[torch.Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.data = value
+
+
+class ReferenceLogProb(Transform):
+    """Store the reference policy's log-probabilities with the decisions that a replay buffer is filled with.
+
+    They are computed once an update and not once an epoch, and only of decisions that an advantage before it has kept.
+
+    Args:
+        loss: with a reference, and the key to store under.
+        batch_size: decisions per forward.
+    """
+
+    def __init__(self, loss: AsymmetricClipPPOLoss, batch_size: int = 32) -> None:
+        super().__init__()
+        self._loss = [loss]  # in a list, or its parameters would be the buffer's too
+        self.batch_size = batch_size
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Leave what is read from the buffer as it is."""
+        return tensordict
+
+    def _inv_call(self, tensordict: TensorDictBase | None) -> TensorDictBase | None:
+        if tensordict is None or not len(tensordict):  # nothing is left of what another transform was given
+            return tensordict
+        loss = self._loss[0]
+        device = next(loss.parameters()).device
+        parts = [loss.reference_log_prob(part.to(device)).cpu() for part in tensordict.split(self.batch_size)]
+        return tensordict.set(loss.tensor_keys.reference_log_prob, torch.cat(parts))

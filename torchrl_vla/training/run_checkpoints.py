@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation, GlobalRNGState
+from tqdm import tqdm
 
-__all__ = ["RunCheckpoints", "TrainableState"]
+from torchrl_vla.checkpoints.integrity import CHECKSUMS, find_damage, flush_to_disk, write_checksums
+from torchrl_vla.training.progress import RunProgress
+
+__all__ = ["RunCheckpoints", "TrainableState", "newest_whole"]
 
 logger = logging.getLogger(__name__)
 
 #: In the place of a success rate: below any, since TorchRL's rotation wants a number of every checkpoint.
 _UNJUDGED = -1.0
+#: Version of what a checkpoint holds.
+_FORMAT = 2
+_PARTIAL = ".partial-checkpoint-"
 
 
 class TrainableState:
     """The parameters of a module that learn, as a state dict: adapters and heads, not the frozen 7B below them.
 
     Args:
-        module: the policy, or any part of it.
+        module: the policy, or any part of it; None for a part that this run does not have.
 
     Examples:
         >>> linear = nn.Linear(2, 1)
@@ -33,11 +43,12 @@ class TrainableState:
         ['weight']
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module | None) -> None:
         self.module = module
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        parameters = () if self.module is None else self.module.named_parameters()
+        return {name: parameter for name, parameter in parameters if parameter.requires_grad}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Trainable parameters by name."""
@@ -83,11 +94,16 @@ class _RNGState(GlobalRNGState):
 
 
 class RunCheckpoints:
-    """The checkpoints of one run: the newest few and the best by validated success.
+    """The checkpoints of one run: the newest few and the best by validated success, each with checksums.
+
+    A checkpoint is written beside the others, its files' checksums noted, flushed to the disk, and only then put in
+    its place. Damage is found before anything is read, and the newest whole one is taken.
 
     Args:
         folder: where they lie.
         keep: how many of the newest are kept; the best one is kept besides.
+        writes: False in a process that leaves the writing to another one, which has the same components.
+        after_save: called after each one, such as for what is written beside them.
         components: what goes in, by name: anything with `state_dict` and `load_state_dict`. The random number
             generators' state is added.
 
@@ -97,11 +113,60 @@ class RunCheckpoints:
         >>> checkpoints = RunCheckpoints(Path(tempfile.mkdtemp()), keep=1, policy=TrainableState(linear))
         >>> checkpoints.save(step=100, success=0.5).name
         'checkpoint-000000000100'
+        >>> checkpoints.load_latest().name
+        'checkpoint-000000000100'
     """
 
-    def __init__(self, folder: Path, *, keep: int, **components: Any) -> None:
-        self.checkpoint = Checkpoint(rng=_RNGState(), **components)
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        writes: bool = True,
+        after_save: Callable[[], None] | None = None,
+        **components: Any,
+    ) -> None:
+        self._writes = writes
+        self._after_save = after_save
+        self._marked: dict[str, Any] = {}
+        self._components = {**components, "rng": _RNGState()}
+        self.checkpoint = Checkpoint(**{name: _Marked(self, name) for name in self._components})
         self.rotation = CheckpointRotation(folder, keep_last=keep, keep_best=("success", "max"))
+        self.folder = folder
+
+    @contextmanager
+    def rollout(self, *names: str) -> Iterator[None]:
+        """Collect a batch: if that is interrupted, what is saved next is the state that the rollout began with.
+
+        A rollout that was cut short is run again from its start; the policy does not change while it runs.
+
+        Args:
+            names: of the components that collecting changes; the random numbers' are always among them.
+        """
+        self._marked = {name: copy.deepcopy(self._components[name].state_dict()) for name in (*names, "rng")}
+        yield
+        self._marked = {}
+
+    @contextmanager
+    def kept_at_the_end(self, progress: RunProgress, report: Callable[[str], None]) -> Iterator[None]:
+        """Write one more when the work is told to stop, or a rollout in it fails, and say how to go on.
+
+        Args:
+            progress: how far the run has come.
+            report: takes the sentence.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, SystemExit) or self._marked:
+                path = self._path(progress.env_steps)
+                if not path.exists():  # else nothing has changed since
+                    self.save(step=progress.env_steps, success=None)
+                report(
+                    f"Ended after {progress}; all of it is in {path}. "
+                    f"To go on: torchrl-vla train --resume --run-dir {self.folder.parent}"
+                )
+            raise
 
     def save(self, *, step: int, success: float | None) -> Path:
         """Write one.
@@ -111,27 +176,93 @@ class RunCheckpoints:
             success: success rate of a validation of these very weights, by which the best one is kept; None if there
                 was none.
         """
-        metadata = {"success": _UNJUDGED if success is None else success}
-        return self.rotation.save(self.checkpoint, step=step, metadata=metadata)
+        metadata = {"format": _FORMAT, "success": _UNJUDGED if success is None else success}
+        path, partial = self._path(step), self.folder / f"{_PARTIAL}{step:012d}"
+        if not self._writes:
+            return path
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        self.checkpoint.save(partial, metadata=metadata)
+        write_checksums(partial)
+        if path.exists():  # saved again after an interruption: the old one goes when the new one is whole
+            shutil.rmtree(path)
+        partial.rename(path)
+        flush_to_disk(self.folder)
+        self.rotation.prune()
+        if self._after_save is not None:
+            self._after_save()
+        return path
 
-    def load_latest(self) -> Path:
-        """Go on from the newest one.
+    def load_latest(self) -> Path | None:
+        """Go on from the newest whole one, and say which were passed over; None if there is none at all.
 
         Raises:
-            ValueError: there is none, or it does not fit what is to go on.
+            ValueError: all are damaged, or it does not fit what is to go on. No file is touched.
         """
-        path = self.rotation.latest()
+        path = newest_whole(self.folder)
         if path is None:
-            raise ValueError(
-                f"{self.rotation.directory} holds no checkpoint to resume from: the run ended before its first one. "
-                "Start it anew in another folder."
-            )
+            return None
         # To the CPU first, from where they are copied: the GPU that they were on may not be there, or be full.
         try:
             self.checkpoint.load(path, map_location="cpu")
         except CheckpointError as error:
             raise ValueError(
-                f"{path} cannot be gone on from: {error} If options that say what learns have changed, leave them out; "
-                "if the checkpoint is damaged, move it away, and the one before it is taken."
+                f"{path} cannot be resumed from: {error} If options that say what learns have changed, leave them out."
             ) from error
         return path
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"checkpoint-{step:012d}"
+
+    def _sweep(self) -> None:
+        """Remove what a process that was killed left half written."""
+        for leftover in (*self.folder.glob(f"{_PARTIAL}*"), *self.folder.glob(".*.stage-*")):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+class _Marked:
+    """A component of :class:`RunCheckpoints`, whose state is the marked one while there is one."""
+
+    def __init__(self, checkpoints: RunCheckpoints, name: str) -> None:
+        self._checkpoints, self._name = checkpoints, name
+
+    def state_dict(self) -> Any:
+        marked = self._checkpoints._marked
+        return marked[self._name] if self._name in marked else self._checkpoints._components[self._name].state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._checkpoints._components[self._name].load_state_dict(state)
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint of a run that is as it was written; those passed over are named on the console.
+
+    Args:
+        folder: the run's checkpoints.
+
+    Returns:
+        Its path; None if there is no checkpoint, whole or not.
+
+    Raises:
+        ValueError: all are damaged.
+    """
+    damaged: dict[Path, list[str]] = {}
+    for path in sorted(folder.glob("checkpoint-*"), reverse=True):
+        damage = find_damage(path)
+        if not damage:
+            for other, reasons in damaged.items():
+                tqdm.write(f"{other} is damaged and passed over: {'; '.join(reasons[:3])}.")
+            return path
+        damaged[path] = damage
+    if damaged and all(reasons == [f"{CHECKSUMS} is missing"] for reasons in damaged.values()):
+        raise ValueError(
+            f"{folder} was written by torchrl-vla 0.1.0, whose checkpoints have no checksums and cannot be resumed by "
+            "this version. Start a new run from its policy: --pretrained-checkpoint RUN/policy."
+        )
+    if damaged:
+        listed = "; ".join(f"{path.name}: {reasons[0]}" for path, reasons in damaged.items())
+        raise ValueError(
+            f"All checkpoints in {folder} are damaged ({listed}). Nothing was changed: restore one from a copy, or "
+            "start a new run from the run's policy folder."
+        )
+    return None

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import logging
-import platform
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -15,70 +12,90 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torchrl_vla.checkpoints.files import read_json
-from torchrl_vla.config import TrainConfig
-from torchrl_vla.config.finetune import FinetuneConfig
+from torchrl_vla.config import FinetuneConfig, TrainConfig
+from torchrl_vla.errors import UserError
+from torchrl_vla.files import check_output_folder
+from torchrl_vla.versions import versions
 
 __all__ = [
-    "NOT_A_PACKAGE",
+    "check_run_folder",
     "describe_run",
     "log_to",
-    "noted_preset",
     "open_run_folder",
-    "package_version",
-    "versions",
-    "written_whole",
+    "refuse_changes",
 ]
 
-#: In the place of a version.
-NOT_A_PACKAGE = "not installed as a package"
 
-_PACKAGES = ("torchrl-vla", "torch", "torchrl", "tensordict", "transformers", "peft", "mujoco", "robosuite", "numpy")
+def check_run_folder(config: TrainConfig | FinetuneConfig) -> None:
+    """Refuse, before anything long is started, a folder that cannot be a new run's, or a run that cannot be resumed.
 
-
-def package_version(name: str) -> str:
-    """Version of an installed package; `NOT_A_PACKAGE` for one that is missing or lies on PYTHONPATH alone.
+    Nothing is left behind.
 
     Args:
-        name: as pip knows it.
+        config: the run; `run_dir` None becomes `runs/SUITE-DATE-TIME`.
+
+    Raises:
+        ValueError: the folder holds something already and the run is not a resumed one, a resumed one is given options
+            that would change its policy or its data, or the folder cannot be written.
     """
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return NOT_A_PACKAGE
+    if config.run_dir is None:
+        config.run_dir = Path("runs") / f"{config.ppo.task_suite}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = config.run_dir
+    if config.resume:
+        refuse_changes(type(config).load(folder / "config.json"), config)
+    check_output_folder(folder, "--run-dir")
+    if not config.resume and folder.is_dir() and any(folder.iterdir()):
+        command = "train" if isinstance(config, TrainConfig) else "finetune"
+        raise UserError(
+            f"{folder} exists already. Choose another --run-dir, or resume the run in it: "
+            f"torchrl-vla {command} --resume --run-dir {folder}"
+        )
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on, by package, and the machine they ran on."""
-    found = {name: package_version(name) for name in _PACKAGES}
-    return found | {"python": platform.python_version(), "machine": f"{platform.machine()} {platform.system()}"}
-
-
-def open_run_folder(config: TrainConfig, preset: str) -> Path:
-    """Make the run's folder, or open the one to resume.
+def open_run_folder(config: TrainConfig | FinetuneConfig) -> Path:
+    """Make a new run's folder and note its options, or open the one to resume.
 
     Args:
         config: the run; `run_dir` None makes `runs/SUITE-DATE-TIME`.
-        preset: name of the preset, noted with the configuration.
 
     Raises:
-        ValueError: the folder exists already and the run is not a resumed one.
+        ValueError: as `check_run_folder` does.
     """
-    if config.run_dir is None:
-        config.run_dir = Path("runs") / f"{config.env.task_suite}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = config.run_dir
-    if not config.resume and folder.exists() and any(folder.iterdir()):
-        raise ValueError(
-            f"{folder} exists already. Choose another --run-dir, or go on with the run in it: "
-            f"torchrl-vla train --resume --run-dir {folder}"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
+    check_run_folder(config)
+    assert config.run_dir is not None
     if not config.resume:
-        describe_run(config, folder, preset=preset)
-    return folder
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        describe_run(config, config.run_dir)
+    return config.run_dir
 
 
-def describe_run(config: TrainConfig | FinetuneConfig, folder: Path, **about: Any) -> None:
+def refuse_changes(before: TrainConfig | FinetuneConfig, now: TrainConfig | FinetuneConfig) -> None:
+    """Check that a run is resumed with its own options, but for those that change neither policy nor data.
+
+    Args:
+        before: options that the run has noted.
+        now: options it is to be resumed with; those named in `allow_changed` may differ.
+
+    Raises:
+        ValueError: others differ.
+    """
+    old, new = _options(before), _options(now)
+    unknown = sorted(set(now.allow_changed) - set(new))
+    if unknown:
+        raise ValueError(f"allow_changed names no option: {', '.join(unknown)}.")
+    changed = {
+        name: f"{name} from {old[name]!r} to {value!r}"
+        for name, value in new.items()
+        if value != old[name] and name not in (now.MAY_CHANGE | set(now.allow_changed))
+    }
+    if changed:
+        raise ValueError(
+            f"a resumed run keeps what makes its policy and its data, but {', '.join(changed.values())} would change: "
+            f"leave it out, or say so with --allow-changed {' '.join(changed)}."
+        )
+
+
+def describe_run(config: TrainConfig | FinetuneConfig, folder: Path) -> None:
     """Note in a run's folder with which options, which command and which versions it runs, or goes on.
 
     A run that is resumed goes on with these options, and so it does when it is resumed once more; older notes stay
@@ -87,34 +104,26 @@ def describe_run(config: TrainConfig | FinetuneConfig, folder: Path, **about: An
     Args:
         config: the options.
         folder: of the run.
-        about: what else to note.
     """
     path = folder / "config.json"
     if path.exists() and _options(type(config).load(path)) == _options(config):
         return
-    about |= {"command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"), **versions()}
+    about = {"command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"), **versions()}
     fresh = {name: folder / f"{name}.partial" for name in ("config.json", "about.json")}
-    dataclasses.replace(config, resume=False).save(fresh["config.json"])
-    fresh["about.json"].write_text(json.dumps(about, indent=2) + "\n")
+    dataclasses.replace(config, resume=False, allow_changed=[]).save(fresh["config.json"])
+    fresh["about.json"].write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     for name, partial in fresh.items():
         # A run without these notes could not be resumed: the old ones go when the new ones are written.
         _keep_old(folder / name)
         partial.replace(folder / name)
 
 
-def noted_preset(folder: Path) -> str | None:
-    """The preset that a run was started with, as its folder says.
-
-    Args:
-        folder: of the run.
-    """
-    about = folder / "about.json"
-    return read_json(about).get("preset") if about.is_file() else None
-
-
 def _options(config: TrainConfig | FinetuneConfig) -> dict[str, Any]:
-    """All but where the run lies, which may have been moved."""
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in ("resume", "run_dir", "out")}
+    """All options by name, but how this run is started and where it lies, which may have been moved."""
+    flat: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(config).items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return {name: value for name, value in flat.items() if name not in ("resume", "run_dir", "allow_changed", "preset")}
 
 
 def _keep_old(path: Path) -> None:
@@ -129,30 +138,6 @@ def _keep_old(path: Path) -> None:
     while (aside := path.with_stem(f"{path.stem}-{number}")).exists():
         number += 1
     path.rename(aside)
-
-
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write in, which takes the place of another as a whole once everything is written.
-
-    Args:
-        folder: the one to make or replace. If writing fails, it is left as it was.
-    """
-    folder = folder.resolve()
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    previous = folder.with_name(f"{folder.name}.previous")
-    if folder.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.rename(previous)
-    partial.rename(folder)
-    shutil.rmtree(previous, ignore_errors=True)
 
 
 @contextmanager

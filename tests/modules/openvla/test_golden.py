@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchrl_vla.checkpoints.names import upstream_name
+from torchrl_vla.checkpoints.openvla_format import load_openvla
 from torchrl_vla.modules.openvla import OpenVLA
 from torchrl_vla.modules.openvla.blocks import LayerStack
 from torchrl_vla.modules.openvla.language import (
@@ -49,7 +50,7 @@ OFT = ["oft_discrete_1img", "oft_l1_2img_proprio", "svla_batch3"]
 
 @pytest.fixture
 def model(checkpoint: Path) -> OpenVLA:
-    return OpenVLA.from_pretrained(checkpoint).requires_grad_(False)
+    return load_openvla(checkpoint).requires_grad_(False)
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float) -> None:

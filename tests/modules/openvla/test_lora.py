@@ -1,46 +1,23 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from small_openvla import random_model, small_config
+from small_openvla import adapted, logits, random_model, small_config
 from torch import Tensor
 
-from torchrl_vla.checkpoints.openvla_format import upstream_tensors
+from torchrl_vla.checkpoints.openvla_format import load_openvla, save_openvla, upstream_tensors
 from torchrl_vla.modules.openvla import (
     OpenVLA,
     OpenVLAConfig,
     add_lora,
     freeze_backbone,
-    load_adapter,
     merge_lora,
-    save_adapter,
     without_adapters,
 )
 from torchrl_vla.modules.openvla.linear import merged_weight
 from torchrl_vla.modules.openvla.lora import adaptable_modules
-
-EMPTY = 3
-
-
-def adapted(model: OpenVLA | None = None, **options: object) -> OpenVLA:
-    """A model with adapters that do something."""
-    model = add_lora(model or random_model(), rank=4, **options)  # type: ignore[arg-type]
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.05)
-    return model
-
-
-def logits(model: OpenVLA) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    pixels, proprio = torch.randn(2, 6, 28, 28, generator=generator), torch.randn(2, 8, generator=generator)
-    return model(pixels, torch.tensor([[1, 10, EMPTY], [1, 11, EMPTY]]), None, proprio).action_logits
 
 
 def test_7b_adapter_is_upstreams_without_the_layers_that_never_run() -> None:
@@ -112,9 +89,9 @@ def test_the_reference_is_the_model_before_adapters() -> None:
 def test_merging_and_exporting_give_the_adapted_model(tmp_path: Path) -> None:
     model = adapted()
     expected = logits(model)
-    model.save_pretrained(tmp_path)
+    save_openvla(model, tmp_path)
     torch.testing.assert_close(logits(model), expected, atol=0, rtol=0)  # the model itself is untouched
-    exported = OpenVLA.from_pretrained(tmp_path)
+    exported = load_openvla(tmp_path)
     torch.testing.assert_close(logits(exported), expected, atol=1e-4, rtol=1e-4)
     merge_lora(model)
     assert not any(".lora_" in name or ".base_layer." in name for name in model.state_dict())
@@ -136,81 +113,6 @@ def test_merge_in_float32_rounds_once() -> None:
     )
 
 
-def test_an_adapter_goes_out_and_in(tmp_path: Path) -> None:
-    model = adapted()
-    save_adapter(model, tmp_path, base_model="openvla/openvla-7b")
-    settings = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (4, 4, "openvla/openvla-7b")
-    # The names that peft resolves all-linear to on upstream's model, but for those of layers that never run.
-    assert set(settings["target_modules"]) == {
-        "qkv", "proj", "fc1", "fc2", "fc3", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-        "lm_head",
-    }  # fmt: skip
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    prefix = "base_model.model.vision_backbone."
-    assert tensors[f"{prefix}featurizer.blocks.0.attn.qkv.lora_B.weight"].shape == (72, 4)
-    assert tensors[f"{prefix}fused_featurizer.patch_embed.proj.lora_A.weight"].shape == (4, 3, 14, 14)
-    again = load_adapter(random_model(), tmp_path)
-    torch.testing.assert_close(logits(again), logits(model), atol=0, rtol=0)
-
-
-def test_upstreams_adapter_has_layers_that_never_run(tmp_path: Path) -> None:
-    model = adapted()
-    save_adapter(model, tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(path)
-    for dead in ("featurizer.blocks.2.attn.qkv", "fused_featurizer.attn_pool.kv"):
-        tensors[f"base_model.model.vision_backbone.{dead}.lora_A.weight"] = torch.ones(4, 24)
-        tensors[f"base_model.model.vision_backbone.{dead}.lora_B.weight"] = torch.zeros(72, 4)
-    save_file(tensors, path)
-    torch.testing.assert_close(logits(load_adapter(random_model(), tmp_path)), logits(model), atol=0, rtol=0)
-
-
-def test_upstreams_adapter_has_the_weight_under_the_head(tmp_path: Path) -> None:
-    """peft's save_pretrained writes it wherever lm_head is among the targets."""
-    model = adapted()
-    save_adapter(model, tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(path)
-    head = "language_model.lm_head.base_layer.weight"
-    tensors[f"base_model.model.{head}"] = torch.zeros_like(model.get_parameter(head))
-    save_file(tensors, path)
-    torch.testing.assert_close(logits(load_adapter(random_model(), tmp_path)), logits(model), atol=0, rtol=0)
-
-
-def test_foreign_adapters_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no adapter_config.json"):
-        load_adapter(random_model(), tmp_path)
-    save_adapter(adapted(target_modules=["q_proj"]), tmp_path)
-    path, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
-    tensors, settings = load_file(path), json.loads(config.read_text())
-
-    save_file({f"base_model.model.other.{name}": tensor for name, tensor in tensors.items()}, path)
-    with pytest.raises(ValueError, match="is for other modules"):
-        load_adapter(random_model(), tmp_path)
-    save_file({name: tensor[..., :2].contiguous() for name, tensor in tensors.items()}, path)
-    with pytest.raises(ValueError, match=r"lora_A.weight is \[4, 2\] in .*, but this model needs \[4, 16\]"):
-        load_adapter(random_model(), tmp_path)
-    save_file(tensors, path)
-    for option in ({"use_dora": True}, {"alpha_pattern": {"q_proj": 32}}, {"lora_bias": True}):
-        config.write_text(json.dumps(settings | option))
-        with pytest.raises(ValueError, match=f"has {next(iter(option))}: only plain LoRA"):
-            load_adapter(random_model(), tmp_path)
-    config.write_text(json.dumps(settings | {"peft_type": "IA3"}))
-    with pytest.raises(ValueError, match="peft_type 'IA3'"):
-        load_adapter(random_model(), tmp_path)
-    config.write_text(json.dumps({"peft_type": "LORA", "r": 4}))
-    with pytest.raises(ValueError, match="adapter_config.json lacks lora_alpha"):
-        load_adapter(random_model(), tmp_path)
-    config.write_text("[")
-    with pytest.raises(ValueError, match="adapter_config.json is not valid JSON"):
-        load_adapter(random_model(), tmp_path)
-    config.write_text(json.dumps(settings))
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match="adapter_model.safetensors is truncated"):
-        load_adapter(random_model(), tmp_path)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -226,11 +128,9 @@ def test_bad_options_are_refused(options: dict, message: str) -> None:
         add_lora(random_model(), **options)
 
 
-def test_adapters_are_added_once_and_needed_to_be_saved(tmp_path: Path) -> None:
+def test_adapters_are_added_once() -> None:
     with pytest.raises(ValueError, match="has adapters already"):
         add_lora(adapted())
-    with pytest.raises(ValueError, match="no adapters to save"):
-        save_adapter(random_model(), tmp_path)
 
 
 def test_freezing_the_backbone_leaves_heads_and_adapters() -> None:

@@ -75,8 +75,8 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("TORCHRL_VLA_CACHE"):
         return Path(chosen).expanduser()
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "torchrl-vla"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchrl-vla"
+        return Path(os.path.expanduser("~")) / "Library" / "Caches" / "torchrl-vla"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "torchrl-vla"
 
 
 def scene_key(bddl_file: Path, seed: int) -> str:

@@ -1,14 +1,7 @@
 """OpenVLA and OpenVLA-OFT: architecture, network and adapters."""
 
 from torchrl_vla.modules.openvla.architecture import OpenVLAConfig, VisionTowerConfig
-from torchrl_vla.modules.openvla.lora import (
-    add_lora,
-    freeze_backbone,
-    load_adapter,
-    merge_lora,
-    save_adapter,
-    without_adapters,
-)
+from torchrl_vla.modules.openvla.lora import add_lora, freeze_backbone, merge_lora, without_adapters
 from torchrl_vla.modules.openvla.model import OpenVLA, OpenVLAOutput
 
 __all__ = [
@@ -18,8 +11,6 @@ __all__ = [
     "VisionTowerConfig",
     "add_lora",
     "freeze_backbone",
-    "load_adapter",
     "merge_lora",
-    "save_adapter",
     "without_adapters",
 ]

@@ -1,45 +1,31 @@
-"""Architecture of an OpenVLA / OpenVLA-OFT model, and its ``config.json``."""
+"""Architecture of an OpenVLA / OpenVLA-OFT model."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+import math
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import LlamaConfig
 
-from torchrl_vla.checkpoints.files import read_json
-from torchrl_vla.checkpoints.shards import stored_dtype
-
-TOWER_IDS = ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224")
-"""timm names of the two towers; upstream's ``config.json`` and ``vit_overrides.json`` speak of them so."""
+__all__ = ["LLM_FIELDS", "OpenVLAConfig", "VisionTowerConfig"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
-# Fields of ours that upstream's config.json has no place for; they go under one key, and only where they differ.
-_EXTENSION_KEY = "torchrl_vla"
-_EXTENSION_FIELDS = (
-    "chunk_size", "action_dim", "num_images", "proprio_dim", "proprio_format", "bos_token_id", "eos_token_id",
-    "empty_token_id", "trained_for",
-)  # fmt: skip
-# Llama fields that upstream leaves out of text_config where they are LlamaConfig's defaults.
-_LLM_FIELDS = (
+LLM_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "rms_norm_eps", "max_position_embeddings",
 )  # fmt: skip
-
-
-def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+"""Fields that are called as in transformers' ``LlamaConfig``."""
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _require_whole(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -64,6 +50,8 @@ class VisionTowerConfig:
     num_prefix_tokens: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("embed_dim", "num_heads", "patch_size", "depth", "num_prefix_tokens"):
+            _require_whole(name, getattr(self, name))
         for name in ("embed_dim", "num_heads", "patch_size"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}.")
         _require(self.depth >= 2, f"depth must be at least 2 (block depth-2 gives the features), got {self.depth}.")
@@ -71,7 +59,7 @@ class VisionTowerConfig:
             self.embed_dim % self.num_heads == 0,
             f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}.",
         )
-        _require(self.mlp_ratio > 0, f"mlp_ratio must be positive, got {self.mlp_ratio}.")
+        _require(0 < self.mlp_ratio < math.inf, f"mlp_ratio must be positive and finite, got {self.mlp_ratio}.")
         _require(
             self.num_prefix_tokens in (0, 5),
             f"num_prefix_tokens must be 0 or 5 (class token and four registers), got {self.num_prefix_tokens}.",
@@ -123,6 +111,7 @@ class OpenVLAConfig:
 
     Raises:
         ValueError: if a field is out of range or does not fit another one.
+        TypeError: if a field is not a number that has to be one.
 
     Example:
         >>> OpenVLAConfig.tiny().action_token_begin
@@ -165,7 +154,14 @@ class OpenVLAConfig:
             "image_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
             "n_action_bins", "chunk_size", "action_dim", "num_images", "proprio_dim", "max_position_embeddings",
         ):  # fmt: skip
+            _require_whole(name, getattr(self, name))
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}.")
+        for name in (
+            "pad_to_multiple_of", "num_key_value_heads", "pad_token_id", "bos_token_id", "eos_token_id",
+            "empty_token_id",
+        ):  # fmt: skip
+            if getattr(self, name) is not None:
+                _require_whole(name, getattr(self, name))
         for name, tower in (("dinov2", self.dinov2), ("siglip", self.siglip)):
             _require(
                 self.image_size % tower.patch_size == 0,
@@ -184,7 +180,9 @@ class OpenVLAConfig:
             kv_heads is None or (kv_heads > 0 and heads % kv_heads == 0),
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}.",
         )
-        _require(self.rms_norm_eps > 0, f"rms_norm_eps must be positive, got {self.rms_norm_eps}.")
+        _require(
+            0 < self.rms_norm_eps < math.inf, f"rms_norm_eps must be positive and finite, got {self.rms_norm_eps}."
+        )
         _require(
             self.pad_to_multiple_of >= 0, f"pad_to_multiple_of must not be negative, got {self.pad_to_multiple_of}."
         )
@@ -192,6 +190,12 @@ class OpenVLAConfig:
             self.action_token_begin > 0,
             f"vocab_size {self.vocab_size} leaves no text tokens beside {self.n_action_bins} action tokens and "
             f"{self.pad_to_multiple_of} padding rows.",
+        )
+        patches = self.num_images * self.patches_per_image
+        _require(
+            patches + self.num_action_tokens < self.max_position_embeddings,
+            f"chunk_size {self.chunk_size} gives {self.num_action_tokens} action tokens, which beside {patches} image "
+            f"patches and a prompt exceed max_position_embeddings {self.max_position_embeddings}.",
         )
         for name in ("pad_token_id", "bos_token_id", "eos_token_id", "empty_token_id"):
             token = getattr(self, name)
@@ -282,116 +286,13 @@ class OpenVLAConfig:
 
     @property
     def statistics(self) -> dict[str, Any]:
-        """Un-normalisation statistics by data set, from both files."""
-        return {**self.norm_stats, **self.dataset_statistics}
+        """Un-normalisation statistics by data set, those that count."""
+        return self.dataset_statistics or self.norm_stats
 
     def llama_config(self, attn_implementation: str) -> LlamaConfig:
         """transformers' configuration of the language model, with its attention kernel chosen."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in _LLM_FIELDS}
+        values: dict[str, Any] = {name: getattr(self, name) for name in LLM_FIELDS}
         for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"):
             values[name] = getattr(self, name)
         values["attn_implementation"] = attn_implementation
         return LlamaConfig(**values)
-
-    @classmethod
-    def from_folder(cls, folder: str | Path, **overrides: Any) -> OpenVLAConfig:
-        """Read upstream's ``config.json``, with ``dataset_statistics.json`` and ``vit_overrides.json`` where present.
-
-        The dtype is that of the shards, where there are some. The robot's state is read where the folder has a
-        ``proprio_projector--N_checkpoint.pt``.
-
-        Args:
-            folder: a checkpoint folder.
-            overrides: fields to replace.
-
-        Raises:
-            ValueError: if there is no ``config.json``, or it is not of a DINOv2 + SigLIP + Llama OpenVLA.
-        """
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise ValueError(f"{folder} has no config.json: name a folder with an OpenVLA checkpoint.")
-        raw = read_json(path)
-        if raw.get("model_type") != "openvla":
-            raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}; only 'openvla' can be read.")
-        for key in ("text_config", _EXTENSION_KEY):
-            if not isinstance(raw.get(key, {}), dict):
-                raise ValueError(f"{path}: {key} must be an object, got {raw[key]!r}.")
-        towers = tuple(raw.get("timm_model_ids", TOWER_IDS))
-        if towers != TOWER_IDS:
-            raise ValueError(f"{path}: timm_model_ids are {list(towers)}; only {list(TOWER_IDS)} are built.")
-        sizes = raw.get("image_sizes", [224, 224])
-        if len(set(sizes)) != 1:
-            raise ValueError(f"{path}: image_sizes {sizes} differ; both towers must see the same size.")
-
-        text = raw.get("text_config", {})
-        values: dict[str, Any] = {name: text[name] for name in (*_LLM_FIELDS, "vocab_size") if name in text}
-        values |= {name: raw[name] for name in ("pad_token_id", "pad_to_multiple_of", "n_action_bins") if name in raw}
-        values |= raw.get(_EXTENSION_KEY, {})
-        values["image_size"] = sizes[0]
-        values["use_proprio"] = any(Path(folder).glob("proprio_projector--*_checkpoint.pt"))
-        # Converted shards often keep the configuration of those they were made from. Its name in transformers 4 and 5.
-        noted = raw.get("torch_dtype", raw.get("dtype", "bfloat16"))
-        values["torch_dtype"] = stored_dtype(Path(folder).glob("*.safetensors")) or noted
-        values["norm_stats"] = raw.get("norm_stats") or {}
-        values["dataset_statistics"] = _read_if_there(Path(folder) / "dataset_statistics.json")
-        vit = _read_if_there(Path(folder) / "vit_overrides.json")
-        towers_by_name = zip(("dinov2", "siglip"), TOWER_IDS, (_DINOV2_L, _SIGLIP_SO400M), strict=True)
-        try:
-            for name, tower_id, default in towers_by_name:
-                values[name] = replace(default, **vit.get(tower_id, {}))
-            return cls(**{**values, "upstream": raw, **overrides})
-        except TypeError as error:
-            where = ", or vit_overrides.json beside it," if "VisionTowerConfig" in str(error) else ""
-            raise ValueError(f"{path}{where} has a value that this version cannot read ({error}).") from error
-
-    def save(self, folder: str | Path) -> None:
-        """Write ``config.json``, and ``dataset_statistics.json`` and ``vit_overrides.json`` where needed."""
-        llama_defaults = LlamaConfig()
-        text = dict(self.upstream.get("text_config", {}))
-        for name in _LLM_FIELDS:
-            value = getattr(self, name)
-            implied = name not in text and name != "num_key_value_heads" and value == getattr(llama_defaults, name)
-            if value is not None and not implied:
-                text[name] = value
-        text |= {"model_type": "llama", "pad_token_id": self.pad_token_id, "torch_dtype": self.torch_dtype}
-        # The other name of torch_dtype, which is written instead: it could say another one.
-        text.pop("dtype", None)
-        text["vocab_size"] = self.vocab_size
-        defaults = {f.name: f.default for f in fields(self)}
-        extension = {name: getattr(self, name) for name in _EXTENSION_FIELDS if getattr(self, name) != defaults[name]}
-        raw = {
-            "arch_specifier": "no-align+fused-gelu-mlp",
-            "architectures": ["OpenVLAForActionPrediction"],
-            "hf_llm_id": "meta-llama/Llama-2-7b-hf",
-            "image_resize_strategy": "resize-naive",
-            "llm_backbone_id": "llama2-7b-pure",
-            "llm_max_length": self.max_position_embeddings,
-            "output_projector_states": False,
-            "timm_override_act_layers": [None, None],
-            "use_fused_vision_backbone": True,
-            "vision_backbone_id": "dinosiglip-vit-so-224px",
-            **{key: value for key, value in self.upstream.items() if key not in (_EXTENSION_KEY, "dtype")},
-            "image_sizes": [self.image_size, self.image_size],
-            "model_type": "openvla",
-            "n_action_bins": self.n_action_bins,
-            "norm_stats": self.norm_stats,
-            "pad_to_multiple_of": self.pad_to_multiple_of,
-            "pad_token_id": self.pad_token_id,
-            "text_config": text,
-            "timm_model_ids": list(TOWER_IDS),
-            "torch_dtype": self.torch_dtype,
-        }
-        if extension:
-            raw[_EXTENSION_KEY] = extension
-        folder = Path(folder)
-        _write_json(folder / "config.json", raw)
-        if self.dataset_statistics:
-            _write_json(folder / "dataset_statistics.json", self.dataset_statistics)
-        vit = {}
-        for tower_id, tower, default in zip(
-            TOWER_IDS, (self.dinov2, self.siglip), (_DINOV2_L, _SIGLIP_SO400M), strict=True
-        ):
-            changed = {f.name: getattr(tower, f.name) for f in fields(tower)}
-            vit[tower_id] = {name: value for name, value in changed.items() if value != getattr(default, name)}
-        if any(vit.values()):
-            _write_json(folder / "vit_overrides.json", vit)

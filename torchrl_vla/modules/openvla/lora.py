@@ -1,29 +1,32 @@
-"""Low-rank adapters on an OpenVLA: upstream's placement, file format and merge, through peft."""
+"""Low-rank adapters on an OpenVLA: upstream's placement and merge, through peft."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from torchrl_vla.checkpoints.files import read_json
-from torchrl_vla.checkpoints.names import unused_shapes, upstream_name
 from torchrl_vla.modules.openvla.linear import ADAPTER, is_adapted, merged_weight
 
 if TYPE_CHECKING:
     from torchrl_vla.modules.openvla.model import OpenVLA
 
-_PREFIX = "base_model.model."  # peft's name for the model that an adapter file belongs to
+__all__ = [
+    "adaptable_modules",
+    "add_lora",
+    "attach_adapters",
+    "freeze_backbone",
+    "has_lora",
+    "lora_layers",
+    "merge_lora",
+    "without_adapters",
+]
+
 _BACKBONE = ("vision_backbone", "projector", "language_model")
-# Options of peft's that make an adapter more than ``scale * B A`` of one rank and scale.
-_UNSUPPORTED = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
 
 
 def adaptable_modules(model: OpenVLA) -> list[str]:
@@ -79,14 +82,13 @@ def add_lora(
         raise ValueError(f"alpha must be at least 1, got {alpha}.")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
-    _add(model, _select(model, target_modules), rank, min(alpha, rank, 16), dropout, dtype)
+    names = _select(model, target_modules)
+    attach_adapters(model, names, rank=rank, alpha=min(alpha, rank, 16), dropout=dropout, dtype=dtype)
     return model
 
 
 def _select(model: OpenVLA, target_modules: str | list[str]) -> list[str]:
     """Full names of the layers to adapt."""
-    if has_lora(model):
-        raise ValueError("the model has adapters already: merge them with merge_lora before adding others.")
     candidates = adaptable_modules(model)
     if target_modules == "all-linear":
         return candidates
@@ -99,7 +101,24 @@ def _select(model: OpenVLA, target_modules: str | list[str]) -> list[str]:
     return [name for name in candidates if any(f".{name}".endswith(f".{target}") for target in target_modules)]
 
 
-def _add(model: OpenVLA, names: list[str], rank: int, alpha: int, dropout: float, dtype: torch.dtype) -> None:
+def attach_adapters(
+    model: OpenVLA, names: list[str], *, rank: int, alpha: int, dropout: float, dtype: torch.dtype
+) -> None:
+    """Put adapters on layers, with gaussian ``A`` and zero ``B``, and freeze everything else.
+
+    Args:
+        model: the model, changed in place.
+        names: full names of the layers.
+        rank: rank of the adapters.
+        alpha: their scale times the rank.
+        dropout: dropout on their input.
+        dtype: dtype of the adapters' weights.
+
+    Raises:
+        ValueError: the model has adapters already.
+    """
+    if has_lora(model):
+        raise ValueError("the model has adapters already: merge them with merge_lora before adding others.")
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, init_lora_weights="gaussian"
     )
@@ -109,14 +128,14 @@ def _add(model: OpenVLA, names: list[str], rank: int, alpha: int, dropout: float
             parameter.data = parameter.data.to(dtype)
 
 
-def _lora_layers(model: nn.Module) -> dict[str, Any]:
-    """peft's wrappers by name."""
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """Find peft's wrappers, by name."""
     return {name: module for name, module in model.named_modules() if is_adapted(module)}
 
 
 def has_lora(model: nn.Module) -> bool:
     """Whether the model has adapters."""
-    return bool(_lora_layers(model))
+    return bool(lora_layers(model))
 
 
 def freeze_backbone(model: OpenVLA) -> None:
@@ -139,7 +158,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: if the model has no adapters, as then it would be its own reference.
     """
-    layers = list(_lora_layers(model).values())
+    layers = list(lora_layers(model).values())
     if not layers:
         raise ValueError("the model has no adapters to leave out: a reference without them needs use_lora=True.")
     # peft's own switch also clears requires_grad, which must outlive this block; the flag alone is what forward reads.
@@ -161,102 +180,10 @@ def merge_lora(model: OpenVLA, *, in_float32: bool = True) -> OpenVLA:
         model: the model, changed in place.
         in_float32: add in float32 and round once.
     """
-    for name, layer in _lora_layers(model).items():
+    for name, layer in lora_layers(model).items():
         base = layer.get_base_layer()
         base.weight.copy_(merged_weight(model, f"{name}.base_layer.weight", in_float32=in_float32))
         model.set_submodule(name, base)
     if model._acceleration is not None:
         model._acceleration.forget_adapters()
-    return model
-
-
-def save_adapter(model: OpenVLA, folder: str | Path, *, base_model: str | None = None) -> None:
-    """Write the adapters alone, in peft's format under upstream's names.
-
-    Args:
-        model: a model with adapters.
-        folder: where to write; made if it is not there.
-        base_model: name of the checkpoint that the adapters belong to.
-
-    Raises:
-        ValueError: if the model has no adapters.
-    """
-    layers = _lora_layers(model)
-    if not layers:
-        raise ValueError("the model has no adapters to save.")
-    layer = next(iter(layers.values()))
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    LoraConfig(
-        r=layer.r[ADAPTER],
-        lora_alpha=layer.lora_alpha[ADAPTER],
-        lora_dropout=getattr(layer.lora_dropout[ADAPTER], "p", 0.0),
-        target_modules=sorted({upstream_name(f"{name}.weight").split(".")[-2] for name in layers}),
-        init_lora_weights="gaussian",
-        base_model_name_or_path=base_model,
-        inference_mode=True,
-    ).save_pretrained(str(folder))
-    tensors = {
-        _PREFIX + upstream_name(name).replace(f".{ADAPTER}.", "."): parameter.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        if ".lora_" in name
-    }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def load_adapter(model: OpenVLA, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> OpenVLA:
-    """Add the adapters of a folder, ours or upstream's ``lora_adapter``, to a model without them.
-
-    Args:
-        model: the model the adapters belong to, changed in place.
-        folder: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        dtype: dtype of the adapters' weights.
-
-    Raises:
-        ValueError: if a file is missing, or the adapters are of another kind, or for other modules or shapes.
-    """
-    folder = Path(folder)
-    config_file, weights_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise ValueError(f"{folder} has no {file.name}: name a folder that an adapter was saved in.")
-    settings = read_json(config_file)
-    unsupported = [key for key in _UNSUPPORTED if settings.get(key)]
-    if settings.get("peft_type") != "LORA" or unsupported:
-        what = ", ".join(unsupported) or f"peft_type {settings.get('peft_type')!r}"
-        raise ValueError(f"{config_file} has {what}: only plain LoRA adapters can be added.")
-
-    missing = [key for key in ("r", "lora_alpha") if key not in settings]
-    if missing:
-        raise ValueError(f"{config_file} lacks {', '.join(missing)}: it was not written by peft.")
-    try:
-        stored = load_file(weights_file)
-    except SafetensorError as error:
-        raise ValueError(f"{weights_file} is truncated or no safetensors file ({error}): copy it again.") from error
-    dead = {name.rpartition(".")[0] for name in unused_shapes(model.config)}
-    # Where an adapter is on lm_head, as upstream's are, peft writes the weight under it too: the base model has that.
-    tensors = {
-        name: tensor
-        for key, tensor in stored.items()
-        if (name := key.removeprefix(_PREFIX)).split(".lora_")[0] not in dead and ".base_layer." not in name
-    }
-    candidates = {upstream_name(f"{name}.").removesuffix("."): name for name in adaptable_modules(model)}
-    modules = sorted({name.split(".lora_")[0] for name in tensors})
-    foreign = [name for name in modules if name not in candidates]
-    if foreign or not modules:
-        named = ", ".join(foreign[:3]) or "none"
-        raise ValueError(f"{weights_file} is for other modules ({named}) than this model has.")
-    _select(model, "all-linear")
-    _add(model, [candidates[name] for name in modules], settings["r"], settings["lora_alpha"],
-         settings.get("lora_dropout", 0.0), dtype)  # fmt: skip
-    adapters = {
-        upstream_name(name).replace(f".{ADAPTER}.", "."): parameter
-        for name, parameter in model.named_parameters()
-        if ".lora_" in name
-    }
-    for name, parameter in adapters.items():
-        if name not in tensors or tensors[name].shape != parameter.shape:
-            found = list(tensors[name].shape) if name in tensors else "missing"
-            raise ValueError(f"{name} is {found} in {weights_file}, but this model needs {list(parameter.shape)}.")
-        parameter.data.copy_(tensors[name])
     return model

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -262,6 +261,7 @@ class OpenVLA(nn.Module):
         *,
         vision_features: Tensor | None = None,
         temperature: float = 0.0,
+        uniform: Tensor | None = None,
     ) -> Tensor:
         """Base OpenVLA's decoding: seven tokens of one control step, one after the other.
 
@@ -272,6 +272,7 @@ class OpenVLA(nn.Module):
             vision_features: what :meth:`encode_images` gave for the same images.
             temperature: 0 takes the most likely token of the whole vocabulary, as upstream does; above 0, action tokens
                 alone are drawn, as in parallel decoding.
+            uniform: numbers in [0, 1) to draw with, float32 [B, 7]; None takes them from torch's global generator.
 
         Returns:
             Token ids int64 [B, 7].
@@ -282,11 +283,14 @@ class OpenVLA(nn.Module):
         check_temperature(temperature)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        heat = uniform = None
-        if temperature > 0:
+        heat = None
+        if temperature == 0:
+            uniform = None
+        else:
             # Tensors, so that a recorded graph can be replayed with others.
             heat = torch.full((), temperature, device=input_ids.device)
-            uniform = torch.rand(len(input_ids), self.config.action_dim, device=input_ids.device)
+            if uniform is None:
+                uniform = torch.rand(len(input_ids), self.config.action_dim, device=input_ids.device)
         return self._run(self._decode, pixel_values, input_ids, attention_mask, vision_features, heat, uniform)[0]
 
     def _decode(
@@ -357,56 +361,3 @@ class OpenVLA(nn.Module):
     def accelerated(self) -> bool:
         """Whether :meth:`accelerate` was called."""
         return self._acceleration is not None
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_hub_id: str | Path,
-        *,
-        dtype: torch.dtype | Literal["stored"] | None = None,
-        device: torch.device | str | None = None,
-        attn_implementation: str | None = None,
-        load_in_4bit: bool = False,
-        local_files_only: bool = False,
-        use_local: bool = True,
-        load_l1_action_head: bool | None = None,
-    ) -> OpenVLA:
-        """Load an OpenVLA or OpenVLA-OFT checkpoint, upstream's or one that :meth:`save_pretrained` wrote.
-
-        Args:
-            path_or_hub_id: a folder, or a Hugging Face repository.
-            dtype: dtype of the weights; None for the checkpoint's on an accelerator and float32 on the CPU; ``stored``
-                for the checkpoint's anywhere, and the heads' own, so that no bit is lost.
-            device: where to load them, straight from the files; None for the CPU.
-            attn_implementation: ``sdpa``, ``flash_attention_2`` or ``eager``; None for the fastest that runs.
-            load_in_4bit: quantise the linear layers to 4 bits (NF4) through bitsandbytes; needs CUDA.
-            local_files_only: do not use the network.
-            use_local: look for a folder before asking the hub.
-            load_l1_action_head: load ``action_head--N_checkpoint.pt``; None for where there is one. The token head is
-                always there, so with it the model serves both.
-
-        Returns:
-            The model in eval mode. Its ``proprio_projector`` is there if the checkpoint has one.
-
-        Raises:
-            ValueError: if a file is missing, truncated or unsafe, a tensor has another shape than the configuration
-                says, or an option cannot be had here.
-        """
-        from torchrl_vla.checkpoints.openvla_format import load_pretrained
-
-        return load_pretrained(
-            path_or_hub_id,
-            dtype=dtype,
-            device=device,
-            attn_implementation=attn_implementation,
-            load_in_4bit=load_in_4bit,
-            local_files_only=local_files_only,
-            use_local=use_local,
-            load_l1_action_head=load_l1_action_head,
-        )
-
-    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
-        """Write upstream's format, adapters merged; the options are those of :func:`checkpoint.save_pretrained`."""
-        from torchrl_vla.checkpoints.openvla_format import save_pretrained
-
-        save_pretrained(self, folder, **options)

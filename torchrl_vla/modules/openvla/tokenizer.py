@@ -76,8 +76,10 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         ValueError: if the folder has no tokenizer, or it does not fit OpenVLA's prompt.
     """
     try:
-        # An empty config keeps transformers from reading the model's: it names code that is not ours to run.
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig(), local_files_only=True)
+        # A checkpoint's code is never run. An empty config keeps transformers from reading the model's.
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=PreTrainedConfig(), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # of a damaged file the libraries raise whatever they stumble over
         raise ValueError(
             f"No tokenizer can be loaded from {folder}. A checkpoint folder needs tokenizer.json and "

@@ -1,0 +1,48 @@
+"""A checkpoint folder, read once: what loading, judging, describing and exporting it start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torchrl_vla.checkpoints.architecture_file import read_architecture
+from torchrl_vla.checkpoints.head_files import find_heads
+from torchrl_vla.checkpoints.shards import Shards, read_shards, stored_dtype
+from torchrl_vla.modules.openvla.architecture import OpenVLAConfig
+
+__all__ = ["CheckpointFolder", "open_checkpoint"]
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """What the small files of a checkpoint say, its weights not read.
+
+    Args:
+        path: the folder.
+        config: the architecture, with the action statistics; its dtype is that of the shards.
+        shards: what each shard holds, by path.
+        heads: files of the heads by kind, ``proprio_projector`` and ``action_head``.
+    """
+
+    path: Path
+    config: OpenVLAConfig
+    shards: Shards
+    heads: Mapping[str, Path]
+
+
+def open_checkpoint(folder: str | Path) -> CheckpointFolder:
+    """Read the small files of a checkpoint folder, each once.
+
+    Args:
+        folder: a checkpoint folder.
+
+    Raises:
+        ValueError: a file is missing, damaged or of another model.
+    """
+    folder = Path(folder)
+    config = read_architecture(folder)
+    heads, shards = find_heads(folder), read_shards(folder)
+    # Converted shards often keep the configuration of those they were made from.
+    dtype = stored_dtype(shards) or config.torch_dtype
+    return CheckpointFolder(folder, replace(config, torch_dtype=dtype), shards, heads)

@@ -1,0 +1,81 @@
+"""Where a policy lies: with the package, in a folder, in a run, in the hub's cache, or on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from torchrl_vla.config.releases import TOKEN_CHECKPOINTS
+
+__all__ = ["BUNDLED", "CHECKPOINTS", "RANDOM", "find_policy", "resolve_checkpoint"]
+
+#: What names of untrained policies begin with.
+RANDOM = "random:"
+#: The policy that comes with the package, made as docs/tiny_policy.md says.
+BUNDLED = "bundled:tiny"
+_BUNDLED_FOLDER = Path(__file__).parents[1] / "assets" / "tiny_policy"
+#: Subfolder of a run with what it can be resumed from.
+CHECKPOINTS = "checkpoints"
+
+# The code is never run here: it says which upstream wrote the checkpoint, and goes along with an export.
+_HUB_FILES = ["*.json", "*.safetensors", "*_checkpoint.pt", "tokenizer*", "*.model", "*.py"]
+
+
+def resolve_checkpoint(path_or_hub_id: str | Path, *, local_files_only: bool = False, use_local: bool = True) -> Path:
+    """Find the folder of a checkpoint: one on disk, else a Hugging Face repository in the cache or downloaded.
+
+    Args:
+        path_or_hub_id: a folder, or a repository as ``owner/name``.
+        local_files_only: do not use the network.
+        use_local: look for a folder of that name first.
+
+    Raises:
+        ValueError: there is no such folder and the repository cannot be had.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if use_local and path.is_dir():
+        return path
+    advice = (
+        "Name a folder that holds config.json and the *.safetensors, or download the repository where there is a "
+        "network (`hf download OWNER/NAME --local-dir FOLDER`) and name that folder."
+    )
+    repo_id = str(path_or_hub_id)
+    if path.is_absolute() or repo_id.startswith((".", "~")) or repo_id.count("/") != 1:
+        raise ValueError(
+            f"there is no checkpoint folder {repo_id!r}. {advice} Checkpoints with trained action tokens, which RL "
+            f"needs: {', '.join(TOKEN_CHECKPOINTS)}; bundled:tiny comes with this package."
+        )
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES, local_files_only=local_files_only))
+    # A network lost on the way: an HTTPError of what huggingface_hub downloads with, or a RuntimeError of hf_xet.
+    except (
+        HTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, RuntimeError,
+    ) as error:  # fmt: skip
+        raise ValueError(
+            f"{repo_id!r} is no folder here, and the Hugging Face repository of that name cannot be had "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). {advice}"
+        ) from error
+
+
+def find_policy(name: str, *, use_local: bool = True) -> Path:
+    """The folder of a policy that has one: the bundled one, a checkpoint, or the policy of a run's folder.
+
+    Args:
+        name: ``bundled:tiny``, a folder or a hub id.
+        use_local: look for a folder of that name before asking the hub.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    folder = _BUNDLED_FOLDER if name == BUNDLED else resolve_checkpoint(name, use_local=use_local)
+    if (folder / CHECKPOINTS).is_dir() and (folder / "policy").is_dir():
+        return folder / "policy"
+    if (folder / CHECKPOINTS).is_dir() and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{folder} is a run without a policy of its own. One of `train` that was interrupted, or loaded in 4 bits: "
+            f"`torchrl-vla export {folder} OUT` writes it from the latest checkpoint. One of `finetune`: go on with it "
+            "by --resume."
+        )
+    return folder
