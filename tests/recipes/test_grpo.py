@@ -7,28 +7,34 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice, product
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
-from tensordict import TensorDict, TensorDictBase
-from torchrl.envs.utils import ExplorationType, exploration_type
+from tensordict import TensorDict
+from torchrl.data import TensorDictReplayBuffer
 from torchrl.objectives.value import GAE
 
 from torchrl_vla.checkpoints.locations import BUNDLED
 from torchrl_vla.checkpoints.policy import Policy, build_policy, load_policy, save_policy
 from torchrl_vla.cli import main
+from torchrl_vla.collectors import GroupCollector
 from torchrl_vla.config import OpenVLAActorConfig, PPOConfig, TrainConfig
+from torchrl_vla.distributed import OneProcess
 from torchrl_vla.envs import get_suite
 from torchrl_vla.envs.rendering import configure_rendering
 from torchrl_vla.envs.toy import ToyTrackingEnv
-from torchrl_vla.modules import ValueHead
-from torchrl_vla.recipes import grpo as run
-from torchrl_vla.recipes.grpo import _advantage, _assemble, _validation
+from torchrl_vla.objectives import AsymmetricClipPPOLoss, EstimateAdvantage, GRPOAdvantage
+from torchrl_vla.recipes import grpo
+from torchrl_vla.training import start, validation
 from torchrl_vla.training.devices import choose_device
-from torchrl_vla.training.logging import RunLogger
-from torchrl_vla.training.optimizer_step import PPOTrainer
+from torchrl_vla.training.optimizer_step import OptimizerStep
+from torchrl_vla.training.run_checkpoints import RunCheckpoints
 
 SMALL = [
     "--preset", "tiny", "--pretrained-checkpoint", "random:tiny", "--num-envs", "1", "--group-size", "2",
@@ -42,26 +48,61 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def watch(name: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+def watch(module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
     """The options of each call of a function that a run uses, from now on."""
-    function, calls = getattr(run, name), []
+    function, calls = getattr(module, name), []
 
     def watched(*arguments: object, **options: object) -> object:
         calls.append(options)
         return function(*arguments, **options)
 
-    monkeypatch.setattr(run, name, watched)
+    monkeypatch.setattr(module, name, watched)
     return calls
 
 
-def assemble(config: TrainConfig, folder: Path, *, heads: str = "cpu") -> tuple[PPOTrainer, Policy]:
-    """A run's parts around an environment that needs no simulator."""
-    policy = load_policy(config.actor, task_suite=config.ppo.task_suite)
-    value_head = ValueHead(policy.model.config.hidden_size) if config.ppo.advantage_estimator == "gae" else None
-    devices = torch.device("cpu"), torch.device(heads)
-    trainer = _assemble(config, folder, *devices, policy, value_head, [ToyTrackingEnv(2)], 220)
-    trainer.logger.close()
-    return trainer, policy
+class Parts(NamedTuple):
+    """What `train` hands to the loop."""
+
+    policy: Policy
+    collector: GroupCollector
+    buffer: TensorDictReplayBuffer
+    step: OptimizerStep
+    advantage: EstimateAdvantage | GRPOAdvantage
+    checkpoints: RunCheckpoints
+
+    @property
+    def loss(self) -> AsymmetricClipPPOLoss:
+        return self.step.loss
+
+    def save(self) -> None:
+        self.checkpoints.save(step=0, success=None)
+
+
+@pytest.fixture
+def assemble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Parts]:
+    """A run's parts, put together by `train` around an environment that needs no simulator; nothing is learned."""
+
+    def assemble(config: TrainConfig, folder: Path = tmp_path, *, heads: str = "cpu", in_4bit: bool = False) -> Parts:
+        policies: list[Policy] = []
+        parts: list[Parts] = []
+
+        def load(config: TrainConfig, *ranks: OneProcess) -> tuple[Policy, torch.device, torch.device]:
+            policy, device, head_device = start.load_for_training(config, *ranks)
+            policy.model.is_loaded_in_4bit = in_4bit
+            policies.append(policy)
+            return policy, device, head_device
+
+        def learn(ppo, collector, buffer, step, progress, logger, *, advantage, checkpoints, **options) -> None:
+            parts.append(Parts(policies[0], collector, buffer, step, advantage, checkpoints))
+
+        monkeypatch.setattr(start, "choose_head_device", lambda *_, **__: torch.device(heads))
+        monkeypatch.setattr(grpo, "load_for_training", load)
+        monkeypatch.setattr(grpo, "make_envs", lambda *_, **__: [ToyTrackingEnv(2)])
+        monkeypatch.setattr(grpo, "learn", learn)
+        grpo.train(replace(config, ppo=replace(config.ppo, device="cpu"), run_dir=folder))
+        return parts[0]
+
+    return assemble
 
 
 def make_observation() -> TensorDict:
@@ -69,12 +110,13 @@ def make_observation() -> TensorDict:
     return TensorDict(
         observation=TensorDict(image=torch.randint(0, 256, (3, 256, 256), dtype=torch.uint8), state=torch.randn(8)),
         language_instruction="pick up the black bowl and place it on the plate",
+        task_id=torch.zeros(1, dtype=torch.int64),
     )
 
 
 def test_train_resume_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     """GAE learns from failures too, so that an untrained policy's update is not empty."""
-    simulations, films_made = (watch(name, monkeypatch) for name in ("make_envs", "film"))
+    simulations, films_made = watch(grpo, "make_envs", monkeypatch), watch(validation, "film", monkeypatch)
     run = tmp_path / "run"
     options = ["--advantage-estimator", "gae", "--val-interval", "60", "--fidelity", "fast", "--seed", "9"]
     options += ["--reconstruction-coef", "0.01", "--proprio-format", "quaternion"]
@@ -142,6 +184,9 @@ def test_a_random_policy_has_nothing_to_learn_from(tmp_path: Path, capsys: pytes
     (row,) = rows(run)
     assert (float(row["rollout/groups"]), float(row["rollout/groups_kept"])) == (1.0, 0.0)
     assert "train/policy_loss" not in row
+    # One was written before anything was learned.
+    names = sorted(path.name for path in (run / "checkpoints").glob("checkpoint-*"))
+    assert names == ["checkpoint-000000000000", f"checkpoint-{int(float(row['env_steps'])):012}"]
 
 
 @pytest.mark.parametrize(
@@ -165,25 +210,24 @@ def test_bad_input_is_explained_before_a_folder_is_made(options: list[str], mess
     assert not run.exists()
 
 
-def test_the_value_head_learns_on_the_heads_device(tmp_path: Path):
+def test_the_value_head_learns_on_the_heads_device(assemble):
     config = TrainConfig(PPOConfig(advantage_estimator="gae", val_interval=0), actor=OpenVLAActorConfig(BUNDLED))
-    trainer, policy = assemble(config, tmp_path, heads="meta")
-    learned = [{p.device.type for p in group["params"]} for group in trainer.optimizer.param_groups]
+    parts = assemble(config, heads="meta")
+    learned = [{p.device.type for p in group["params"]} for group in parts.step.optimizer.param_groups]
     assert learned == [{"cpu"}, {"meta"}]
-    assert {p.device.type for p in trainer.loss.critic_network.parameters()} == {"meta"}
-    assert {p.device.type for p in policy.model.parameters()} == {"cpu"}
+    assert {p.device.type for p in parts.loss.critic_network.parameters()} == {"meta"}
+    assert {p.device.type for p in parts.policy.model.parameters()} == {"cpu"}
 
 
-def test_every_choice_about_learning_reaches_its_part(tmp_path: Path):
+def test_every_choice_about_learning_reaches_its_part(assemble):
     chosen = PPOConfig(
         clip_ratio_low=0.11, clip_ratio_high=0.33, ratio_level="action", dual_clip=2.5, entropy_coef=0.02, kl_coef=0.03,
         reconstruction_coef=0.04, value_loss_coef=0.6, advantage_estimator="gae", gamma=0.9, gae_lambda=0.8,
         actor_lr=1e-4, critic_lr=2e-3, lr_warmup_steps=0, n_steps=77, group_size=3, seed=5, val_interval=0,
     )  # fmt: skip
     chosen = replace(chosen, task_ids=[4, 2], init_state_ids=[3, 5], val_init_state_ids=[8])
-    trainer, policy = assemble(TrainConfig(chosen, OpenVLAActorConfig(BUNDLED, lora_rank=2)), tmp_path)
-
-    loss, advantage, collector = trainer.loss, trainer.advantage, trainer.collector
+    parts = assemble(TrainConfig(chosen, OpenVLAActorConfig(BUNDLED, lora_rank=2)))
+    policy, loss, collector, gae = parts.policy, parts.loss, parts.collector, parts.advantage.estimator
     coefficients = {
         "clip_epsilon_low": 0.11, "clip_epsilon_high": 0.33, "dual_clip": 2.5, "entropy_coeff": 0.02, "kl_coeff": 0.03,
         "reconstruction_coeff": 0.04, "critic_coeff": 0.6,
@@ -192,127 +236,76 @@ def test_every_choice_about_learning_reaches_its_part(tmp_path: Path):
     assert loss.ratio_level == "action" and loss.reference_context is not None
     tokens = torch.tensor([0, 17, 255])
     assert torch.equal(loss.bin_centers[tokens], policy.processor.action_tokenizer.decode(tokens))
-    assert isinstance(advantage, GAE)
-    assert (float(advantage.gamma), float(advantage.lmbda)) == pytest.approx((0.9, 0.8))
-    rates = {parameter: group["lr"] for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    assert isinstance(gae, GAE) and (float(gae.gamma), float(gae.lmbda)) == pytest.approx((0.9, 0.8))
+    rates = {parameter: group["lr"] for group in parts.step.optimizer.param_groups for parameter in group["params"]}
     learning = dict.fromkeys((p for p in policy.model.parameters() if p.requires_grad), 1e-4)
     assert rates == learning | dict.fromkeys(loss.critic_network.parameters(), 2e-3)
-    assert (collector.task_ids, collector.init_state_ids) == ([4, 2], [3, 5])
-    assert (collector.min_steps, collector.group_size, collector.seed, collector.mean_length) == (77, 3, 5, 220.0)
+    plans = list(islice(collector._plans, 4))
+    assert {(plan[0].task_id, plan[0].init_state_id) for plan in plans} == set(product([4, 2], [3, 5]))
+    assert {len(plan) for plan in plans} == {3} and (collector.min_control_steps, collector.seed) == (77, 5)
 
 
 def test_every_choice_about_groups_reaches_their_advantage():
     chosen = {"baseline": "running", "verifier_gamma": 0.7, "keep_low": 0.2, "keep_high": 0.6}
-    advantage = _advantage(PPOConfig(advantage_estimator="rloo", **chosen))
+    advantage = grpo.make_advantage(PPOConfig(advantage_estimator="rloo", **chosen))
     assert {name: getattr(advantage, name) for name in chosen} == chosen and advantage.estimator == "rloo"
 
 
+@pytest.mark.parametrize(("warmup", "rates"), [(4, [2.5e-5, 5e-5]), (0, [1e-4, 1e-4])])
+def test_the_warm_up_reaches_the_steps(assemble, warmup: int, rates: list[float]):
+    ppo = PPOConfig(actor_lr=1e-4, lr_warmup_steps=warmup, val_interval=0)
+    step = assemble(TrainConfig(ppo, actor=OpenVLAActorConfig(BUNDLED, lora_rank=2))).step
+    seen = [step.optimizer.param_groups[0]["lr"]]
+    step.optimizer.step()
+    step.schedule.step()
+    assert [*seen, step.optimizer.param_groups[0]["lr"]] == pytest.approx(rates)
+
+
 @pytest.mark.parametrize("in_4bit", [False, True])
-def test_what_a_save_writes(in_4bit: bool, tmp_path: Path):
+def test_what_a_save_writes(in_4bit: bool, assemble, tmp_path: Path):
     """Weights in 4 bits, which need a GPU, cannot be written: that must not end the run."""
     actor = OpenVLAActorConfig(BUNDLED, lora_rank=2)
-    trainer, policy = assemble(TrainConfig(PPOConfig(val_interval=0), actor=actor), tmp_path)
-    policy.model.is_loaded_in_4bit = in_4bit
-    trainer._save(trainer)
+    parts = assemble(TrainConfig(PPOConfig(val_interval=0), actor=actor), in_4bit=in_4bit)
+    parts.save()
     assert len(list((tmp_path / "checkpoints").glob("checkpoint-*"))) == 1
     assert (tmp_path / "policy").exists() is not in_4bit
 
 
-def test_a_policy_is_saved_as_it_learned(tmp_path: Path):
+def test_a_policy_is_saved_as_it_learned(assemble, tmp_path: Path):
     """In bfloat16, as the bundled one is stored, most of a short run's steps would be lost."""
     actor = OpenVLAActorConfig(BUNDLED, use_lora=False)
-    trainer, policy = assemble(TrainConfig(PPOConfig(val_interval=0), actor=actor), tmp_path)
+    parts = assemble(TrainConfig(PPOConfig(val_interval=0), actor=actor), tmp_path / "whole")
     with torch.no_grad():
-        for parameter in trainer.parameters:
+        for parameter in parts.step.parameters:
             parameter += 1e-4 * torch.randn_like(parameter)
-    trainer._save(trainer)
-    saved = load_policy(replace(actor, pretrained_checkpoint=str(tmp_path / "policy")), task_suite="libero_spatial")
-    assert all(map(torch.equal, saved.model.state_dict().values(), policy.model.state_dict().values()))
+    parts.save()
+    folder = str(tmp_path / "whole" / "policy")
+    saved = load_policy(replace(actor, pretrained_checkpoint=folder), task_suite="libero_spatial")
+    assert all(map(torch.equal, saved.model.state_dict().values(), parts.policy.model.state_dict().values()))
     merged = OpenVLAActorConfig(BUNDLED, lora_rank=2)
-    trainer, _ = assemble(TrainConfig(PPOConfig(val_interval=0), actor=merged), tmp_path / "adapters")
-    trainer._save(trainer)
+    assemble(TrainConfig(PPOConfig(val_interval=0), actor=merged), tmp_path / "adapters").save()
     assert json.loads((tmp_path / "adapters" / "policy" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("use_lora", [False, True])
-def test_the_kl_penalty_is_to_the_policy_that_the_run_started_from(use_lora: bool, tmp_path: Path):
+def test_the_kl_penalty_is_to_the_policy_that_the_run_started_from(use_lora: bool, assemble):
     actor = OpenVLAActorConfig(BUNDLED, use_lora=use_lora, lora_rank=2)
     ppo = PPOConfig(kl_coef=0.1, actor_lr=1e-2, lr_warmup_steps=0, val_interval=0)
-    trainer, policy = assemble(TrainConfig(ppo, actor=actor), tmp_path)
+    parts = assemble(TrainConfig(ppo, actor=actor))
 
     @torch.no_grad()
     def logits() -> torch.Tensor:
-        return policy.actor.get_dist(make_observation()).logits
+        return parts.policy.actor.get_dist(make_observation()).logits
 
     start = logits()
-    for parameter in trainer.parameters:
+    for parameter in parts.step.parameters:
         parameter.grad = torch.randn_like(parameter)
     for _ in range(2):
-        trainer.optimizer.step()
+        parts.step.optimizer.step()
         learned = logits()
-        with trainer.loss.reference_context():
+        with parts.loss.reference_context():
             torch.testing.assert_close(logits(), start)
         assert torch.equal(logits(), learned) and (learned - start).abs().max() > 0.1
-
-
-class Idle:
-    """A policy that does nothing, and notes how and where it is asked to act."""
-
-    def __init__(self, temperature: float) -> None:
-        self.temperature = temperature
-        self.asked: set[tuple[float, ExplorationType | None]] = set()
-        self.states: set[int] = set()
-
-    def __call__(self, tensordict: TensorDictBase) -> TensorDictBase:
-        self.asked.add((self.temperature, exploration_type()))
-        self.states.update(tensordict["init_state_id"].flatten().tolist())
-        return tensordict.set("action", torch.zeros(*tensordict.shape, 4, 2))
-
-
-@pytest.mark.parametrize(
-    ("eval_temperature", "greedy_at_0", "asked"),
-    [
-        (0.5, True, (0.5, ExplorationType.RANDOM)),
-        (0.0, True, (1.3, ExplorationType.DETERMINISTIC)),
-        (0.0, False, (1.3, ExplorationType.RANDOM)),
-    ],
-)
-def test_a_validation_acts_as_asked_and_gives_the_rollouts_temperature_back(
-    eval_temperature: float, greedy_at_0: bool, asked: tuple[float, ExplorationType], tmp_path: Path
-):
-    ppo = PPOConfig(eval_temperature=eval_temperature, rollout_temperature=1.3, val_episodes=2, val_videos=False,
-                    init_state_ids=[1], val_init_state_ids=[7, 8])  # fmt: skip
-    config = TrainConfig(ppo, OpenVLAActorConfig(deterministic_eval=greedy_at_0))
-    logger, actor = RunLogger(tmp_path), Idle(temperature=1.3)
-    _validation(config, actor, [ToyTrackingEnv(2)], logger)(0)  # type: ignore[arg-type]
-    logger.close()
-    assert actor.asked == {asked} and actor.states == {7, 8} and actor.temperature == 1.3
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (dict(val_episodes=5), "Validations run 4 episodes, not val_episodes=5"),
-        (dict(val_episodes=4), None),
-        (dict(val_episodes=5, eval_temperature=0.5), None),
-        (dict(val_episodes=5, val_interval=0), None),
-    ],
-)
-def test_greedy_validations_run_no_state_twice(
-    options: dict[str, float], said: str | None, tmp_path: Path, capsys: pytest.CaptureFixture
-):
-    config = TrainConfig(PPOConfig(task_ids=[0, 3], val_init_state_ids=[7, 8], **options))
-    logger = RunLogger(tmp_path)
-    _validation(config, load_policy(OpenVLAActorConfig(BUNDLED), task_suite="libero_spatial").actor, [], logger)
-    logger.close()
-    output = capsys.readouterr().out
-    assert said in output if said else "Validations" not in output
-    assert ("Training starts from the validations' initial states too" in output) is (config.ppo.val_interval > 0)
-    kept_apart = replace(config, ppo=replace(config.ppo, init_state_ids=[0, 1]))
-    logger = RunLogger(tmp_path / "apart")
-    _validation(kept_apart, load_policy(OpenVLAActorConfig(BUNDLED), task_suite="libero_spatial").actor, [], logger)
-    logger.close()
-    assert "Training starts" not in capsys.readouterr().out
 
 
 def test_an_existing_folder_is_not_written_over(tmp_path: Path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +20,8 @@ from torchrl_vla.modules import (
 )
 from torchrl_vla.modules.openvla.lora import add_lora
 from torchrl_vla.objectives import AsymmetricClipPPOLoss
-from torchrl_vla.training.logging import RunLogger
-from torchrl_vla.training.optimizer_step import PPOTrainer
+from torchrl_vla.training.figures import update_figures
+from torchrl_vla.training.optimizer_step import OptimizerStep
 
 TASKS = ["open the top drawer", "put the black bowl on the plate and open the top drawer"]
 COUNT = 6
@@ -55,9 +54,7 @@ def make_decisions(actor: OpenVLAActor) -> TensorDictBase:
     return data
 
 
-def update(
-    folder: Path, batch_size: int, *, accelerated: bool = False, **values: Any
-) -> tuple[dict, dict[str, Tensor]]:
+def update(batch_size: int, *, accelerated: bool = False, **values: Any) -> tuple[dict, dict[str, Tensor]]:
     """The figures and the gradient of one optimizer step."""
     actor = make_policy()
     model = actor.backbone.model
@@ -67,36 +64,25 @@ def update(
     optimizer = torch.optim.SGD(trained.values(), lr=0.0)
     # Nothing is clipped, and all decisions are one mini-batch.
     config = PPOConfig(n_epochs=1, traj_split_num=1, batch_size=batch_size, val_interval=0, max_grad_norm=1e9, **values)
-    trainer = PPOTrainer(
-        config,
-        [],
-        AsymmetricClipPPOLoss(actor, None, entropy_coeff=config.entropy_coef),
-        lambda data: data,
-        optimizer,
-        RunLogger(folder),
-        set_recompute=model.gradient_checkpointing_enable,
-    )
-    figures = trainer.update(make_decisions(actor))
-    trainer.logger.close()
-    assert figures["train/optimizer_steps"] == 1
+    loss = AsymmetricClipPPOLoss(actor, None, entropy_coeff=config.entropy_coef)
+    step = OptimizerStep(loss, optimizer, config, set_recompute=model.gradient_checkpointing_enable)
+    figures = update_figures([step(make_decisions(actor))])
+    assert step.optimizer_steps == 1
     return figures, {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
 
 
 @pytest.mark.parametrize("accelerated", [False, True])
-def test_the_gradient_does_not_depend_on_the_micro_batch(tmp_path: Path, accelerated: bool) -> None:
-    _, expected = update(tmp_path / "all", COUNT, entropy_coef=0.01, gradient_checkpointing=0.0)
+def test_the_gradient_does_not_depend_on_the_micro_batch(accelerated: bool) -> None:
+    _, expected = update(COUNT, entropy_coef=0.01, gradient_checkpointing=0.0)
     assert max(gradient.abs().max() for gradient in expected.values()) > 1e-3
     for batch_size, recompute in ((1, 0.0), (4, 1.0), (COUNT, 0.5)):
-        folder = tmp_path / f"{batch_size}"
-        _, found = update(
-            folder, batch_size, accelerated=accelerated, entropy_coef=0.01, gradient_checkpointing=recompute
-        )
+        _, found = update(batch_size, accelerated=accelerated, entropy_coef=0.01, gradient_checkpointing=recompute)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_the_first_step_begins_where_the_rollout_was(tmp_path: Path, batch_size: int) -> None:
-    figures, _ = update(tmp_path, batch_size, accelerated=True)
+def test_the_first_step_begins_where_the_rollout_was(batch_size: int) -> None:
+    figures, _ = update(batch_size, accelerated=True)
     assert figures["train/max_ratio"] == pytest.approx(1, abs=1e-5)
     assert figures["train/approx_kl"] == pytest.approx(0, abs=1e-6)
     assert figures["train/clipfrac"] == 0
