@@ -296,6 +296,10 @@ def test_recorded_forwards_follow_the_weights(monkeypatch: pytest.MonkeyPatch) -
             torch.testing.assert_close(target(*inputs()).action_logits, reference, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(act(target), theirs, atol=1e-4, rtol=1e-4)
     assert recorder.recorded == 2
+    with TensorDict.from_module(adapted(2)).data.to_module(target):  # for one call: not recorded
+        torch.testing.assert_close(act(target), own, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(act(target), theirs, atol=1e-4, rtol=1e-4)
+    assert recorder.recorded == 2
     replace_data(adapted(2), target)  # elsewhere: recorded again
     for _ in range(2):
         torch.testing.assert_close(act(target), own, atol=1e-4, rtol=1e-4)

@@ -101,6 +101,19 @@ class ForwardGraphs:
             and not torch.cuda.is_current_stream_capturing()
         )
 
+    def replays(self, inputs: Sequence[Tensor | None], state: Hashable) -> bool:
+        """Whether a call with these arguments records nothing."""
+        return self.serves(inputs) and self._key(inputs, state) in self._recordings
+
+    def _key(self, inputs: Sequence[Tensor | None], state: Hashable) -> tuple[Hashable, ...]:
+        shapes = (None if x is None else (x.shape[1:], x.ndim, x.dtype) for x in inputs)
+        return (state, self._size(inputs), *shapes)
+
+    def _size(self, inputs: Sequence[Tensor | None]) -> int:
+        """Samples of the recording that serves these."""
+        samples = next(len(x) for x in inputs if x is not None)
+        return samples if samples <= _STEP else min(math.ceil(samples / _STEP) * _STEP, self.max_batch_size)
+
     def __call__(self, inputs: Sequence[Tensor | None], state: Hashable) -> tuple[Tensor, ...]:
         """Run the forward.
 
@@ -109,12 +122,10 @@ class ForwardGraphs:
             state: whatever else its result depends on; each state gets recordings of its own.
         """
         samples = next(len(x) for x in inputs if x is not None)
-        size = samples if samples <= _STEP else min(math.ceil(samples / _STEP) * _STEP, self.max_batch_size)
-        shapes = (None if x is None else (x.shape[1:], x.ndim, x.dtype) for x in inputs)
-        key = (state, size, *shapes)
+        key = self._key(inputs, state)
         if key not in self._recordings:
             # Filled up with copies of the last sample; at a replay, with what an earlier batch left there.
-            rows = torch.arange(size).clamp_max(samples - 1)
+            rows = torch.arange(self._size(inputs)).clamp_max(samples - 1)
             self._recordings[key] = self._record([x if x is None or x.ndim == 0 else x[rows] for x in inputs])
         recording = self._recordings[key]
         for target, source in zip(recording.inputs, inputs, strict=True):

@@ -44,6 +44,8 @@ class WeightWatch:
         self._found = self._look()
         self._parameters = [found for found in self._found if isinstance(found, nn.Parameter)]
         self._addresses = self._locate()
+        # Where a parameter is given other memory, the old is read once more before that is noticed.
+        self._memory = [parameter.data for parameter in self._parameters]
         # Any adapted layer: they are switched on and off together.
         self._switch = next((module for module in model.modules() if isinstance(module, LoraLayer)), None)
 
@@ -83,8 +85,6 @@ class AdapterCopier:
         self._copies = [copy for one in adapters for copy in adapter_copies(one)]
         self._targets = [tensor for one in adapters for tensor in (one.down, one.extended) if tensor is not None]
         self._sources = [copy.source for copy in self._copies]
-        # Where a parameter is given other memory, the old is read once more before that is noticed.
-        self._memory = [source.data for source in self._sources]
         self._version = self._current_version()
         self._fused = fuse_copies(self._copies)
 
