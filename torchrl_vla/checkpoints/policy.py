@@ -17,6 +17,7 @@ from torchrl_vla.checkpoints.folder import CheckpointFolder, open_checkpoint
 from torchrl_vla.checkpoints.inspection import TrainedMode, trained_mode
 from torchrl_vla.checkpoints.locations import RANDOM, find_policy
 from torchrl_vla.checkpoints.openvla_format import load_openvla, save_openvla
+from torchrl_vla.checkpoints.release_statistics import complete_statistics
 from torchrl_vla.checkpoints.statistics import action_tokenizer, add_statistics, write_statistics
 from torchrl_vla.checkpoints.trainable import check_tokens, prepare_for_ppo, weights_dtype
 from torchrl_vla.config import OpenVLAActorConfig
@@ -303,7 +304,8 @@ def load_policy(
         if proprio_format is not None:
             require_proprio_format(config, proprio_format, folder)
         key = actor.unnorm_key or get_suite(task_suite).base or task_suite
-        actions = action_tokenizer(config, key, source=folder)
+        opened = complete_statistics(opened, key)
+        actions = action_tokenizer(opened.config, key, source=folder)
         tokenizer = load_tokenizer(folder)
         settings = read_image_settings(folder)
         model = load_openvla(

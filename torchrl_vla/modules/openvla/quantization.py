@@ -11,6 +11,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torchrl_vla.modules.openvla.model import OpenVLA
 
+__all__ = ["check_4bit", "prepare_4bit", "quantize_weight", "quantized_linears"]
+
 # The head is read by rows, and the small networks beside the model cost nothing at full precision.
 _FULL_PRECISION = ("language_model.lm_head", "action_head", "proprio_projector")
 
