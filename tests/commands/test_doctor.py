@@ -238,6 +238,18 @@ def test_what_acts_by_nothing_cannot_seed_rl(
     assert json.loads(found.read_text())["can_seed_rl"] is False
 
 
+def test_a_projector_that_may_be_missing_is_noted(
+    copy_release: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = copy_release(tmp_path / "l1")
+    options = [str(folder), "--purpose", "evaluate", "--task-suite", "libero_spatial", "--device", "cpu"]
+    assert diagnose(*options) == 0
+    assert " proprio: " not in capsys.readouterr().out
+    next(folder.glob("proprio_projector*")).unlink()
+    assert diagnose(*options) == 0
+    assert "note     proprio: it has an L1 head and statistics of the robot's state, and no" in capsys.readouterr().out
+
+
 def test_a_7b_model_without_memory_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchrl_vla.checkpoints.memory_estimate import MemoryEstimate
 

@@ -23,8 +23,18 @@ _TOWER_IDS = ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_sigli
 _EXTENSION_KEY = "torchrl_vla"
 _EXTENSION_FIELDS = (
     "chunk_size", "action_dim", "num_images", "use_proprio", "proprio_dim", "proprio_format", "bos_token_id",
-    "eos_token_id", "empty_token_id", "n_action_bins", "pad_to_multiple_of", "trained_for",
+    "eos_token_id", "empty_token_id", "n_action_bins", "pad_to_multiple_of", "num_attention_heads",
+    "num_key_value_heads", "rms_norm_eps", "trained_for",
 )  # fmt: skip
+# Those of them that upstream's keys say too, with what a checkpoint that has no note of ours may say. No shape of a
+# weight shows them; None: anything.
+_NOTED_TOO: dict[str, tuple[Any, ...] | None] = {
+    "n_action_bins": (256,),
+    "pad_to_multiple_of": (64,),
+    "rms_norm_eps": (1e-6, 1e-5),  # OpenVLA's and Llama-2's
+    "num_attention_heads": None,
+    "num_key_value_heads": None,
+}
 # Keys of config.json that make another network or other inputs of it, with the only values that are built. Other keys
 # say nothing about the network.
 _BUILT: dict[str, tuple[Any, ...]] = {
@@ -138,12 +148,13 @@ def _refuse_disagreement(
     config: OpenVLAConfig, raw: dict[str, Any], text: dict[str, Any], extension: dict[str, Any], path: Path
 ) -> None:
     """Compare what a configuration says twice, and what it must say for the tokens to be where they are looked for."""
-    for key in ("n_action_bins", "pad_to_multiple_of"):
-        known = extension.get(key, getattr(OpenVLAConfig, key))
-        if raw.get(key, known) != known:
+    for key, usual in _NOTED_TOO.items():
+        known = (extension[key],) if key in extension else usual
+        value = text.get(key, raw.get(key))
+        if value is not None and known is not None and value not in known:
             raise ValueError(
-                f"{path}: {key} is {raw[key]!r}, but OpenVLA's vocabulary has {known}: its action tokens would be "
-                "looked for among others."
+                f"{path}: {key} is {value!r}, but the weights were trained with {' or '.join(map(str, known))}: "
+                "another value makes another policy of them."
             )
     says = [("text_config.head_dim", text.get("head_dim"), config.head_dim)]
     if config.pad_to_multiple_of:

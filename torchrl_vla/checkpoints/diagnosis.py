@@ -143,6 +143,7 @@ def check_checkpoint(
         _check_weights(summary.checkpoint),
         _check_tokenizer(summary.checkpoint),
         _check_cameras(summary, num_images),
+        *_check_projector(summary.checkpoint),
         *_check_proprio_format(summary.checkpoint.config, purpose),
         _check_statistics(summary, task_suite),
     ]
@@ -171,6 +172,19 @@ def _check_cameras(summary: CheckpointSummary, num_images: int) -> Check:
         )
         return Check("cameras", "note", text)
     return Check("cameras", "ok", str(num_images))
+
+
+def _check_projector(checkpoint: CheckpointFolder) -> list[Check]:
+    """Nothing, but for an OpenVLA-OFT that may have lost a file: no file of a release says that it needs one."""
+    config = checkpoint.config
+    known = any(isinstance(entry, dict) and "proprio" in entry for entry in config.statistics.values())
+    if config.use_proprio or "action_head" not in checkpoint.heads or not known:
+        return []
+    text = (
+        "it has an L1 head and statistics of the robot's state, and no proprio_projector--N_checkpoint.pt: if it was "
+        f"trained with the state, as {OFT_CHECKPOINTS} were, copy that file too"
+    )
+    return [Check("proprio", "note", text)]
 
 
 def _check_proprio_format(config: OpenVLAConfig, purpose: str) -> list[Check]:
