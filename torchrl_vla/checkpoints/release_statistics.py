@@ -11,6 +11,7 @@ from torchrl_vla.checkpoints.folder import CheckpointFolder
 from torchrl_vla.checkpoints.locations import HUB_ERRORS
 from torchrl_vla.checkpoints.statistics import STATISTICS_FILE, read_statistics
 from torchrl_vla.config.releases import RELEASES, Release
+from torchrl_vla.errors import UserError
 
 __all__ = ["complete_statistics", "release_of"]
 
@@ -52,7 +53,7 @@ def complete_statistics(checkpoint: CheckpointFolder, key: str) -> CheckpointFol
     try:
         file = Path(hf_hub_download(release.statistics, STATISTICS_FILE))
     except HUB_ERRORS as error:
-        raise ValueError(
+        raise UserError(
             f"{release.repo} was released without the statistics of {key}, so that its actions have no units. "
             f"{STATISTICS_FILE} of {release.statistics} has them, but cannot be downloaded ({type(error).__name__}): "
             f"fetch it where there is a network (`hf download {release.statistics} {STATISTICS_FILE}`) and put it at "
