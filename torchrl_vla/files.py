@@ -125,9 +125,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex[:12]}.partial")
     try:
         yield partial
-        _sync(partial)
+        flush_to_disk(partial)
         os.replace(partial, path)
-        _sync(path.parent)
+        flush_to_disk(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -155,12 +155,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        _sync_tree(partial)
+        _flush_tree(partial)
         if folder.exists():
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
         partial.rename(folder)
-        _sync(folder.parent)
+        flush_to_disk(folder.parent)
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -179,25 +179,29 @@ def replacing_files(folder: Path, stale: Callable[[Path], bool]) -> Iterator[Pat
     partial.mkdir(parents=True)
     try:
         yield partial
-        _sync_tree(partial)
+        _flush_tree(partial)
         written = sorted(path.name for path in partial.iterdir())
         for name in written:
             os.replace(partial / name, folder / name)
         for path in folder.iterdir():
             if path.is_file() and path.name not in written and stale(path):
                 path.unlink()
-        _sync(folder)
+        flush_to_disk(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _sync_tree(folder: Path) -> None:
+def _flush_tree(folder: Path) -> None:
     for path in (*folder.rglob("*"), folder):
-        _sync(path)
+        flush_to_disk(path)
 
 
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on the disk, where a power cut leaves them.
+
+    Args:
+        path: the file or folder.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

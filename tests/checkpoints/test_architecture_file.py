@@ -28,7 +28,7 @@ def test_upstream_config_survives_a_round_trip(checkpoint: Path, tmp_path: Path)
     write_architecture(read_architecture(checkpoint), tmp_path)
     written, upstream = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, checkpoint))
     # All that is added: upstream's files alone do not say which others they need.
-    assert written.pop("torchrl_vla") == {"use_proprio": True}
+    assert written.pop("torchrl_vla") == {"use_proprio": True, "num_attention_heads": 2, "num_key_value_heads": 2}
     assert written == upstream
     towers = [json.loads((folder / "vit_overrides.json").read_text()) for folder in (tmp_path, checkpoint)]
     assert towers[0] == towers[1]
@@ -66,8 +66,9 @@ def test_7b_config_leaves_llama_defaults_out(tmp_path: Path) -> None:
 
 def edited(checkpoint: Path, folder: Path, **changes: object) -> Path:
     """A copy of the small files in which `text_config.KEY` or a key of config.json is another."""
-    for name in ("config.json", "vit_overrides.json"):
-        shutil.copyfile(checkpoint / name, folder / name)
+    if folder != checkpoint:
+        for name in ("config.json", "vit_overrides.json"):
+            shutil.copyfile(checkpoint / name, folder / name)
     raw = json.loads((folder / "config.json").read_text())
     for name, value in changes.items():
         target = raw["text_config"] if name.startswith("text_") and name != "text_config" else raw
@@ -119,8 +120,9 @@ def test_networks_that_are_not_built_are_refused(checkpoint: Path, tmp_path: Pat
         ("text_pad_token_id", 0, "text_config.pad_token_id is 0, but the rest of the configuration makes it 32000"),
         ("text_eos_token_id", 128001, "text_config.eos_token_id is 128001, .* makes it 2"),
         ("pad_token_id", 31999, "pad_token_id is 31999, .* makes it 32000"),
-        ("n_action_bins", 128, "n_action_bins is 128, but OpenVLA's vocabulary has 256"),
-        ("pad_to_multiple_of", 32, "pad_to_multiple_of is 32, but OpenVLA's vocabulary has 64"),
+        ("n_action_bins", 128, "n_action_bins is 128, but the weights were trained with 256"),
+        ("pad_to_multiple_of", 32, "pad_to_multiple_of is 32, but the weights were trained with 64"),
+        ("text_rms_norm_eps", 1e-2, "rms_norm_eps is 0.01, but the weights were trained with 1e-06 or 1e-05"),
         ("image_sizes", [224, 384], r"image_sizes must be the same number twice.* got \[224, 384\]"),
         ("image_sizes", 224, "image_sizes must be the same number twice"),
         ("image_sizes", ["56", "56"], "value that this version cannot read .image_size must be a whole number"),
@@ -139,6 +141,15 @@ def test_configurations_that_disagree_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         read_architecture(edited(checkpoint, tmp_path, **{key: value}))
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_attention_heads", 4), ("rms_norm_eps", 1e-6)])
+def test_what_no_shape_shows_is_noted_and_compared(tmp_path: Path, key: str, value: float) -> None:
+    config = small_config(use_proprio=False, rms_norm_eps=1e-4, n_action_bins=128, pad_to_multiple_of=32)
+    write_architecture(config, tmp_path)
+    assert replace(read_architecture(tmp_path), upstream={}) == config
+    with pytest.raises(ValueError, match=f"{key} is {value}, but the weights were trained with {getattr(config, key)}"):
+        read_architecture(edited(tmp_path, tmp_path, **{f"text_{key}": value}))
 
 
 def test_defaults_spelled_out_are_taken(checkpoint: Path, tmp_path: Path) -> None:

@@ -5,29 +5,36 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
 import pytest
 
+import torchrl_vla
 from torchrl_vla.checkpoints.locations import resolve_checkpoint
 from torchrl_vla.checkpoints.openvla_format import load_openvla
+from torchrl_vla.checkpoints.policy import policy_mode, save_policy
+from torchrl_vla.cli import main
+from torchrl_vla.config import OpenVLAActorConfig
+from torchrl_vla.config.releases import RELEASES, Release
 
+SUITE_NAMES = ["libero_spatial", "libero_object", "libero_goal", "libero_10"]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LARGE = "model-00001-of-00003.safetensors"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves one folder as ``owner/tiny``; breaks off in the middle of a file, once."""
+    """Serves folders as repositories; breaks off in the middle of a file of ``owner/tiny``, once."""
 
     daemon_threads = True
     block_on_close = False  # the client keeps its connections
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folders: dict[str, Path]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.folder = folder
+        self.folders = folders
         self.breaks = 1
         self.ranges: list[str] = []
         self.asked: set[str] = set()
@@ -45,14 +52,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, *, body: bool) -> None:
         path = self.path.partition("?")[0]
-        if path.startswith("/api/models/owner/tiny"):
-            names = [file.name for file in self.server.folder.iterdir()]
-            info = {"id": "owner/tiny", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+        asked = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/.*)?", path)
+        if asked and asked[1] in self.server.folders:
+            names = [file.name for file in self.server.folders[asked[1]].iterdir()]
+            info = {"id": asked[1], "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
             entries = [{"type": "file", "path": name, "oid": "0", "size": 1} for name in names]
             self.reply(json.dumps(entries if "/tree/" in path else info).encode(), body, {})
             return
-        match = re.fullmatch(r"/owner/tiny/resolve/[^/]+/(.+)", path)
-        file = self.server.folder / match[1] if match else None
+        match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
+        folder = self.server.folders.get(match[1]) if match else None
+        file = folder / match[2] if match and folder else None
         if file is None or not file.is_file():
             self.send_error(404)
             return
@@ -60,12 +69,12 @@ class Handler(BaseHTTPRequestHandler):
         content = file.read_bytes()
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
         start = 0
-        if asked := self.headers.get("Range"):
-            start = int(asked.removeprefix("bytes=").partition("-")[0])
-            self.server.ranges.append(asked)
+        if part := self.headers.get("Range"):
+            start = int(part.removeprefix("bytes=").partition("-")[0])
+            self.server.ranges.append(part)
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        breaks = body and file.name == LARGE and not asked and self.server.breaks > 0
-        self.reply(content[start:], body, headers, status=206 if asked else 200, breaks=breaks)
+        breaks = body and file.name == LARGE and not part and self.server.breaks > 0
+        self.reply(content[start:], body, headers, status=206 if part else 200, breaks=breaks)
 
     def reply(
         self, content: bytes, body: bool, headers: dict[str, str], *, status: int = 200, breaks: bool = False
@@ -86,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    server = Hub(checkpoint)
+    server = Hub({"owner/tiny": checkpoint})
     endpoint = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
@@ -121,3 +130,80 @@ def test_a_local_folder_spares_the_hub(hub: Hub, tmp_path: Path) -> None:
 def test_a_repository_that_is_not_there(hub: Hub) -> None:
     with pytest.raises(ValueError, match="'owner/other' is no folder here, .*cannot be had.*404"):
         resolve_checkpoint("owner/other")
+
+
+@pytest.fixture(scope="module")
+def releases(copy_release: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of the eight LIBERO releases, laid out as the hub has them, each suite with statistics of its own."""
+    folders = {}
+    for release in RELEASES:
+        folder = copy_release(tmp_path_factory.mktemp("hub") / release.name)
+        path = folder / "dataset_statistics.json"
+        entry = json.loads(path.read_text())["libero_spatial_no_noops"]
+        if release.acts_by == "tokens":
+            for file in (path, *folder.glob("*.pt")):
+                file.unlink()
+        else:
+            entry["action"]["q01"][0] = -1.0 - SUITE_NAMES.index(release.suite)
+            path.write_text(json.dumps({f"{release.suite}_no_noops": entry}))
+        folders[release.repo] = folder
+    return folders
+
+
+@pytest.fixture
+def releases_hub(hub: Hub, releases: dict[str, Path]) -> Hub:
+    hub.folders = releases
+    hub.breaks = 0
+    return hub
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.repo)
+def test_releases_act_by_the_statistics_of_their_suite(release: Release, releases_hub: Hub, tmp_path: Path) -> None:
+    by_head = release.acts_by == "l1"
+    options = {"load_l1_action_head": True, "use_tokenized_actions": False} if by_head else {}
+    policy = torchrl_vla.load_policy(release.repo, task_suite=release.suite, trainable=False, **options)
+    expected = -1.0 - SUITE_NAMES.index(release.suite)
+    assert policy.processor.action_tokenizer.action_q01[0] == expected
+    assert policy_mode(release.repo).name == release.acts_by
+    # What is saved has them, so that it goes on without the hub.
+    save_policy(policy, tmp_path / "saved")
+    again = torchrl_vla.load_policy(tmp_path / "saved", task_suite=release.suite, trainable=False, **options)
+    assert again.processor.action_tokenizer.action_q01[0] == expected
+
+
+def test_a_token_release_trains_as_it_comes(releases_hub: Hub) -> None:
+    policy = torchrl_vla.load_policy(RELEASES[0].repo, task_suite="libero_spatial", lora_rank=2)
+    assert any(parameter.requires_grad for parameter in policy.model.parameters())
+    with pytest.raises(ValueError, match="No statistics for 'libero_goal'.*bridge_orig"):
+        torchrl_vla.load_policy(RELEASES[0].repo, task_suite="libero_goal", lora_rank=2)
+
+
+def test_the_guides_name_without_owner_is_a_release(
+    releases_hub: Hub, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    name = OpenVLAActorConfig().pretrained_checkpoint
+    policy = torchrl_vla.load_policy(
+        name, task_suite="libero_spatial", trainable=False, load_l1_action_head=True, use_tokenized_actions=False
+    )
+    assert policy.model.action_head is not None
+    assert f"taken for the release moojink/{name}, trained to act by its L1 head" in caplog.text
+    (tmp_path / name).mkdir()
+    assert resolve_checkpoint(name) == Path(name)
+
+
+def test_statistics_that_cannot_be_downloaded_say_which_file_goes_where(
+    releases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    release = RELEASES[0]
+    folder = Path(shutil.copytree(releases[release.repo], tmp_path / release.name))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    where = folder / "dataset_statistics.json"
+    message = f"hf download {release.statistics} dataset_statistics.json`. and put it at {where}"
+    with pytest.raises(ValueError, match=f"released without the statistics of libero_spatial.*{message}"):
+        torchrl_vla.load_policy(folder, task_suite="libero_spatial")
+    with pytest.raises(SystemExit) as end:
+        main(["doctor", str(folder), "--device", "cpu"])
+    assert end.value.code == 1 and f"problem  statistics: {release.repo} was released" in capsys.readouterr().out
+    shutil.copyfile(releases[release.statistics] / where.name, where)
+    assert torchrl_vla.load_policy(folder, task_suite="libero_spatial", lora_rank=2).statistics_key == "libero_spatial"

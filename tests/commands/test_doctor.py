@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import HTTPError
+from safetensors.torch import load_file, save_file
 
 from torchrl_vla.checkpoints import diagnosis as doctor
 from torchrl_vla.checkpoints.locations import BUNDLED
 from torchrl_vla.checkpoints.openvla_format import save_openvla
 from torchrl_vla.cli import main
-from torchrl_vla.commands.evaluate import EvaluateConfig, _acting
+from torchrl_vla.config import EvaluateConfig
 from torchrl_vla.modules import OpenVLA, OpenVLAConfig
+from torchrl_vla.recipes.evaluate import _acting
 
 DATA = Path(__file__).parents[1] / "data" / "openvla" / "checkpoint"
 
@@ -39,7 +42,7 @@ def test_the_bundled_policy_fits(tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert found["memory"]["rollout"]["weights"] == 4 * (8_055_680 - 595_456)
     assert found["steps"] == {"proprio_projector": "0"}
     assert {check["name"] for check in found["checks"]} == {
-        "mode", "tokenizer", "cameras", "statistics", "memory", "dtype", "attention", "renderer", "versions",
+        "mode", "weights", "tokenizer", "cameras", "statistics", "memory", "dtype", "attention", "renderer", "versions",
     }  # fmt: skip
 
 
@@ -159,7 +162,7 @@ def test_statistics_without_a_suite_must_be_liberos(
     assert code == 1 and line.startswith("problem  statistics: there are none of LIBERO's, only bridge_orig")
     assert "moojink/openvla-7b-oft-finetuned-libero-*" in line and "--local-dir FOLDER" in line
     code, line = check({"libero_spatial": {"action": entry["action"]}})
-    assert code == 1 and "it reads the robot's state, but its statistics have none" in line
+    assert code == 1 and "the policy reads the robot's state, but they have no 'proprio'" in line
 
 
 @pytest.mark.parametrize(
@@ -168,9 +171,18 @@ def test_statistics_without_a_suite_must_be_liberos(
         (lambda f: (f / "model-00002-of-00003.safetensors").unlink(), "lacks model-00002-of-00003.safetensors"),
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "is not valid JSON"),
+        (
+            lambda f: edit(f, "text_config", {"rope_theta": 1e6}),
+            "text_config.rope_theta is 1000000.0, but only 10000.0",
+        ),
+        (lambda f: edit(f, "torchrl_vla", {"chunk_size": 1000}), "chunk_size 1000 gives 7000 action tokens"),
+        (
+            lambda f: [edit(f, "torchrl_vla", {"use_proprio": True}), next(f.glob("proprio_*")).unlink()],
+            "lacks proprio_projector--N_checkpoint.pt, and config.json notes",
+        ),
         (lambda f: (f / "action_head--150000_checkpoint.pt").write_bytes(b"no"), "truncated or no PyTorch file|code"),
     ],
-    ids=["shard", "config", "json", "head"],
+    ids=["shard", "config", "json", "rope", "chunk", "projector", "head"],
 )
 def test_what_cannot_be_read_has_its_own_code(change, message, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = tmp_path / "spoiled"
@@ -178,6 +190,64 @@ def test_what_cannot_be_read_has_its_own_code(change, message, tmp_path: Path, c
     change(folder)
     assert diagnose(str(folder), "--device", "cpu") == 2
     assert any(part in capsys.readouterr().err for part in message.split("|"))
+
+
+def edit(folder: Path, part: str, changes: dict[str, object]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config[part] = config.get(part, {}) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def spoil_weights(folder: Path) -> None:
+    path = folder / "model-00001-of-00003.safetensors"
+    tensors = load_file(path)
+    tensors["projector.fc1.bias"][0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def spoil_statistics(folder: Path) -> None:
+    path = folder / "dataset_statistics.json"
+    statistics = json.loads(path.read_text())
+    action = statistics["libero_spatial_no_noops"]["action"]
+    action["q01"], action["q99"] = action["q99"], action["q01"]
+    path.write_text(json.dumps(statistics))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (spoil_weights, "problem  weights: projector.fc1.bias in .* has 1 of 176 numbers that are NaN or infinite"),
+        (spoil_statistics, "problem  statistics: .*must be finite, and 'q01' not above 'q99'"),
+    ],
+)
+def test_what_acts_by_nothing_cannot_seed_rl(
+    spoil: Callable[[Path], None],
+    problem: str,
+    copy_release: Callable[[Path], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    options = ["--finetuned-on-discrete-actions", "--task-suite", "libero_spatial", "--device", "cpu"]
+    folder, found = copy_release(tmp_path / "l1"), tmp_path / "found.json"
+    assert diagnose(str(folder), *options) == 0
+    assert "can seed RL   yes" in capsys.readouterr().out
+    spoil(folder)
+    assert diagnose(str(folder), *options, "--json", str(found)) == 1
+    table = capsys.readouterr().out
+    assert "can seed RL   no" in table and re.search(problem, table)
+    assert json.loads(found.read_text())["can_seed_rl"] is False
+
+
+def test_a_projector_that_may_be_missing_is_noted(
+    copy_release: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = copy_release(tmp_path / "l1")
+    options = [str(folder), "--purpose", "evaluate", "--task-suite", "libero_spatial", "--device", "cpu"]
+    assert diagnose(*options) == 0
+    assert " proprio: " not in capsys.readouterr().out
+    next(folder.glob("proprio_projector*")).unlink()
+    assert diagnose(*options) == 0
+    assert "note     proprio: it has an L1 head and statistics of the robot's state, and no" in capsys.readouterr().out
 
 
 def test_a_7b_model_without_memory_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,10 +266,13 @@ def test_a_7b_model_without_memory_is_a_problem(monkeypatch: pytest.MonkeyPatch)
     assert "lower --num-envs" in check.message and "export --dtype bfloat16" in check.message
 
 
-def test_weights_that_learn_are_counted_in_float32(copy_release: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_weights_that_learn_are_counted_in_float32(
+    copy_release: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a device that is no CPU, where weights that stay as they are have the checkpoint's bfloat16."""
+    monkeypatch.setattr("torchrl_vla.training.devices.choose_device", lambda name: torch.device("meta"))
     folder, out = copy_release(tmp_path / "l1"), tmp_path / "found.json"
-    options = ["--finetuned-on-discrete-actions", "--device", "meta", "--no-use-lora", "--json", str(out)]
+    options = ["--finetuned-on-discrete-actions", "--no-use-lora", "--json", str(out)]
     counted = {}
     for name, option in {"frozen": ["--freeze-vla-backbone"], "learn": [], "act": ["--purpose", "evaluate"]}.items():
         diagnose(str(folder), *options, *option)

@@ -87,7 +87,10 @@ def test_a_run_is_exported_with_its_adapters_merged(base: Path, run: tuple[Path,
     assert set(before) == set(after) == set(shards(base))  # upstream's key set, never-run tensors included
     assert any(not torch.equal(before[name], after[name]) for name in before)
     config = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert config["torchrl_vla"] == {"proprio_format": "axis_angle", "trained_for": "tokens"}
+    assert config["torchrl_vla"] == {
+        "use_proprio": True, "proprio_format": "axis_angle", "trained_for": "tokens",
+        "num_attention_heads": 2, "num_key_value_heads": 2,
+    }  # fmt: skip
     assert config["torch_dtype"] == "bfloat16"
     # The data set that it acts by was there already, with more than percentiles, and stays as it was.
     statistics = [json.loads((path / "dataset_statistics.json").read_text()) for path in (tmp_path / "new", base)]

@@ -15,6 +15,7 @@ from torchrl_vla.checkpoints.folder import CheckpointFolder
 from torchrl_vla.checkpoints.inspection import CheckpointSummary, trained_mode
 from torchrl_vla.checkpoints.memory_estimate import MemoryEstimate
 from torchrl_vla.checkpoints.policy import require_cameras
+from torchrl_vla.checkpoints.release_statistics import complete_statistics, release_of
 from torchrl_vla.checkpoints.statistics import action_tokenizer
 from torchrl_vla.config import EnvironmentConfig
 from torchrl_vla.config.releases import OFT_CHECKPOINTS, TOKEN_CHECKPOINTS
@@ -142,6 +143,7 @@ def check_checkpoint(
         _check_weights(summary.checkpoint),
         _check_tokenizer(summary.checkpoint),
         _check_cameras(summary, num_images),
+        *_check_projector(summary.checkpoint),
         *_check_proprio_format(summary.checkpoint.config, purpose),
         _check_statistics(summary, task_suite),
     ]
@@ -172,6 +174,19 @@ def _check_cameras(summary: CheckpointSummary, num_images: int) -> Check:
     return Check("cameras", "ok", str(num_images))
 
 
+def _check_projector(checkpoint: CheckpointFolder) -> list[Check]:
+    """Nothing, but for an OpenVLA-OFT that may have lost a file: no file of a release says that it needs one."""
+    config = checkpoint.config
+    known = any(isinstance(entry, dict) and "proprio" in entry for entry in config.statistics.values())
+    if config.use_proprio or "action_head" not in checkpoint.heads or not known:
+        return []
+    text = (
+        "it has an L1 head and statistics of the robot's state, and no proprio_projector--N_checkpoint.pt: if it was "
+        f"trained with the state, as {OFT_CHECKPOINTS} were, copy that file too"
+    )
+    return [Check("proprio", "note", text)]
+
+
 def _check_proprio_format(config: OpenVLAConfig, purpose: str) -> list[Check]:
     """Nothing, but for a policy that `train` has to be told of; `evaluate` shows the state as the policy notes it."""
     noted = config.proprio_format
@@ -182,8 +197,14 @@ def _check_proprio_format(config: OpenVLAConfig, purpose: str) -> list[Check]:
 
 
 def _check_statistics(summary: CheckpointSummary, task_suite: str | None) -> Check:
-    config = summary.checkpoint.config
-    keys = sorted(config.statistics)
+    checkpoint = summary.checkpoint
+    release = release_of(checkpoint.path)
+    if release is not None:
+        try:
+            checkpoint = complete_statistics(checkpoint, release.suite)
+        except ValueError as error:
+            return Check("statistics", "problem", str(error))
+    keys = sorted(checkpoint.config.statistics)
     libero = [suite for suite in SUITES if {suite, f"{suite}_no_noops"} & set(keys)]
     if not keys or (task_suite is None and not libero):
         found = f"there are none of LIBERO's, only {', '.join(keys)}" if keys else "there are none"
@@ -196,7 +217,7 @@ def _check_statistics(summary: CheckpointSummary, task_suite: str | None) -> Che
     try:
         suites = libero if task_suite is None else [get_suite(task_suite).base or task_suite]
         for suite in suites:
-            action_tokenizer(config, suite, source=summary.checkpoint.path)
+            action_tokenizer(checkpoint.config, suite, source=checkpoint.path)
     except ValueError as error:
         return Check("statistics", "problem", str(error))
     text = f"it has those of {task_suite or ', '.join(libero)}"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
-from torchrl_vla.files import read_json
+from torchrl_vla.files import flush_to_disk, read_json
 
 __all__ = ["CHECKSUMS", "find_damage", "flush_to_disk", "write_checksums"]
 
@@ -50,12 +49,12 @@ def find_damage(folder: Path) -> list[str]:
     Returns:
         One clause per file that is missing, of another size, of other bytes, or not noted; empty for a whole folder.
     """
+    if not (folder / CHECKSUMS).exists():
+        return [f"{CHECKSUMS} is missing"]
     try:
         noted = read_json(folder / CHECKSUMS)
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in noted.items()}
-    except FileNotFoundError:
-        return [f"{CHECKSUMS} is missing"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return [f"{CHECKSUMS} cannot be read"]
     found = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
     damage = [f"{name} was not written with the others" for name in sorted(set(found) - set(expected))]
@@ -67,15 +66,6 @@ def find_damage(folder: Path) -> list[str]:
         elif _digest(found[name]) != digest:
             damage.append(f"{name} has other bytes than were written")
     return damage
-
-
-def flush_to_disk(path: Path) -> None:
-    """Have a file's bytes, or a folder's entries, on the disk before going on: a power cut would keep them."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _files(folder: Path) -> list[Path]:
