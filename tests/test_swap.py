@@ -373,7 +373,7 @@ def test_stock_collectors_of_other_processes(collector_class):
         update_with_gae(actor, next(batches).clone())
         collector.update_policy_weights_(actor)
         # A batch of the asynchronous one may have been begun with the old weights.
-        fresh = next(batch for _, batch in zip(range(3), batches, strict=False) if is_on_policy(actor, batch))
+        fresh = next(batch for _, batch in zip(range(10), batches, strict=False) if is_on_policy(actor, batch))
         update_with_gae(actor, fresh.clone())
     finally:
         collector.shutdown()

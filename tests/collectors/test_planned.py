@@ -10,7 +10,7 @@ import pytest
 import torch
 from stubborn_env import FAILURE_AFTER, SUCCESS_AFTER, Policy, StubbornEnv
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictParams
 from torch import nn
 from torchrl.collectors import BaseCollector
 from torchrl.envs import SerialEnv
@@ -170,10 +170,11 @@ def make_linear() -> TensorDictModule:
         lambda module: module,
         TensorDict.from_module,
         lambda module: TensorDict.from_module(module).data.clone(),
+        lambda module: TensorDictParams(TensorDict.from_module(module)),
         lambda module: module.state_dict(),
         lambda module: {name: value for name, value in module.state_dict().items() if "weight" in name},
     ],
-    ids=["module", "parameters", "tensordict", "state_dict", "part"],
+    ids=["module", "parameters", "tensordict", "of a loss", "state_dict", "part"],
 )
 def test_weights_are_copied_into_the_policy(form):
     policy, learner = make_linear(), make_linear()

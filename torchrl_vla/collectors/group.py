@@ -234,12 +234,11 @@ class GroupCollector(PlannedCollector):
         if not isinstance(self.policy, nn.Module):
             raise TypeError(f"The policy is a {type(self.policy).__name__}, not a module: it has no weights to update.")
         weights, own = policy_or_weights, {id(parameter) for parameter in self.policy.parameters()}
-        if isinstance(weights, nn.Module):
-            if own.issuperset(map(id, weights.parameters())):
-                return
-            weights = TensorDict.from_module(weights)
-        elif not isinstance(weights, TensorDictBase):
-            weights = TensorDict(weights).unflatten_keys(".")
+        if isinstance(weights, nn.Module) and own.issuperset(map(id, weights.parameters())):
+            return
+        if not isinstance(weights, TensorDictBase):  # as a loss's TensorDictParams are, which are a module too
+            is_module = isinstance(weights, nn.Module)
+            weights = TensorDict.from_module(weights) if is_module else TensorDict(weights).unflatten_keys(".")
         with torch.no_grad():
             # Not through `.data`, where a policy that keeps copies of its weights would not notice.
             TensorDict.from_module(self.policy).update_(weights)
