@@ -53,12 +53,13 @@ class SavedConfig:
         except ValueError as error:
             raise ValueError(f"{path} is not valid JSON ({error}): the run cannot be resumed from it.") from error
         try:
-            return _build(cls, convert_0_1_0(values))
+            config: Self = _build(cls, convert_0_1_0(values))
         except (TypeError, KeyError, AttributeError) as error:
             command = cls.__name__.removesuffix("Config").lower()
             raise ValueError(f"{path} was not written by this version of `torchrl-vla {command}`: {error}.") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        return config
 
 
 def _build(cls: type, values: dict[str, Any]) -> Any:

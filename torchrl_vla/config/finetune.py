@@ -143,6 +143,8 @@ class FinetuneConfig(SavedConfig):
         for name in ("lora_dropout", "ema_decay"):
             if getattr(self, name) == 1:
                 raise ValueError(f"{name} must be below 1, got 1: nothing would be learned.")
+        if self.allow_changed and not self.resume:
+            raise ValueError("allow_changed is for a run that is resumed: use --resume, or leave it out.")
         if self.lr_warmup_steps >= self.steps:
             raise ValueError(
                 f"lr_warmup_steps ({self.lr_warmup_steps}) must be below steps ({self.steps}): lower --lr-warmup-steps "

@@ -52,5 +52,7 @@ class TrainConfig(SavedConfig):
     def __post_init__(self) -> None:
         check_fields(self)
         positive(self, "profile")
+        if self.allow_changed and not self.resume:
+            raise ValueError("allow_changed is for a run that is resumed: use --resume, or leave it out.")
         if self.resume and self.run_dir is None:
             raise ValueError("resume needs run_dir: the folder of the run to resume.")

@@ -279,7 +279,7 @@ def environment_key() -> str:
         for path in sorted(folder.rglob("*")):
             if path.is_file() and path.suffix != ".pyc":
                 status = path.stat()
-                digest.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
+                digest.update(os.fsencode(f"{path} {status.st_size} {status.st_mtime_ns}"))
     for name in _MAKERS:
         digest.update((Path(__file__).parent / name).read_bytes())
     versions = [f"{name}={importlib.metadata.version(name)}" for name in ("mujoco", "robosuite", "numpy")]
