@@ -122,3 +122,15 @@ def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="--json .* is a folder: name a file"):
         check_output_file(tmp_path, "--json")
+
+
+def test_the_packages_own_sentences_have_their_own_type() -> None:
+    """A plain ValueError would be shown as a defect."""
+    package = Path(torchrl_vla.__file__).parent
+    plain = [
+        f"{path.relative_to(package)}:{number}"
+        for path in package.rglob("*.py")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if line.strip().startswith("raise ValueError(")
+    ]
+    assert not plain, "raise torchrl_vla.errors.UserError"

@@ -38,7 +38,7 @@ def user_sentence(error: BaseException) -> str | None:
         >>> user_sentence(ValueError("math domain error")) is None
         True
     """
-    if isinstance(error, ValueError):
+    if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in _OF_THE_PLACE:
         # A write that fails does not know the file's name.

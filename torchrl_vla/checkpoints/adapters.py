@@ -15,6 +15,7 @@ from torch import Tensor
 from torchrl_vla.checkpoints.finite import require_finite
 from torchrl_vla.checkpoints.names import parameter_names, unused_shapes, upstream_name
 from torchrl_vla.checkpoints.shards import listed
+from torchrl_vla.errors import UserError
 from torchrl_vla.files import read_json
 from torchrl_vla.modules.openvla.linear import ADAPTER
 from torchrl_vla.modules.openvla.lora import adaptable_modules, attach_adapters, lora_layers
@@ -46,7 +47,7 @@ def save_adapter(model: OpenVLA, folder: str | Path, *, base_model: str | None =
     """
     layers = lora_layers(model)
     if not layers:
-        raise ValueError("the model has no adapters to save.")
+        raise UserError("the model has no adapters to save.")
     layer = next(iter(layers.values()))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,13 +83,13 @@ def load_adapter(model: OpenVLA, folder: str | Path, *, dtype: torch.dtype = tor
     config_file, weights_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     for file in (config_file, weights_file):
         if not file.is_file():
-            raise ValueError(f"{folder} has no {file.name}: name a folder that an adapter was saved in.")
+            raise UserError(f"{folder} has no {file.name}: name a folder that an adapter was saved in.")
     settings = read_json(config_file)
     _require_plain(settings, config_file)
     try:
         stored = load_file(weights_file)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{weights_file} is truncated or no safetensors file ({error}): copy it again.") from error
+        raise UserError(f"{weights_file} is truncated or no safetensors file ({error}): copy it again.") from error
     dead = {name.rpartition(".")[0] for name in unused_shapes(model.config)}
     tensors = {
         name: require_finite(tensor, name, weights_file)
@@ -101,7 +102,7 @@ def load_adapter(model: OpenVLA, folder: str | Path, *, dtype: torch.dtype = tor
     foreign = [name for name in modules if name not in candidates]
     if foreign or not modules:
         named = ", ".join(foreign[:3]) or "none"
-        raise ValueError(f"{weights_file} is for other modules ({named}) than this model has.")
+        raise UserError(f"{weights_file} is for other modules ({named}) than this model has.")
     attach_adapters(
         model,
         [candidates[name] for name in modules],
@@ -118,21 +119,21 @@ def load_adapter(model: OpenVLA, folder: str | Path, *, dtype: torch.dtype = tor
     for name, parameter in adapters.items():
         if name not in tensors or tensors[name].shape != parameter.shape:
             found = list(tensors[name].shape) if name in tensors else "missing"
-            raise ValueError(f"{name} is {found} in {weights_file}, but this model needs {list(parameter.shape)}.")
+            raise UserError(f"{name} is {found} in {weights_file}, but this model needs {list(parameter.shape)}.")
         parameter.data.copy_(tensors[name])
     left = sorted(set(tensors) - set(adapters))
     if left:
-        raise ValueError(f"{weights_file} has {listed(left)}, which a plain LoRA adapter has no place for.")
+        raise UserError(f"{weights_file} has {listed(left)}, which a plain LoRA adapter has no place for.")
     return model
 
 
 def _require_plain(settings: dict[str, Any], path: Path) -> None:
     """Refuse an adapter that is more than ``scale * B A``, or belongs to a base that peft has changed."""
     if settings.get("peft_type") != "LORA":
-        raise ValueError(f"{path} has peft_type {settings.get('peft_type')!r}: only plain LoRA adapters can be added.")
+        raise UserError(f"{path} has peft_type {settings.get('peft_type')!r}: only plain LoRA adapters can be added.")
     start = settings.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
-        raise ValueError(
+        raise UserError(
             f"{path} has init_lora_weights {start!r}, for which peft takes the adapter's start out of the base model: "
             "only plain LoRA adapters can be added. Convert it with peft's save_pretrained("
             "path_initial_model_for_weight_conversion=...)."
@@ -145,13 +146,13 @@ def _require_plain(settings: dict[str, Any], path: Path) -> None:
         if value and value != usual.get(key) and key not in _FREE and key != "init_lora_weights"
     ]
     if unsupported:
-        raise ValueError(f"{path} has {', '.join(sorted(unsupported))}: only plain LoRA adapters can be added.")
+        raise UserError(f"{path} has {', '.join(sorted(unsupported))}: only plain LoRA adapters can be added.")
     for key in ("r", "lora_alpha"):
         value = settings.get(key)
         if key not in settings:
-            raise ValueError(f"{path} lacks {key}: it was not written by peft.")
+            raise UserError(f"{path} lacks {key}: it was not written by peft.")
         if isinstance(value, bool) or not isinstance(value, int if key == "r" else (int, float)) or not 0 < value < inf:
-            raise ValueError(f"{path}: {key} must be a positive number, got {value!r}.")
+            raise UserError(f"{path}: {key} must be a positive number, got {value!r}.")
 
 
 def _compare_base(model: OpenVLA, tensors: dict[str, Tensor], path: Path) -> None:
@@ -161,6 +162,4 @@ def _compare_base(model: OpenVLA, tensors: dict[str, Tensor], path: Path) -> Non
         stored, own = tensors.pop(name), ours.get(name.replace(".base_layer.", "."))
         weight = None if own is None else model.get_parameter(own).detach()
         if weight is None or weight.shape != stored.shape or not torch.equal(stored.to(weight), weight):
-            raise ValueError(
-                f"{path} has {name}, which is not this model's: the adapter belongs to another base model."
-            )
+            raise UserError(f"{path} has {name}, which is not this model's: the adapter belongs to another base model.")

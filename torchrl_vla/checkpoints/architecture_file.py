@@ -9,6 +9,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from torchrl_vla.checkpoints.statistics import read_statistics
+from torchrl_vla.errors import UserError
 from torchrl_vla.files import read_json, write_json
 from torchrl_vla.modules.openvla.architecture import LLM_FIELDS, OpenVLAConfig
 
@@ -74,22 +75,22 @@ def read_architecture(folder: str | Path, **overrides: Any) -> OpenVLAConfig:
     folder = Path(folder)
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} has no config.json: name a folder with an OpenVLA checkpoint.")
+        raise UserError(f"{folder} has no config.json: name a folder with an OpenVLA checkpoint.")
     raw = read_json(path)
     if "model_type" not in raw:
-        raise ValueError(f"{path} has no model_type, so it is not of an OpenVLA: download the checkpoint again.")
+        raise UserError(f"{path} has no model_type, so it is not of an OpenVLA: download the checkpoint again.")
     for key in ("text_config", "norm_stats", _EXTENSION_KEY):
         if raw.get(key) is not None and not isinstance(raw[key], dict):
-            raise ValueError(f"{path}: {key} must be an object, got {raw[key]!r}.")
+            raise UserError(f"{path}: {key} must be an object, got {raw[key]!r}.")
     text, extension = raw.get("text_config") or {}, raw.get(_EXTENSION_KEY) or {}
     _refuse_others(raw, _BUILT, f"{path}: ")
     _refuse_others(text, _BUILT_TEXT, f"{path}: text_config.")
     unknown = sorted(set(extension) - set(_EXTENSION_FIELDS))
     if unknown:
-        raise ValueError(f"{path} has a value that this version cannot read ({_EXTENSION_KEY}.{unknown[0]}).")
+        raise UserError(f"{path} has a value that this version cannot read ({_EXTENSION_KEY}.{unknown[0]}).")
     sizes = raw.get("image_sizes", [224, 224])
     if not isinstance(sizes, list) or len(sizes) != 2 or sizes[0] != sizes[1]:
-        raise ValueError(f"{path}: image_sizes must be the same number twice, once for each tower, got {sizes!r}.")
+        raise UserError(f"{path}: image_sizes must be the same number twice, once for each tower, got {sizes!r}.")
 
     values: dict[str, Any] = {name: text[name] for name in (*LLM_FIELDS, "vocab_size") if name in text}
     values |= {name: raw[name] for name in ("pad_token_id", "pad_to_multiple_of", "n_action_bins") if name in raw}
@@ -97,7 +98,7 @@ def read_architecture(folder: str | Path, **overrides: Any) -> OpenVLAConfig:
     values["image_size"] = sizes[0]
     values["use_proprio"] = any(folder.glob("proprio_projector--*_checkpoint.pt"))
     if extension.get("use_proprio") and not values["use_proprio"]:
-        raise ValueError(
+        raise UserError(
             f"{folder} lacks proprio_projector--N_checkpoint.pt, and config.json notes that the policy reads the "
             "robot's state: copy the file too."
         )
@@ -112,9 +113,9 @@ def read_architecture(folder: str | Path, **overrides: Any) -> OpenVLAConfig:
         config = OpenVLAConfig(**{**values, "upstream": raw, **overrides})
     except TypeError as error:
         where = ", or vit_overrides.json beside it," if "VisionTowerConfig" in str(error) else ""
-        raise ValueError(f"{path}{where} has a value that this version cannot read ({error}).") from error
+        raise UserError(f"{path}{where} has a value that this version cannot read ({error}).") from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
     _refuse_disagreement(config, raw, text, extension, path)
     return config
 
@@ -123,7 +124,7 @@ def _refuse_others(found: dict[str, Any], built: dict[str, tuple[Any, ...]], whe
     for key, values in built.items():
         if key in found and not any(_same(found[key], value) for value in values):
             allowed = " or ".join(map(repr, values))
-            raise ValueError(
+            raise UserError(
                 f"{where}{key} is {found[key]!r}, but only {allowed} is built: with it, the checkpoint is another "
                 "network than this package would run."
             )
@@ -141,7 +142,7 @@ def _refuse_disagreement(
     for key in ("n_action_bins", "pad_to_multiple_of"):
         known = extension.get(key, getattr(OpenVLAConfig, key))
         if raw.get(key, known) != known:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {key} is {raw[key]!r}, but OpenVLA's vocabulary has {known}: its action tokens would be "
                 "looked for among others."
             )
@@ -152,7 +153,7 @@ def _refuse_disagreement(
         says.append((f"text_config.{key}", text.get(key), getattr(config, key)))
     for key, value, expected in says:
         if value is not None and value != expected:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {key} is {value!r}, but the rest of the configuration makes it {expected}: it is of another "
                 "network, or was edited."
             )
@@ -162,7 +163,7 @@ def _read_towers(path: Path) -> dict[str, Any]:
     vit = read_json(path) if path.exists() else {}
     for tower_id, tower in vit.items():
         if tower_id not in _TOWER_IDS or not isinstance(tower, dict):
-            raise ValueError(
+            raise UserError(
                 f"{path}: {tower_id} is {tower!r}; sizes of {' and '.join(_TOWER_IDS)} are expected, each an object."
             )
     return vit

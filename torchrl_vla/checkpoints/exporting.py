@@ -13,6 +13,7 @@ from torchrl_vla.checkpoints.companions import copy_companions, write_preprocess
 from torchrl_vla.checkpoints.folder import open_checkpoint
 from torchrl_vla.checkpoints.locations import CHECKPOINTS, find_policy
 from torchrl_vla.checkpoints.openvla_format import load_openvla, save_openvla
+from torchrl_vla.errors import UserError
 from torchrl_vla.files import read_json, whole_folder
 
 __all__ = ["MergeDtype", "check_out", "export_checkpoint"]
@@ -46,9 +47,9 @@ def export_checkpoint(
     """
     folder = find_policy(source)
     if out.resolve() in folder.resolve().parents:
-        raise ValueError(f"{out} holds the policy that is exported: choose another folder.")
+        raise UserError(f"{out} holds the policy that is exported: choose another folder.")
     if adapter_only and adapter is None:
-        raise ValueError(
+        raise UserError(
             f"{source} is a policy with its adapters merged: export the adapters from the run's folder, whose "
             "checkpoints have them apart."
         )
@@ -77,12 +78,12 @@ def check_out(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
-        raise ValueError(f"{out} exists already: choose another folder, or pass --overwrite to replace it.")
+        raise UserError(f"{out} exists already: choose another folder, or pass --overwrite to replace it.")
     config = read_json(out / CONFIG_FILE) if (out / CONFIG_FILE).is_file() else {}
     # Days of work: runs have a config.json too, that of their options.
     if any(out.rglob(CHECKPOINTS)) or "ppo" in config:
-        raise ValueError(f"{out} is the folder of a run, or holds one, and is not replaced: choose another folder.")
+        raise UserError(f"{out} is the folder of a run, or holds one, and is not replaced: choose another folder.")
     # A fine-tuning without a checkpoint so far: its config.json has options too, and no model_type.
     adapter = not config and (out / "adapter_config.json").is_file()
     if config.get("model_type") != "openvla" and not adapter:
-        raise ValueError(f"{out} is neither a checkpoint nor an adapter, and is not replaced: choose another folder.")
+        raise UserError(f"{out} is neither a checkpoint nor an adapter, and is not replaced: choose another folder.")

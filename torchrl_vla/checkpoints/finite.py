@@ -9,6 +9,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from torchrl_vla.errors import UserError
+
 __all__ = ["require_finite", "require_finite_files"]
 
 
@@ -31,11 +33,11 @@ def require_finite(tensor: Tensor, name: str, path: Path) -> Tensor:
         tensor([1., 1.])
     """
     if not tensor.is_floating_point():
-        raise ValueError(f"{name} in {path} is stored as {tensor.dtype}, and weights are floating-point numbers.")
+        raise UserError(f"{name} in {path} is stored as {tensor.dtype}, and weights are floating-point numbers.")
     # A sum allocates nothing, and one number of it that is not finite makes it so; it may overflow by itself.
     if not tensor.is_meta and not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
         count = int((~tensor.isfinite()).sum())
-        raise ValueError(
+        raise UserError(
             f"{name} in {path} has {count:,} of {tensor.numel():,} numbers that are NaN or infinite in {tensor.dtype}: "
             "the weights are damaged, or a training that diverged wrote them. Take another checkpoint."
         )

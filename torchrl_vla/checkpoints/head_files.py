@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_vla.checkpoints.shards import listed
+from torchrl_vla.errors import UserError
 
 __all__ = ["FOREIGN_HEADS", "HEADS", "find_heads", "head_step", "read_head", "write_head"]
 
@@ -33,7 +34,7 @@ def find_heads(folder: Path) -> dict[str, Path]:
     """
     for kind, what in FOREIGN_HEADS.items():
         for path in sorted(folder.glob(f"{kind}--*_checkpoint.pt")):
-            raise ValueError(
+            raise UserError(
                 f"{path} says that this checkpoint was trained with {what}, which this package does not have: take a "
                 "checkpoint that was trained without it."
             )
@@ -69,22 +70,22 @@ def read_head(module: nn.Module, path: Path, *, device: str = "cpu") -> dict[str
     try:
         state = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and is not loaded: it could run code ({error}).") from error
+        raise UserError(f"{path} holds more than tensors and is not loaded: it could run code ({error}).") from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is truncated or no PyTorch file ({error}): download it again.") from error
+        raise UserError(f"{path} is truncated or no PyTorch file ({error}): download it again.") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} is no state dict of tensors, so no head can be read from it.")
+        raise UserError(f"{path} is no state dict of tensors, so no head can be read from it.")
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     for name, shape in expected.items():
         if name not in state:
-            raise ValueError(f"{path} lacks {name}.")
+            raise UserError(f"{path} lacks {name}.")
         if tuple(state[name].shape) != shape:
-            raise ValueError(f"{name} is {list(state[name].shape)} in {path}, but this model makes it {list(shape)}.")
+            raise UserError(f"{name} is {list(state[name].shape)} in {path}, but this model makes it {list(shape)}.")
         if not state[name].is_floating_point():
-            raise ValueError(f"{name} in {path} is stored as {state[name].dtype}: weights are floating-point numbers.")
+            raise UserError(f"{name} in {path} is stored as {state[name].dtype}: weights are floating-point numbers.")
     if set(state) - set(expected):
-        raise ValueError(f"{path} has {listed(sorted(set(state) - set(expected)))}, which this head has no place for.")
+        raise UserError(f"{path} has {listed(sorted(set(state) - set(expected)))}, which this head has no place for.")
     return state
 
 

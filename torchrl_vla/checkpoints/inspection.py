@@ -16,6 +16,7 @@ from torchrl_vla.checkpoints.head_files import head_step, read_head
 from torchrl_vla.checkpoints.names import parameter_names, unused_shapes
 from torchrl_vla.checkpoints.shards import check_tensors
 from torchrl_vla.config.releases import TOKEN_CHECKPOINTS
+from torchrl_vla.errors import UserError
 from torchrl_vla.files import read_json
 from torchrl_vla.modules.openvla.model import OpenVLA
 
@@ -109,7 +110,7 @@ def require_trained_tokens(
     """
     mode = trained_mode(checkpoint, finetuned_on_discrete_actions=finetuned_on_discrete_actions)
     if mode.name == "l1":
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.path} has an L1 action head ({mode.reason}): its action-token logits were never trained, so "
             f"there is no token policy in it to start from. Take a checkpoint made for tokens "
             f"({', '.join(TOKEN_CHECKPOINTS)}), or, if its maker says that the tokens were trained too, pass "

@@ -8,6 +8,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from torchrl_vla.config.releases import TOKEN_CHECKPOINTS
+from torchrl_vla.errors import UserError
 
 __all__ = ["BUNDLED", "CHECKPOINTS", "RANDOM", "find_policy", "resolve_checkpoint"]
 
@@ -43,7 +44,7 @@ def resolve_checkpoint(path_or_hub_id: str | Path, *, local_files_only: bool = F
     )
     repo_id = str(path_or_hub_id)
     if path.is_absolute() or repo_id.startswith((".", "~")) or repo_id.count("/") != 1:
-        raise ValueError(
+        raise UserError(
             f"there is no checkpoint folder {repo_id!r}. {advice} Checkpoints with trained action tokens, which RL "
             f"needs: {', '.join(TOKEN_CHECKPOINTS)}; bundled:tiny comes with this package."
         )
@@ -53,7 +54,7 @@ def resolve_checkpoint(path_or_hub_id: str | Path, *, local_files_only: bool = F
     except (
         HTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, RuntimeError,
     ) as error:  # fmt: skip
-        raise ValueError(
+        raise UserError(
             f"{repo_id!r} is no folder here, and the Hugging Face repository of that name cannot be had "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). {advice}"
         ) from error
@@ -73,7 +74,7 @@ def find_policy(name: str, *, use_local: bool = True) -> Path:
     if (folder / CHECKPOINTS).is_dir() and (folder / "policy").is_dir():
         return folder / "policy"
     if (folder / CHECKPOINTS).is_dir() and not any(folder.glob("*.safetensors")):
-        raise ValueError(
+        raise UserError(
             f"{folder} is a run without a policy of its own. One of `train` that was interrupted, or loaded in 4 bits: "
             f"`torchrl-vla export {folder} OUT` writes it from the latest checkpoint. One of `finetune`: go on with it "
             "by --resume."

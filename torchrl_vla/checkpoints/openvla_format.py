@@ -23,6 +23,7 @@ from torchrl_vla.checkpoints.locations import resolve_checkpoint
 from torchrl_vla.checkpoints.names import parameter_names, unused_shapes, unused_weight
 from torchrl_vla.checkpoints.shards import INDEX, SINGLE, check_tensors
 from torchrl_vla.checkpoints.statistics import STATISTICS_FILE, write_statistics
+from torchrl_vla.errors import UserError
 from torchrl_vla.files import replacing_files, write_json
 from torchrl_vla.modules.openvla.attention import resolve_attention
 from torchrl_vla.modules.openvla.linear import merged_weight
@@ -78,7 +79,7 @@ def load_openvla(
     dtype = head_dtype or getattr(torch, config.torch_dtype)
     proprio_file, action_file = (checkpoint.heads.get(kind) for kind in HEADS)
     if load_l1_action_head and action_file is None:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.path} has no action_head--N_checkpoint.pt: load it with load_l1_action_head=False."
         )
     use_l1_head = load_l1_action_head is not False and action_file is not None
@@ -120,7 +121,7 @@ def _choose_dtype(dtype: torch.dtype | str | None, stored: str, device: torch.de
     if dtype is None:
         return torch.float32 if device.type == "cpu" else getattr(torch, stored)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(
+        raise UserError(
             f"dtype must be torch.float32, torch.bfloat16 or torch.float16, 'stored' or None, got {dtype!r}."
         )
     return dtype
@@ -130,12 +131,12 @@ def _check_device(name: torch.device | str, load_in_4bit: bool) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device {name!r} is unknown: use cpu, cuda or cuda:N.") from error
+        raise UserError(f"device {name!r} is unknown: use cpu, cuda or cuda:N.") from error
     if load_in_4bit:
         check_4bit(device)
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"device '{device}' is not on this machine, which has {count} GPUs: use device='cpu'.")
+        raise UserError(f"device '{device}' is not on this machine, which has {count} GPUs: use device='cpu'.")
     return device
 
 
@@ -182,7 +183,7 @@ def save_openvla(
         ValueError: the model was loaded in 4 bits.
     """
     if model.is_loaded_in_4bit:
-        raise ValueError(
+        raise UserError(
             "a 4-bit model cannot be exported, its weights are rounded: save the adapter, load the checkpoint without "
             "load_in_4bit, load the adapter there and export that."
         )

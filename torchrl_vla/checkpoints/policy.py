@@ -21,6 +21,7 @@ from torchrl_vla.checkpoints.statistics import action_tokenizer, add_statistics,
 from torchrl_vla.checkpoints.trainable import check_tokens, prepare_for_ppo, weights_dtype
 from torchrl_vla.config import OpenVLAActorConfig
 from torchrl_vla.envs.tasks import get_suite
+from torchrl_vla.errors import UserError
 from torchrl_vla.files import read_json, whole_folder, write_json
 from torchrl_vla.modules import (
     ActionTokenizer,
@@ -160,7 +161,7 @@ def require_cameras(config: OpenVLAConfig, num_images: int, folder: Path) -> Non
         ValueError: they are fewer.
     """
     if config.num_images > num_images:
-        raise ValueError(
+        raise UserError(
             f"num_images_in_input is {num_images}, but {folder} was trained with {config.num_images} cameras: use "
             f"--num-images-in-input {config.num_images}."
         )
@@ -180,7 +181,7 @@ def require_proprio_format(config: OpenVLAConfig, proprio_format: str, folder: P
         ValueError: the policy was trained with another format.
     """
     if config.use_proprio and config.proprio_format not in (None, proprio_format):
-        raise ValueError(
+        raise UserError(
             f"proprio_format is {proprio_format}, but {folder} was trained with {config.proprio_format}: use "
             f"--proprio-format {config.proprio_format}."
         )
@@ -243,13 +244,13 @@ def load_policy(
     """
     if isinstance(checkpoint, OpenVLAActorConfig):
         if options:
-            raise ValueError(f"{', '.join(options)}: the configuration of the policy has these options already.")
+            raise UserError(f"{', '.join(options)}: the configuration of the policy has these options already.")
         actor = checkpoint
     else:
         name = checkpoint.path if isinstance(checkpoint, CheckpointFolder) else checkpoint
         actor = OpenVLAActorConfig(pretrained_checkpoint=str(name), **options)
     if autoregressive and (trainable or not actor.use_tokenized_actions):
-        raise ValueError(
+        raise UserError(
             "autoregressive decoding is for acting by tokens: load the policy with trainable=False and "
             "use_tokenized_actions=True."
         )
@@ -266,7 +267,7 @@ def load_policy(
     if actor.pretrained_checkpoint.startswith(RANDOM):
         name = actor.pretrained_checkpoint.removeprefix(RANDOM)
         if actor.load_in_4bit:
-            raise ValueError(
+            raise UserError(
                 f"load_in_4bit reads a checkpoint in 4 bits, and {actor.pretrained_checkpoint} has none: leave it out, "
                 "or save the policy and name its folder."
             )
@@ -290,12 +291,12 @@ def load_policy(
         if trainable and not actor.force:
             check_tokens(opened, actor)
         if config.use_proprio and not actor.use_proprio:
-            raise ValueError(
+            raise UserError(
                 f"use_proprio is off, but {folder} was trained with the robot's state: leave it on, or choose a "
                 "checkpoint without a proprio projector."
             )
         if config.use_proprio and actor.proprio_dim != config.proprio_dim:
-            raise ValueError(
+            raise UserError(
                 f"proprio_dim is {actor.proprio_dim}, but {folder} reads states of {config.proprio_dim} numbers: use "
                 f"--proprio-dim {config.proprio_dim}."
             )
@@ -362,7 +363,7 @@ def read_image_settings(folder: Path) -> dict[str, Any]:
     settings = read_json(path) if path.is_file() else {}
     unknown = sorted(set(settings) - {"backend", "center_crop"})
     if unknown:
-        raise ValueError(f"{path} has {', '.join(unknown)}; it may have backend (exact or fast) and center_crop.")
+        raise UserError(f"{path} has {', '.join(unknown)}; it may have backend (exact or fast) and center_crop.")
     return settings
 
 

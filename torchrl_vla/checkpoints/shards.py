@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from torchrl_vla.errors import UserError
 from torchrl_vla.files import read_json
 
 __all__ = ["INDEX", "SINGLE", "Shards", "TensorInfo", "check_tensors", "listed", "read_shards", "stored_dtype"]
@@ -48,28 +49,28 @@ def read_shards(folder: Path) -> Shards:
     """
     if not (folder / INDEX).exists():
         if not (folder / SINGLE).exists():
-            raise ValueError(f"{folder} has neither {INDEX} nor {SINGLE}: it holds no weights.")
+            raise UserError(f"{folder} has neither {INDEX} nor {SINGLE}: it holds no weights.")
         return {folder / SINGLE: _read_header(folder / SINGLE)}
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise ValueError(f"{folder / INDEX} has no weight_map, so it is no index of shards: download it again.")
+        raise UserError(f"{folder / INDEX} has no weight_map, so it is no index of shards: download it again.")
     names_by_file: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(
+            raise UserError(
                 f"{folder / INDEX} says that {name} is in {file!r}; only names of files beside the index are read. "
                 "Download it again from a source that you trust."
             )
         names_by_file.setdefault(file, []).append(name)
     missing = [file for file in names_by_file if not (folder / file).exists()]
     if missing:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names: download the missing files.")
+        raise UserError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names: download the missing files.")
     shards: dict[Path, dict[str, TensorInfo]] = {}
     for file, names in names_by_file.items():
         header = _read_header(folder / file)
         absent = sorted(set(names) - set(header))
         if absent:
-            raise ValueError(f"{folder / file} lacks {listed(absent)}, which {INDEX} says it has: download it again.")
+            raise UserError(f"{folder / file} lacks {listed(absent)}, which {INDEX} says it has: download it again.")
         shards[folder / file] = {name: header[name] for name in names}
     return shards
 
@@ -80,7 +81,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
             slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
             return {name: TensorInfo(tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or no safetensors file ({error}): download it again.") from error
+        raise UserError(f"{path} is truncated or no safetensors file ({error}): download it again.") from error
 
 
 def check_tensors(shards: Shards, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -97,21 +98,21 @@ def check_tensors(shards: Shards, expected: Mapping[str, tuple[int, ...]]) -> No
     for path, header in shards.items():
         for name, info in header.items():
             if info.dtype not in _DTYPES:
-                raise ValueError(
+                raise UserError(
                     f"{name} in {path} is stored as {info.dtype}; weights must be {', '.join(_DTYPES)}. Quantised ones "
                     "are not read: take the checkpoint that they were made from."
                 )
     for name, shape in expected.items():
         if name in found and found[name].shape != shape:
-            raise ValueError(
+            raise UserError(
                 f"{name} is {list(found[name].shape)} in the checkpoint, but its config.json makes it {list(shape)}: "
                 "the configuration is of another model."
             )
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing:
-        raise ValueError(f"the checkpoint lacks {listed(missing)}: its configuration is of another model.")
+        raise UserError(f"the checkpoint lacks {listed(missing)}: its configuration is of another model.")
     if unknown:
-        raise ValueError(f"the checkpoint has {listed(unknown)}, which an OpenVLA has no place for.")
+        raise UserError(f"the checkpoint has {listed(unknown)}, which an OpenVLA has no place for.")
 
 
 def stored_dtype(shards: Shards) -> str | None:

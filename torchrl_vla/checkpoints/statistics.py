@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torchrl_vla.errors import UserError
 from torchrl_vla.files import read_json, write_json
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
 from torchrl_vla.modules.openvla.architecture import OpenVLAConfig
@@ -57,7 +58,7 @@ def action_tokenizer(config: OpenVLAConfig, key: str, *, source: Path) -> Action
     """
     statistics = config.statistics
     if not statistics:
-        raise ValueError(
+        raise UserError(
             f"{source} holds no action statistics: neither {STATISTICS_FILE} nor 'norm_stats' in config.json. Take "
             "dataset_statistics.json of a release fine-tuned on the same data."
         )
@@ -69,9 +70,9 @@ def action_tokenizer(config: OpenVLAConfig, key: str, *, source: Path) -> Action
                 )
                 _check_sizes(tokenizer, config)
             except ValueError as error:
-                raise ValueError(f"the statistics of {name!r} in {source} cannot be used: {error}") from error
+                raise UserError(f"the statistics of {name!r} in {source} cannot be used: {error}") from error
             return tokenizer
-    raise ValueError(
+    raise UserError(
         f"No statistics for {key!r} in {source}; it has: {', '.join(sorted(statistics))}. Name the ones that the "
         "policy was trained with (--unnorm-key), or put the dataset_statistics.json of a release fine-tuned on "
         "the same data into the folder."
@@ -80,13 +81,13 @@ def action_tokenizer(config: OpenVLAConfig, key: str, *, source: Path) -> Action
 
 def _check_sizes(tokenizer: ActionTokenizer, config: OpenVLAConfig) -> None:
     if tokenizer.action_q01.numel() != config.action_dim:
-        raise ValueError(f"they are of {tokenizer.action_q01.numel()} actions, the policy has {config.action_dim}.")
+        raise UserError(f"they are of {tokenizer.action_q01.numel()} actions, the policy has {config.action_dim}.")
     if not config.use_proprio:
         return
     if tokenizer.proprio_q01 is None:
-        raise ValueError("the policy reads the robot's state, but they have no 'proprio'.")
+        raise UserError("the policy reads the robot's state, but they have no 'proprio'.")
     if tokenizer.proprio_q01.numel() != config.proprio_dim:
-        raise ValueError(
+        raise UserError(
             f"they are of states of {tokenizer.proprio_q01.numel()} numbers, the policy reads {config.proprio_dim}."
         )
 

@@ -10,6 +10,7 @@ import torch
 from torchrl_vla.checkpoints.folder import CheckpointFolder
 from torchrl_vla.checkpoints.inspection import require_trained_tokens
 from torchrl_vla.config import OpenVLAActorConfig
+from torchrl_vla.errors import UserError
 from torchrl_vla.modules import OpenVLA, OpenVLAConfig
 from torchrl_vla.modules.openvla.lora import add_lora, freeze_backbone
 
@@ -102,7 +103,7 @@ def prepare_for_ppo(model: OpenVLA, actor: OpenVLAActorConfig) -> None:
         logger.warning("The L1 head is loaded for comparison: PPO acts through the tokens and leaves it as it is.")
         model.action_head.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
+        raise UserError(
             "freeze_vla_backbone leaves nothing that PPO could train: this checkpoint has no proprio projector. Leave "
             "it out, and adapters (use_lora) or all weights learn."
         )

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from torchrl_vla.errors import UserError
+
 __all__ = ["DoctorArguments", "main"]
 
 #: Exit codes.
@@ -64,11 +66,11 @@ class DoctorArguments:
     def __post_init__(self) -> None:
         for name in ("num_envs", "batch_size", "num_images_in_input", "lora_rank"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.gradient_checkpointing != "auto" and not 0 <= self.gradient_checkpointing <= 1:
-            raise ValueError(f"gradient_checkpointing must be auto or from 0 to 1, got {self.gradient_checkpointing}.")
+            raise UserError(f"gradient_checkpointing must be auto or from 0 to 1, got {self.gradient_checkpointing}.")
         if self.load_in_4bit and self.purpose == "evaluate":
-            raise ValueError(
+            raise UserError(
                 "load_in_4bit is for --purpose train: `evaluate` loads the weights as they are, so leave out "
                 "--load-in-4bit."
             )

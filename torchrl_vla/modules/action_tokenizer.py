@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torchrl_vla.errors import UserError
+
 __all__ = ["ActionTokenizer"]
 
 _IDENTITY: Mapping[str, Mapping[str, Sequence[Any]]] = {
@@ -70,9 +72,9 @@ class ActionTokenizer(nn.Module):
     ) -> None:
         super().__init__()
         if n_bins < 2:
-            raise ValueError(f"n_bins must be at least 2, got {n_bins}.")
+            raise UserError(f"n_bins must be at least 2, got {n_bins}.")
         if vocab_size < n_bins:
-            raise ValueError(f"vocab_size must be at least n_bins ({n_bins}), got {vocab_size}.")
+            raise UserError(f"vocab_size must be at least n_bins ({n_bins}), got {vocab_size}.")
         self.n_bins = n_bins
         self.vocab_size = vocab_size
         edges = np.linspace(-1.0, 1.0, n_bins)
@@ -82,14 +84,14 @@ class ActionTokenizer(nn.Module):
         statistics = _IDENTITY if statistics is None else statistics
         if not isinstance(statistics, Mapping) or "action" not in statistics:
             got = sorted(statistics) if isinstance(statistics, Mapping) else repr(statistics)
-            raise ValueError(f"statistics must have the entry 'action', got {got}.")
+            raise UserError(f"statistics must have the entry 'action', got {got}.")
         q01, q99 = _percentiles("action", statistics["action"])
         given = statistics["action"].get("mask", [True] * len(q01))
         if not isinstance(given, Sequence) or any(value not in (True, False) for value in given):
-            raise ValueError(f"statistics['action']['mask'] must be a list of true and false, got {given!r}.")
+            raise UserError(f"statistics['action']['mask'] must be a list of true and false, got {given!r}.")
         mask = torch.tensor(list(given), dtype=torch.bool)
         if mask.shape != q01.shape:
-            raise ValueError(f"statistics['action']['mask'] has {mask.numel()} entries, 'q01' has {q01.numel()}.")
+            raise UserError(f"statistics['action']['mask'] has {mask.numel()} entries, 'q01' has {q01.numel()}.")
         self.register_buffer("action_q01", q01)
         self.register_buffer("action_q99", q99)
         self.register_buffer("action_mask", mask)
@@ -117,7 +119,7 @@ class ActionTokenizer(nn.Module):
             ValueError: if an action is NaN.
         """
         if actions.isnan().any():
-            raise ValueError("actions to encode contain NaN; every entry must be a number, best within [-1, 1].")
+            raise UserError("actions to encode contain NaN; every entry must be a number, best within [-1, 1].")
         clipped = actions.to(torch.float64).clamp(-1.0, 1.0)
         # right=True is np.digitize: the first edge strictly above the value, 1..n_bins.
         return self.n_bins - torch.bucketize(clipped, self.bin_edges, right=True)
@@ -153,12 +155,12 @@ class ActionTokenizer(nn.Module):
             ValueError: if the statistics have no ``"proprio"``, or the last dimension is another.
         """
         if self.proprio_q01 is None or self.proprio_q99 is None:
-            raise ValueError(
+            raise UserError(
                 "The statistics have no entry 'proprio', so a proprioceptive state cannot be normalised; use the "
                 "dataset_statistics.json of a checkpoint trained with proprioception, or a model without it."
             )
         if state.shape[-1] != self.proprio_q01.numel():
-            raise ValueError(f"state must be [..., {self.proprio_q01.numel()}], got {list(state.shape)}.")
+            raise UserError(f"state must be [..., {self.proprio_q01.numel()}], got {list(state.shape)}.")
         return _to_unit_range(state, self.proprio_q01, self.proprio_q99).to(state.dtype)
 
     def to_env(self, actions: Tensor) -> Tensor:
@@ -196,20 +198,20 @@ def _percentiles(name: str, entry: Mapping[str, Sequence[Any]]) -> tuple[Tensor,
     for field in ("q01", "q99"):
         if not isinstance(entry, Mapping) or field not in entry:
             got = sorted(entry) if isinstance(entry, Mapping) else repr(entry)
-            raise ValueError(f"statistics[{name!r}] must have 'q01' and 'q99', got {got}.")
+            raise UserError(f"statistics[{name!r}] must have 'q01' and 'q99', got {got}.")
     try:
         q01 = torch.as_tensor(entry["q01"], dtype=torch.float64)
         q99 = torch.as_tensor(entry["q99"], dtype=torch.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"statistics[{name!r}]: 'q01' and 'q99' must be lists of numbers ({error}).") from error
+        raise UserError(f"statistics[{name!r}]: 'q01' and 'q99' must be lists of numbers ({error}).") from error
     if q01.ndim != 1 or q01.shape != q99.shape:
-        raise ValueError(
+        raise UserError(
             f"statistics[{name!r}]: 'q01' and 'q99' must be lists of one length, got {list(q01.shape)} "
             f"and {list(q99.shape)}."
         )
     for index, (low, high) in enumerate(zip(q01.tolist(), q99.tolist(), strict=True)):
         if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-            raise ValueError(
+            raise UserError(
                 f"statistics[{name!r}]: 'q01' and 'q99' of dimension {index} are {low} and {high}; both must be "
                 "finite, and 'q01' not above 'q99'."
             )

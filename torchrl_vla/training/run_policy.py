@@ -15,6 +15,7 @@ from torchrl_vla.checkpoints.integrity import find_damage
 from torchrl_vla.checkpoints.locations import CHECKPOINTS, RANDOM
 from torchrl_vla.checkpoints.policy import Policy, load_policy, save_policy
 from torchrl_vla.config import TrainConfig
+from torchrl_vla.errors import UserError
 from torchrl_vla.files import read_json, whole_folder
 from torchrl_vla.modules.openvla.lora import has_lora
 from torchrl_vla.training.run_checkpoints import TrainableState, newest_whole
@@ -53,13 +54,13 @@ def export(
         export_checkpoint(source, out, adapter=adapter, **options)
         return
     if adapter is not None:
-        raise ValueError("a run has its own adapters: leave out the adapter, or name the policy to add it to.")
+        raise UserError("a run has its own adapters: leave out the adapter, or name the policy to add it to.")
     policy = load_run(*run, dtype=dtype)
     if not adapter_only:
         save_policy(policy, out, dtype=dtype, merge_in_float32=merge_dtype == "float32")
         return
     if not has_lora(policy.model):
-        raise ValueError(f"the run {source} was trained without adapters (use_lora off): export its policy as a whole.")
+        raise UserError(f"the run {source} was trained without adapters (use_lora off): export its policy as a whole.")
     with whole_folder(out) as partial:
         base = TrainConfig.load(run[0] / "config.json").actor.pretrained_checkpoint
         save_adapter(policy.model, partial, base_model=base)
@@ -80,7 +81,7 @@ def load_run(folder: Path, checkpoint: Path, *, dtype: torch.dtype | None = None
     if config.actor.pretrained_checkpoint.startswith(RANDOM) and (
         config.actor.use_lora or config.actor.freeze_vla_backbone
     ):
-        raise ValueError(
+        raise UserError(
             f"the run in {folder} started from random weights, which differ between devices, and its checkpoints keep "
             f"only what learned: its policy as a whole is in {folder / 'policy'}."
         )
@@ -95,7 +96,7 @@ def load_run(folder: Path, checkpoint: Path, *, dtype: torch.dtype | None = None
     try:
         Checkpoint(policy=TrainableState(policy.model)).load(checkpoint, components=["policy"], map_location="cpu")
     except CheckpointError as error:
-        raise ValueError(f"{checkpoint} does not hold the policy of the run in {folder}: {error}.") from error
+        raise UserError(f"{checkpoint} does not hold the policy of the run in {folder}: {error}.") from error
     return policy
 
 
@@ -110,11 +111,11 @@ def _run_of(source: str) -> tuple[Path, Path] | None:
         return None
     if named:
         if damage := find_damage(path):
-            raise ValueError(f"{path} is damaged: {'; '.join(damage[:3])}. Export another checkpoint of the run.")
+            raise UserError(f"{path} is damaged: {'; '.join(damage[:3])}. Export another checkpoint of the run.")
         return run, path
     newest = newest_whole(run / CHECKPOINTS)
     if newest is None:
-        raise ValueError(
+        raise UserError(
             f"the run in {run} has no checkpoint: it ended before its first one, and there is nothing to export."
         )
     return run, newest

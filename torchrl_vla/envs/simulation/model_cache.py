@@ -23,6 +23,7 @@ import numpy as np
 
 from torchrl_vla.envs.installation import import_libero
 from torchrl_vla.envs.simulation.scene import Scene
+from torchrl_vla.errors import UserError
 
 __all__ = [
     "CompiledModel",
@@ -168,7 +169,7 @@ def _load_model(key: str) -> mujoco.MjModel | None:
     for path in sorted((cache_folder() / "models").glob(f"{key}-*.mjb")):
         try:
             if f"{_checksum(path):08x}" != path.stem.rpartition("-")[2]:
-                raise ValueError("its checksum is wrong")
+                raise UserError("its checksum is wrong")
             return mujoco.MjModel.from_binary_path(str(path))
         except (OSError, ValueError) as error:
             discard_file(path, error)

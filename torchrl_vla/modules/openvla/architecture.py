@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from transformers import LlamaConfig
 
+from torchrl_vla.errors import UserError
+
 __all__ = ["LLM_FIELDS", "OpenVLAConfig", "VisionTowerConfig"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -20,7 +22,7 @@ LLM_FIELDS = (
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 def _require_whole(name: str, value: Any) -> None:
@@ -251,7 +253,7 @@ class OpenVLAConfig:
         """
         presets = {"tiny": cls.tiny, "7b": cls.seven_b}
         if name not in presets:
-            raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(presets)}.")
+            raise UserError(f"unknown preset {name!r}; choose one of {', '.join(presets)}.")
         return presets[name](**overrides)
 
     @property

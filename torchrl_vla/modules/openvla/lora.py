@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from torchrl_vla.errors import UserError
 from torchrl_vla.modules.openvla.linear import ADAPTER, is_adapted, merged_weight
 
 if TYPE_CHECKING:
@@ -77,11 +78,11 @@ def add_lora(
         True
     """
     if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}.")
+        raise UserError(f"rank must be at least 1, got {rank}.")
     if alpha < 1:
-        raise ValueError(f"alpha must be at least 1, got {alpha}.")
+        raise UserError(f"alpha must be at least 1, got {alpha}.")
     if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}.")
+        raise UserError(f"dropout must be in [0, 1), got {dropout}.")
     names = _select(model, target_modules)
     attach_adapters(model, names, rank=rank, alpha=min(alpha, rank, 16), dropout=dropout, dtype=dtype)
     return model
@@ -93,11 +94,11 @@ def _select(model: OpenVLA, target_modules: str | list[str]) -> list[str]:
     if target_modules == "all-linear":
         return candidates
     if isinstance(target_modules, str):
-        raise ValueError(f"target_modules must be 'all-linear' or a list of module names, got {target_modules!r}.")
+        raise UserError(f"target_modules must be 'all-linear' or a list of module names, got {target_modules!r}.")
     for target in target_modules:
         if not any(f".{name}".endswith(f".{target}") for name in candidates):
             kinds = sorted({name.rpartition(".")[2] for name in candidates})
-            raise ValueError(f"target module {target!r} fits no layer; the layers are called {', '.join(kinds)}.")
+            raise UserError(f"target module {target!r} fits no layer; the layers are called {', '.join(kinds)}.")
     return [name for name in candidates if any(f".{name}".endswith(f".{target}") for target in target_modules)]
 
 
@@ -118,7 +119,7 @@ def attach_adapters(
         ValueError: the model has adapters already.
     """
     if has_lora(model):
-        raise ValueError("the model has adapters already: merge them with merge_lora before adding others.")
+        raise UserError("the model has adapters already: merge them with merge_lora before adding others.")
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, init_lora_weights="gaussian"
     )
@@ -160,7 +161,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     """
     layers = list(lora_layers(model).values())
     if not layers:
-        raise ValueError("the model has no adapters to leave out: a reference without them needs use_lora=True.")
+        raise UserError("the model has no adapters to leave out: a reference without them needs use_lora=True.")
     # peft's own switch also clears requires_grad, which must outlive this block; the flag alone is what forward reads.
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from torchrl_vla.errors import UserError
+
 if TYPE_CHECKING:
     from torchrl_vla.modules.openvla.model import OpenVLA
 
@@ -25,13 +27,13 @@ def check_4bit(device: torch.device) -> None:
         ValueError: without CUDA or without bitsandbytes.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
-        raise ValueError(
+        raise UserError(
             f"load_in_4bit needs a CUDA device, but the model goes to {str(device)!r} and CUDA is "
             f"{'' if torch.cuda.is_available() else 'not '}available: pass device='cuda' on a GPU machine, or leave "
             "load_in_4bit out."
         )
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("load_in_4bit needs bitsandbytes: install it with `pip install torchrl-vla[cuda]`.")
+        raise UserError("load_in_4bit needs bitsandbytes: install it with `pip install torchrl-vla[cuda]`.")
 
 
 def prepare_4bit(model: OpenVLA, device: torch.device, compute_dtype: torch.dtype) -> None:
