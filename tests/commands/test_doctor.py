@@ -14,8 +14,9 @@ from torchrl_vla.checkpoints import diagnosis as doctor
 from torchrl_vla.checkpoints.locations import BUNDLED
 from torchrl_vla.checkpoints.openvla_format import save_openvla
 from torchrl_vla.cli import main
-from torchrl_vla.commands.evaluate import EvaluateConfig, _acting
+from torchrl_vla.config import EvaluateConfig
 from torchrl_vla.modules import OpenVLA, OpenVLAConfig
+from torchrl_vla.recipes.evaluate import _acting
 
 DATA = Path(__file__).parents[1] / "data" / "openvla" / "checkpoint"
 
@@ -263,3 +264,12 @@ def test_a_runs_folder_stands_for_its_policy(tmp_path: Path, capsys: pytest.Capt
     save_openvla(OpenVLA(OpenVLAConfig.tiny()), tmp_path / "policy")
     assert diagnose(str(tmp_path), "--device", "cpu") == 1
     assert f"checkpoint    {tmp_path / 'policy'}" in capsys.readouterr().out
+
+
+def test_findings_that_cannot_be_written_are_told_before_the_checks(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for place in (str(tmp_path), "/proc/nothing", "/dev/null/findings.json", ""):
+        assert diagnose(BUNDLED, "--json", place) == 2
+        output = capsys.readouterr()
+        assert "--json" in output.err and not output.out

@@ -10,11 +10,12 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_vla.collectors import EpisodePlan
-from torchrl_vla.commands.evaluate import EvaluateConfig, _acting, _plan
+from torchrl_vla.config import EvaluateConfig
 from torchrl_vla.envs import LiberoEnv
 from torchrl_vla.envs.simulation.simulator import LiberoSimulator
 from torchrl_vla.evaluation.protocol import evaluate
 from torchrl_vla.evaluation.report import EvaluationReport
+from torchrl_vla.recipes.evaluate import _acting, _plan
 
 SUITE, WORKERS, SLOTS, KEPT = "libero_object", 2, 4, 5
 
