@@ -197,8 +197,11 @@ def test_a_7b_model_without_memory_is_a_problem(monkeypatch: pytest.MonkeyPatch)
     assert "lower --num-envs" in check.message and "export --dtype bfloat16" in check.message
 
 
-def test_weights_that_learn_are_counted_in_float32(copy_release: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_weights_that_learn_are_counted_in_float32(
+    copy_release: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a device that is no CPU, where weights that stay as they are have the checkpoint's bfloat16."""
+    monkeypatch.setattr("torchrl_vla.training.devices.choose_device", lambda name: torch.device(name))
     folder, out = copy_release(tmp_path / "l1"), tmp_path / "found.json"
     options = ["--finetuned-on-discrete-actions", "--device", "meta", "--no-use-lora", "--json", str(out)]
     counted = {}
