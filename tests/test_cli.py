@@ -34,6 +34,7 @@ def test_it_is_a_module_and_knows_its_version() -> None:
     [
         (UserError("num_envs must be positive, got 0."), "num_envs must be positive, got 0."),
         (OSError(28, "No space left on device", "/data/run"), "/data/run: No space left on device. Choose another"),
+        (OSError(28, "No space left on device"), "train: No space left on device. Choose another place"),
         (OSError(30, "Read-only file system", "/mnt/run"), "/mnt/run: Read-only file system. Choose another place"),
         (PermissionError(13, "Permission denied", "/root/run"), "/root/run: Permission denied. Choose another place"),
         (OSError(36, "File name too long", "n" * 300), "n: File name too long. Choose another place"),
@@ -42,7 +43,7 @@ def test_it_is_a_module_and_knows_its_version() -> None:
 )
 def test_what_the_user_can_mend_is_a_sentence(error: Exception, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_run", raising(error))
-    with pytest.raises(SystemExit, match=rf"^torchrl-vla train: .*{sentence}"):
+    with pytest.raises(SystemExit, match=rf"^torchrl-vla .*{sentence}"):
         cli.main(["train"])
 
 
@@ -121,3 +122,15 @@ def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="--json .* is a folder: name a file"):
         check_output_file(tmp_path, "--json")
+
+
+def test_the_packages_own_sentences_have_their_own_type() -> None:
+    """A plain ValueError would be shown as a defect."""
+    package = Path(torchrl_vla.__file__).parent
+    plain = [
+        f"{path.relative_to(package)}:{number}"
+        for path in package.rglob("*.py")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if line.strip().startswith("raise ValueError(")
+    ]
+    assert not plain, "raise torchrl_vla.errors.UserError"

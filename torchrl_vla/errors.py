@@ -38,8 +38,10 @@ def user_sentence(error: BaseException) -> str | None:
         >>> user_sentence(ValueError("math domain error")) is None
         True
     """
-    if isinstance(error, ValueError):
+    if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in _OF_THE_PLACE and error.filename is not None:
-        return f"{error.filename}: {error.strerror}. Choose another place, or make room or rights there."
+    if isinstance(error, OSError) and error.errno in _OF_THE_PLACE:
+        # A write that fails does not know the file's name.
+        where = "" if error.filename is None else f"{error.filename}: "
+        return f"{where}{error.strerror}. Choose another place, or make room or rights there."
     return None

@@ -84,13 +84,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): a JSON file is expected there.") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): a JSON file is expected there.") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): download or write it again.") from error
+        raise UserError(f"{path} is not valid JSON ({error}): download or write it again.") from error
     if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} holds a JSON {type(content).__name__} where an object is expected: download it again."
-        )
+        raise UserError(f"{path} holds a JSON {type(content).__name__} where an object is expected: download it again.")
     return content
 
 

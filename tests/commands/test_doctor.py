@@ -336,3 +336,12 @@ def test_a_runs_folder_stands_for_its_policy(tmp_path: Path, capsys: pytest.Capt
     save_openvla(OpenVLA(OpenVLAConfig.tiny()), tmp_path / "policy")
     assert diagnose(str(tmp_path), "--device", "cpu") == 1
     assert f"checkpoint    {tmp_path / 'policy'}" in capsys.readouterr().out
+
+
+def test_findings_that_cannot_be_written_are_told_before_the_checks(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for place in (str(tmp_path), "/proc/nothing", "/dev/null/findings.json", ""):
+        assert diagnose(BUNDLED, "--json", place) == 2
+        output = capsys.readouterr()
+        assert "--json" in output.err and not output.out

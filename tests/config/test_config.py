@@ -107,6 +107,7 @@ def test_names_without_effect_say_so_when_set():
         (OpenVLAActorConfig, {"use_multi_gpu": True, "secondary_gpu_id": 0}, "two different GPUs"),
         (OpenVLAActorConfig, {"lora_rank": 0}, "lora_rank must be positive"),
         (TrainConfig, {"resume": True}, "resume needs run_dir"),
+        (TrainConfig, {"allow_changed": ["actor_lr"]}, "allow_changed is for a run that is resumed"),
     ],
 )
 def test_bad_values_are_named(cls, values, message):

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -300,3 +301,11 @@ def test_libero_is_imported_on_odd_machines(variables: dict[str, str], tmp_path:
     assert run.returncode == 0, run.stderr
     if "TORCHRL_VLA_CACHE" in variables:
         assert run.stdout.split()[-1] == str(tmp_path / "numba")
+
+
+def test_a_user_without_a_home_is_given_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs as a user it does not know."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    installation._ensure_home()
+    assert os.environ["HOME"] == "/"

@@ -10,11 +10,12 @@ import torch
 from tensordict import TensorDictBase
 
 from torchrl_vla.collectors import EpisodePlan
-from torchrl_vla.commands.evaluate import EvaluateConfig, _acting, _plan
+from torchrl_vla.config import EvaluateConfig
 from torchrl_vla.envs import LiberoEnv
 from torchrl_vla.envs.simulation.simulator import LiberoSimulator
 from torchrl_vla.evaluation.protocol import evaluate
 from torchrl_vla.evaluation.report import EvaluationReport
+from torchrl_vla.recipes.evaluate import _acting, _plan
 
 SUITE, WORKERS, SLOTS, KEPT = "libero_object", 2, 4, 5
 
@@ -65,7 +66,7 @@ def run(plan: EpisodePlan, monkeypatch: pytest.MonkeyPatch) -> tuple[EvaluationR
 
 def test_each_worker_loads_each_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
     config = EvaluateConfig("bundled:tiny", task_suite=SUITE, episodes_per_task=20)
-    plan = _plan(config, _acting(config, config.checkpoint))
+    plan = _plan(config, _acting(config, config.pretrained_checkpoint))
     report, loads = run(plan, monkeypatch)
     assert loads == 10 * WORKERS
     # In turns, as suites of one model are run, the same episodes come out, after many more loads.
@@ -79,4 +80,4 @@ def test_each_worker_loads_each_model_once(monkeypatch: pytest.MonkeyPatch) -> N
 def test_suites_of_one_model_are_run_in_turns() -> None:
     """So that what is kept of an evaluation on its way says something about every task."""
     config = EvaluateConfig("bundled:tiny", task_suite="libero_goal", task_ids=[4, 2], episodes_per_task=2)
-    assert [episode.task_id for episode in _plan(config, _acting(config, config.checkpoint))] == [4, 2, 4, 2]
+    assert [episode.task_id for episode in _plan(config, _acting(config, config.pretrained_checkpoint))] == [4, 2, 4, 2]

@@ -139,7 +139,7 @@ def test_train_resume_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture, mo
     assert films_made[0].items() <= simulations[0].items()
 
     main(["train", "--resume", "--run-dir", str(run), "--timesteps", "70", "--num-envs", "1", "--no-val-videos"])
-    assert "Going on from" in capsys.readouterr().out
+    assert "Resumed from" in capsys.readouterr().out
     assert [float(row["update"]) for row in rows(run)] == [0.0, 1.0, 2.0, 3.0]
     # What it was resumed with is what it is resumed with the next time.
     steps = [TrainConfig.load(run / name).ppo.total_timesteps for name in ("config.json", "config-1.json")]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torchrl_vla.config.validation import check_fields, positive
+from torchrl_vla.errors import UserError
 
 __all__ = ["CheckpointBench"]
 
@@ -44,7 +45,7 @@ class CheckpointBench:
         check_fields(self)
         positive(self, "batch_size")
         if self.folder is not None and self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} exists already: choose another folder, or leave it out.")
+            raise UserError(f"{self.folder} exists already: choose another folder, or leave it out.")
 
     def run(self) -> None:
         """Measure, print, and write the file."""
@@ -54,7 +55,7 @@ class CheckpointBench:
 
         device = choose_device(self.device)
         if self.model == "7b" and device.type != "cuda":
-            raise ValueError("the 7B model is measured on a GPU, and there is none: use --model tiny to try it out.")
+            raise UserError("the 7B model is measured on a GPU, and there is none: use --model tiny to try it out.")
         folder = self.folder or Path(tempfile.mkdtemp(prefix="checkpoint-", dir="."))
         report = Report(
             f"Checkpoint of the {self.model} model", {"device": str(device), "folder": str(folder)}, self.json

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torchrl_vla.config.validation import check_fields, positive
+from torchrl_vla.errors import UserError
 
 __all__ = ["GpuBench", "SECTIONS"]
 
@@ -46,10 +47,10 @@ class GpuBench:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.model not in ("7b", "tiny"):
-            raise ValueError(f"model must be 7b or tiny, got {self.model!r}.")
+            raise UserError(f"model must be 7b or tiny, got {self.model!r}.")
         unknown = sorted(set(self.sections) - set(SECTIONS))
         if unknown or not self.sections:
-            raise ValueError(f"sections must be among {', '.join(SECTIONS)}, got {', '.join(unknown) or 'none'}.")
+            raise UserError(f"sections must be among {', '.join(SECTIONS)}, got {', '.join(unknown) or 'none'}.")
         positive(self, "section_seconds", "num_envs", "decisions")
 
     def run(self) -> None:
@@ -62,7 +63,7 @@ class GpuBench:
 
         started = time.perf_counter()
         if self.model == "7b" and not torch.cuda.is_available():
-            raise ValueError("the 7B model is measured on a GPU, and there is none: use --model tiny to try it out.")
+            raise UserError("the 7B model is measured on a GPU, and there is none: use --model tiny to try it out.")
         settings = {"model": self.model, "sections": ", ".join(self.sections), "decisions": self.decisions}
         report = Report("GPU: a decision of 7B is 349 tokens" if self.model == "7b" else "tiny", settings, self.json)
         bench = Bench(self.model, num_envs=self.num_envs, num_decisions=self.decisions, report=report, started=started)

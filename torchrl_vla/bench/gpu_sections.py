@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from torchrl_vla.bench.gpu_policy import GIB, Bench, set_adapters
 from torchrl_vla.bench.measurements import Figure
+from torchrl_vla.errors import UserError
 from torchrl_vla.modules.openvla import blocks, vision
 
 _WANTED_ROLLOUT = {1: 12.5, 8: 9.0, 32: 8.5}
@@ -78,7 +79,7 @@ def peft_layers() -> Iterator[None]:
 def measure_naive(bench: Bench) -> None:
     """The plain loop: peft's layers, one sample at a time, everything recomputed, the cache emptied."""
     if bench.model.accelerated:
-        raise ValueError("naive has to be measured before the fast paths are on")
+        raise UserError("naive has to be measured before the fast paths are on")
     model = bench.model
     set_adapters(model, model.dtype)
     with peft_layers():
@@ -294,7 +295,7 @@ def measure_attention(bench: Bench) -> None:
 def measure_capped(bench: Bench) -> None:
     """The 24gb preset with the card's memory cut to 24 GiB: what does not fit fails."""
     if not bench.on_gpu:
-        raise ValueError("only a GPU's memory can be cut")
+        raise UserError("only a GPU's memory can be cut")
     bench.accelerate()
     bench.clean()
     total = torch.cuda.get_device_properties(0).total_memory

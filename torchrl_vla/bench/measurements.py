@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from torchrl_vla.errors import UserError
 from torchrl_vla.versions import versions
 
 __all__ = ["Figure", "Report", "machine"]
@@ -96,7 +97,7 @@ class Report:
 
     def __init__(self, title: str, settings: dict[str, object], json_file: Path | None = None) -> None:
         if json_file is not None and not json_file.absolute().parent.is_dir():
-            raise ValueError(f"{json_file} cannot be written: there is no folder {json_file.absolute().parent}.")
+            raise UserError(f"{json_file} cannot be written: there is no folder {json_file.absolute().parent}.")
         self.figures: list[Figure] = []
         self.notes: dict[str, object] = {}
         self._json_file = json_file

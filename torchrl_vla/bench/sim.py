@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torchrl_vla.config.ids import Ids
 from torchrl_vla.config.validation import check_fields, check_ids, positive
+from torchrl_vla.errors import UserError
 
 __all__ = ["SimulatorBench"]
 
@@ -51,7 +52,7 @@ class SimulatorBench:
         check_ids(self, "task_ids", "num_workers", "num_envs")
         for name in ("num_workers", "num_envs"):
             if 0 in (getattr(self, name) or ()):
-                raise ValueError(f"{name} must be positive numbers, got {getattr(self, name)}.")
+                raise UserError(f"{name} must be positive numbers, got {getattr(self, name)}.")
         cores = len(os.sched_getaffinity(0))
         if self.quick:
             self.rounds, self.stock_resets = min(self.rounds, 5), 1

@@ -19,6 +19,7 @@ from torchrl_vla.collectors.planned import PlannedCollector
 from torchrl_vla.collectors.seeds import decision_seeds, episode_seeds
 from torchrl_vla.collectors.slots import EnvSlots
 from torchrl_vla.collectors.trajectories import TrajectoryRecorder
+from torchrl_vla.errors import UserError
 from torchrl_vla.modules.distributions import SEED_KEY
 
 __all__ = ["GroupCollector", "Progress"]
@@ -145,7 +146,7 @@ class GroupCollector(PlannedCollector):
         )
         envs = [env] if isinstance(env, EnvBase) else list(env)
         if not envs:
-            raise ValueError("The collector needs at least one environment, got an empty list.")
+            raise UserError("The collector needs at least one environment, got an empty list.")
         self.policy = policy
         self.init_random_frames = init_random_frames
         self.exploration_type = exploration_type
@@ -178,7 +179,7 @@ class GroupCollector(PlannedCollector):
             RuntimeError: if the environment starts another episode than it was asked to.
         """
         if not len(plan):
-            raise ValueError("The plan has no episodes; it needs at least one.")
+            raise UserError("The plan has no episodes; it needs at least one.")
         seeds = episode_seeds(self.seed, self._collections if number is None else number, plan)
         collection = _Collection(plan, seeds, [Lane(slots) for slots in self._slots])
         with set_exploration_type(self.exploration_type), make_executor(len(self._slots)) as executor:
@@ -216,7 +217,7 @@ class GroupCollector(PlannedCollector):
             The seed for whatever comes next.
         """
         if seed < 0:
-            raise ValueError(f"seed={seed} must not be negative.")
+            raise UserError(f"seed={seed} must not be negative.")
         self.seed = seed
         for slots in self._slots:
             seed = slots.env.set_seed(seed, static_seed=static_seed)

@@ -8,6 +8,8 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
+from torchrl_vla.errors import UserError
+
 __all__ = ["Episode", "EpisodePlan"]
 
 
@@ -41,11 +43,11 @@ class EpisodePlan(Sequence[Episode]):
     def __init__(self, starts: Iterable[tuple[int, int]], *, group_size: int = 1, first_group_id: int = 0) -> None:
         self._starts = [(int(task), int(state)) for task, state in starts]
         if not self._starts:
-            raise ValueError("A plan needs at least one (task_id, init_state_id) to start from; got none.")
+            raise UserError("A plan needs at least one (task_id, init_state_id) to start from; got none.")
         if min(map(min, self._starts)) < 0:
-            raise ValueError(f"Task and initial state ids must not be negative, got {min(self._starts)}.")
+            raise UserError(f"Task and initial state ids must not be negative, got {min(self._starts)}.")
         if group_size < 1:
-            raise ValueError(f"group_size={group_size} must be at least 1.")
+            raise UserError(f"group_size={group_size} must be at least 1.")
         self.group_size = group_size
         self.first_group_id = first_group_id
 
@@ -81,14 +83,14 @@ class EpisodePlan(Sequence[Episode]):
         """
         states = {int(task): list(ids) for task, ids in init_states.items()}
         if not states:
-            raise ValueError("init_states is empty: name at least one task and its initial states.")
+            raise UserError("init_states is empty: name at least one task and its initial states.")
         for task, ids in states.items():
             if not ids or len(set(ids)) < len(ids):
-                raise ValueError(f"init_states of task {task} must be distinct and not empty, got {ids}.")
+                raise UserError(f"init_states of task {task} must be distinct and not empty, got {ids}.")
         if groups < 1:
-            raise ValueError(f"groups={groups} must be at least 1.")
+            raise UserError(f"groups={groups} must be at least 1.")
         if group_size < 1:
-            raise ValueError(f"group_size={group_size} must be at least 1.")
+            raise UserError(f"group_size={group_size} must be at least 1.")
         starts = _shuffled_starts(states, np.random.default_rng(seed))
         return (cls(islice(starts, groups), group_size=group_size, first_group_id=first) for first in count(0, groups))
 

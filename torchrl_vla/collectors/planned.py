@@ -14,6 +14,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.collectors import BaseCollector
 
 from torchrl_vla.collectors.plan import Episode
+from torchrl_vla.errors import UserError
 
 __all__ = ["PlannedCollector"]
 
@@ -58,9 +59,9 @@ class PlannedCollector(BaseCollector):
     ) -> None:
         super().__init__(pre_collect_hook=pre_collect_hook, post_collect_hook=post_collect_hook)
         if min_control_steps is not None and min_control_steps < 1:
-            raise ValueError(f"min_control_steps={min_control_steps} must be at least 1; None takes plan by plan.")
+            raise UserError(f"min_control_steps={min_control_steps} must be at least 1; None takes plan by plan.")
         if seed is not None and seed < 0:
-            raise ValueError(f"seed={seed} must not be negative; None draws one.")
+            raise UserError(f"seed={seed} must not be negative; None draws one.")
         self.min_control_steps = min_control_steps
         self.total_frames = total_frames
         self.seed = int(torch.randint(1 << 62, ())) if seed is None else seed
@@ -113,7 +114,7 @@ class PlannedCollector(BaseCollector):
         """
         ahead = state_dict["plans"] - self._plans_taken
         if ahead < 0:
-            raise ValueError(
+            raise UserError(
                 f"The state was taken after {state_dict['plans']} plans, and this collector has taken "
                 f"{self._plans_taken}: load it into a new one."
             )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchrl_vla.collectors.plan import Episode
+from torchrl_vla.errors import UserError
 from torchrl_vla.modules.distributions import mix_seed
 
 __all__ = ["decision_seeds", "episode_seeds"]
@@ -31,11 +32,11 @@ def episode_seeds(seed: int, number: int, plan: Sequence[Episode]) -> Tensor:
         True
     """
     if seed < 0 or number < 0:
-        raise ValueError(f"seed={seed} and number={number} must not be negative.")
+        raise UserError(f"seed={seed} and number={number} must not be negative.")
     names = [(episode.group_id, episode.member) for episode in plan]
     if len(set(names)) < len(names):
         twice = next(name for index, name in enumerate(names) if name in names[:index])
-        raise ValueError(
+        raise UserError(
             f"Member {twice[1]} of group {twice[0]} is planned twice, and would draw the same random numbers twice: "
             "number the members of a group (Episode.member), as EpisodePlan does."
         )

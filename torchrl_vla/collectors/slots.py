@@ -14,6 +14,7 @@ from torchrl.envs import EnvBase, TransformedEnv
 
 from torchrl_vla.collectors.plan import Episode
 from torchrl_vla.collectors.trajectories import non_tensor, non_tensor_leaves
+from torchrl_vla.errors import UserError
 
 __all__ = ["EnvSlots", "ReplacesWorkers"]
 
@@ -56,7 +57,7 @@ class EnvSlots:
     def __init__(self, env: EnvBase) -> None:
         missing = {"task_id", "init_state_id"} - set(env.observation_spec.keys())
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"The environment does not report {sorted(missing)}: without them in its observations nobody could "
                 "tell whether it started the planned episode. LiberoEnv reports them; add them to yours."
             )

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from torchrl_vla.errors import UserError
 from torchrl_vla.files import check_output_folder
 
 __all__ = ["CompareConfig", "main"]
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     check_output_folder(config.out, "--out")
     if (config.out / "comparison.json").exists():
-        raise ValueError(f"{config.out} holds a comparison already: choose another --out.")
+        raise UserError(f"{config.out} holds a comparison already: choose another --out.")
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "comparison.json").write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
     write_html(config.out / "comparison.html", new, comparison=comparison)

@@ -94,10 +94,12 @@ def main(arguments: Sequence[str]) -> None:
     from torchrl_vla.checkpoints.locations import find_policy
     from torchrl_vla.checkpoints.memory_estimate import estimate_memory
     from torchrl_vla.checkpoints.trainable import weights_dtype
-    from torchrl_vla.files import write_json
+    from torchrl_vla.files import check_output_file, write_json
     from torchrl_vla.training.devices import choose_device
 
     try:
+        if options.json is not None:
+            check_output_file(options.json, "--json")
         device = choose_device(options.device)
         summary = inspect_checkpoint(
             open_checkpoint(find_policy(options.checkpoint)),

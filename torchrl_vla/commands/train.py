@@ -10,6 +10,7 @@ from torchrl_vla.commands.options import given_options
 from torchrl_vla.config import TrainConfig
 from torchrl_vla.config.presets import PRESETS, choose_preset
 from torchrl_vla.envs.processes import check_temporary_folder, prepare_processes
+from torchrl_vla.errors import UserError
 
 __all__ = ["main"]
 
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     run_dir = given.get("run_dir")
     if given.get("resume") and run_dir is not None:
         if given.get("preset") is not None:
-            raise ValueError("a resumed run keeps its own options: leave out --preset.")
+            raise UserError("a resumed run keeps its own options: leave out --preset.")
         default, origin = TrainConfig.load(run_dir / "config.json"), f"those of the run in {run_dir}"
     else:
         preset = choose_preset(given.get("preset") or "auto")

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 import tyro
 
 from torchrl_vla.config.validation import check_fields, fraction, non_negative, positive, warn_without_effect
+from torchrl_vla.errors import UserError
 
 __all__ = ["OpenVLAActorConfig"]
 
@@ -94,18 +95,18 @@ class OpenVLAActorConfig:
         non_negative(self, "gpu_id", "secondary_gpu_id")
         fraction(self, "lora_dropout")
         if self.lora_dropout == 1:
-            raise ValueError("lora_dropout must be below 1, got 1: the adapters would never learn.")
+            raise UserError("lora_dropout must be below 1, got 1: the adapters would never learn.")
         if self.num_images_in_input not in (1, 2):
-            raise ValueError(
+            raise UserError(
                 "num_images_in_input must be 1 (agentview) or 2 (with the wrist camera), "
                 f"got {self.num_images_in_input}."
             )
         if not self.use_tokenized_actions and not self.load_l1_action_head:
-            raise ValueError(
+            raise UserError(
                 "use_tokenized_actions=False and load_l1_action_head=False leave no way to act: turn one of them on."
             )
         if self.use_multi_gpu and self.gpu_id == self.secondary_gpu_id:
-            raise ValueError(
+            raise UserError(
                 f"use_multi_gpu needs two different GPUs, but gpu_id and secondary_gpu_id are both {self.gpu_id}."
             )
         warn_without_effect(
@@ -123,7 +124,7 @@ class OpenVLAActorConfig:
             ValueError: use_tokenized_actions is off.
         """
         if not self.use_tokenized_actions:
-            raise ValueError(
+            raise UserError(
                 "PPO needs use_tokenized_actions=True: the L1 head is deterministic, so there is no probability to "
                 "make larger. Keep the L1 head loaded for comparison (load_l1_action_head=True) and act by tokens."
             )

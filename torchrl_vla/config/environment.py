@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from torchrl_vla.config.ids import Ids
 from torchrl_vla.config.validation import check_fields, check_ids, non_negative, positive
+from torchrl_vla.errors import UserError
 
 __all__ = ["EnvironmentConfig"]
 
@@ -72,7 +73,7 @@ class EnvironmentConfig:
         non_negative(self, "task_id", "settle_steps")
         check_ids(self, "task_ids", "init_state_ids", "val_init_state_ids")
         if self.image_size is not None and (min(self.image_size) <= 0 or self.image_size[0] != self.image_size[1]):
-            raise ValueError(f"image_size must be square and positive, as OpenVLA's towers are, got {self.image_size}.")
+            raise UserError(f"image_size must be square and positive, as OpenVLA's towers are, got {self.image_size}.")
 
     @property
     def simulation(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import tyro
 
 from torchrl_vla.config.ids import Ids
 from torchrl_vla.config.validation import check_fields, check_ids, positive, temperature
+from torchrl_vla.errors import UserError
 
 __all__ = ["EvaluateConfig"]
 
@@ -88,7 +89,7 @@ class EvaluateConfig:
         temperature(self, "eval_temperature")
         check_ids(self, "task_ids", "init_state_ids")
         if self.num_images_in_input not in (1, 2):
-            raise ValueError(
+            raise UserError(
                 "num_images_in_input must be 1 (agentview) or 2 (with the wrist camera), "
                 f"got {self.num_images_in_input}."
             )

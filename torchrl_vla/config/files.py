@@ -9,6 +9,8 @@ import typing
 from pathlib import Path
 from typing import Any, Self
 
+from torchrl_vla.errors import UserError
+
 __all__ = ["SavedConfig", "convert_0_1_0"]
 
 #: Fields of 0.1.0 that have another name now.
@@ -45,20 +47,21 @@ class SavedConfig:
             ValueError: there is no such file, it is no JSON, or it is of a run of another command or version.
         """
         if not os.path.isfile(path):
-            raise ValueError(
+            raise UserError(
                 f"{path.parent} is not the folder of a run: it has no {path.name}. Leave out --resume to start one."
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}): the run cannot be resumed from it.") from error
+            raise UserError(f"{path} is not valid JSON ({error}): the run cannot be resumed from it.") from error
         try:
-            return _build(cls, convert_0_1_0(values))
+            config: Self = _build(cls, convert_0_1_0(values))
         except (TypeError, KeyError, AttributeError) as error:
             command = cls.__name__.removesuffix("Config").lower()
-            raise ValueError(f"{path} was not written by this version of `torchrl-vla {command}`: {error}.") from error
+            raise UserError(f"{path} was not written by this version of `torchrl-vla {command}`: {error}.") from error
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise UserError(f"{path}: {error}") from error
+        return config
 
 
 def _build(cls: type, values: dict[str, Any]) -> Any:

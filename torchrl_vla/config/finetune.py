@@ -11,6 +11,7 @@ import tyro
 
 from torchrl_vla.config.files import SavedConfig
 from torchrl_vla.config.validation import check_fields, fraction, non_negative, positive
+from torchrl_vla.errors import UserError
 
 __all__ = ["FinetuneConfig"]
 
@@ -129,7 +130,7 @@ class FinetuneConfig(SavedConfig):
     def __post_init__(self) -> None:
         check_fields(self)
         if not self.dataset:
-            raise ValueError("dataset is empty: name at least one folder of demonstrations.")
+            raise UserError("dataset is empty: name at least one folder of demonstrations.")
         positive(
             self, "lora_rank", "lora_alpha", "episodes_per_task", "steps", "mini_batch_size", "batch_size", "actor_lr",
             "max_grad_norm", "log_interval", "val_interval", "save_interval",
@@ -142,21 +143,23 @@ class FinetuneConfig(SavedConfig):
         positive(self, "crop_area")
         for name in ("lora_dropout", "ema_decay"):
             if getattr(self, name) == 1:
-                raise ValueError(f"{name} must be below 1, got 1: nothing would be learned.")
+                raise UserError(f"{name} must be below 1, got 1: nothing would be learned.")
+        if self.allow_changed and not self.resume:
+            raise UserError("allow_changed is for a run that is resumed: use --resume, or leave it out.")
         if self.lr_warmup_steps >= self.steps:
-            raise ValueError(
+            raise UserError(
                 f"lr_warmup_steps ({self.lr_warmup_steps}) must be below steps ({self.steps}): lower --lr-warmup-steps "
                 "for a short run."
             )
         if self.batch_size is not None and self.mini_batch_size % self.batch_size:
-            raise ValueError(
+            raise UserError(
                 f"batch_size ({self.batch_size}) must divide mini_batch_size ({self.mini_batch_size}) evenly."
             )
         if self.num_images_in_input not in (1, 2):
-            raise ValueError(f"num_images_in_input must be 1 or 2, got {self.num_images_in_input}.")
+            raise UserError(f"num_images_in_input must be 1 or 2, got {self.num_images_in_input}.")
         if self.freeze_l1_action_head and self.objective != "l1":
-            raise ValueError("freeze_l1_action_head needs objective=l1: with tokens the L1 head is never trained.")
+            raise UserError("freeze_l1_action_head needs objective=l1: with tokens the L1 head is never trained.")
         if self.freeze_vla_backbone and (self.use_lora or self.freeze_l1_action_head):
-            raise ValueError("freeze_vla_backbone trains the heads only: leave out use_lora and freeze_l1_action_head.")
+            raise UserError("freeze_vla_backbone trains the heads only: leave out use_lora and freeze_l1_action_head.")
         if self.freeze_vla_backbone and self.objective == "tokens":
-            raise ValueError("freeze_vla_backbone needs objective=l1: the action tokens' head is part of the backbone.")
+            raise UserError("freeze_vla_backbone needs objective=l1: the action tokens' head is part of the backbone.")

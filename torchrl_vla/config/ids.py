@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 from tyro.constructors import PrimitiveConstructorSpec
 
+from torchrl_vla.errors import UserError
+
 __all__ = ["Ids", "parse_ids"]
 
 #: No suite has as many tasks or states; a longer range is a slip of the fingers.
@@ -34,9 +36,9 @@ def parse_ids(words: Sequence[str]) -> list[int] | None:
         match = re.fullmatch(r"\s*(-?\d{1,40})(?:(?:-|\.\.)(\d{1,40}))?\s*", part, flags=re.ASCII)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first or (first != last and first < 0):
-            raise ValueError(f"expected numbers or ranges such as 0 1 2, 0-3 or 0-3,7, got {part!r}")
+            raise UserError(f"expected numbers or ranges such as 0 1 2, 0-3 or 0-3,7, got {part!r}")
         if last > _LARGEST_ID:
-            raise ValueError(f"numbers go up to {_LARGEST_ID}, got {part!r}")
+            raise UserError(f"numbers go up to {_LARGEST_ID}, got {part!r}")
         ids += range(first, last + 1)
     return ids
 

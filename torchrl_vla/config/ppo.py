@@ -16,6 +16,7 @@ from torchrl_vla.config.validation import (
     temperature,
     warn_without_effect,
 )
+from torchrl_vla.errors import UserError
 
 __all__ = ["PPOConfig"]
 
@@ -170,30 +171,30 @@ class PPOConfig(EnvironmentConfig):
         positive(self, "verifier_gamma")
         temperature(self, "rollout_temperature", "eval_temperature")
         if self.clip_ratio_low >= 1:
-            raise ValueError(f"clip_ratio_low must be below 1 (ratios are positive), got {self.clip_ratio_low}.")
+            raise UserError(f"clip_ratio_low must be below 1 (ratios are positive), got {self.clip_ratio_low}.")
         if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_ratio_high:
-            raise ValueError(
+            raise UserError(
                 f"dual_clip must exceed 1 + clip_ratio_high = {1 + self.clip_ratio_high}, got {self.dual_clip}."
             )
         if self.rollout_temperature == 0:
-            raise ValueError(
+            raise UserError(
                 "rollout_temperature must be positive, got 0: a greedy rollout explores nothing. Use eval_temperature "
                 "for greedy evaluation."
             )
         if self.keep_low > self.keep_high:
-            raise ValueError(f"keep_low ({self.keep_low}) must not exceed keep_high ({self.keep_high}).")
+            raise UserError(f"keep_low ({self.keep_low}) must not exceed keep_high ({self.keep_high}).")
         if self.advantage_estimator != "gae" and self.group_size < 2:
-            raise ValueError(
+            raise UserError(
                 f"group_size must be at least 2 with advantage_estimator={self.advantage_estimator}, got "
                 f"{self.group_size}: a group of one episode has nothing to compare with. "
                 "Raise it, or use advantage_estimator=gae."
             )
         if self.separate_rollout_training:
-            raise ValueError(
+            raise UserError(
                 "separate_rollout_training=True is not available yet: rollouts and training share one device."
             )
         if self.training_device != self.device and self.training_device != "auto":
-            raise ValueError(
+            raise UserError(
                 f"training_device ({self.training_device!r}) must equal device ({self.device!r}) unless "
                 "separate_rollout_training is on."
             )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torchrl_vla.config import OpenVLAActorConfig, PPOConfig, TrainConfig
 from torchrl_vla.config.releases import TOKEN_CHECKPOINTS
+from torchrl_vla.errors import UserError
 
 __all__ = ["PRESETS", "choose_preset"]
 
@@ -68,7 +69,7 @@ def choose_preset(name: str = "auto") -> str:
     """
     if name != "auto":
         if name not in PRESETS:
-            raise ValueError(f"No preset {name!r}: choose auto, {', '.join(PRESETS)}.")
+            raise UserError(f"No preset {name!r}: choose auto, {', '.join(PRESETS)}.")
         return name
     import torch
 

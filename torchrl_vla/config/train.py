@@ -10,6 +10,7 @@ from torchrl_vla.config.actor import OpenVLAActorConfig
 from torchrl_vla.config.files import SavedConfig
 from torchrl_vla.config.ppo import PPOConfig
 from torchrl_vla.config.validation import check_fields, positive
+from torchrl_vla.errors import UserError
 
 __all__ = ["TrainConfig"]
 
@@ -52,5 +53,7 @@ class TrainConfig(SavedConfig):
     def __post_init__(self) -> None:
         check_fields(self)
         positive(self, "profile")
+        if self.allow_changed and not self.resume:
+            raise UserError("allow_changed is for a run that is resumed: use --resume, or leave it out.")
         if self.resume and self.run_dir is None:
-            raise ValueError("resume needs run_dir: the folder of the run to resume.")
+            raise UserError("resume needs run_dir: the folder of the run to resume.")

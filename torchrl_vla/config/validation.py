@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from torchrl_vla.errors import UserError
+
 __all__ = [
     "check_fields",
     "check_ids",
@@ -49,7 +51,7 @@ def check_fields(config: Any) -> None:
         value = getattr(config, name)
         taken, value = _taken(value, hint)
         if not taken:
-            raise ValueError(f"{name} must be {_words(hint)}, got {_short(value)}.")
+            raise UserError(f"{name} must be {_words(hint)}, got {_short(value)}.")
         setattr(config, name, value)
         for number in value if isinstance(value, list | tuple) else [value]:
             _check_number(name, number, largest.get(name, _LARGEST_INT))
@@ -57,16 +59,16 @@ def check_fields(config: Any) -> None:
 
 def _check_number(name: str, number: Any, largest: int) -> None:
     if isinstance(number, float) and not math.isfinite(number):
-        raise ValueError(f"{name} must be a finite number, got {number}.")
+        raise UserError(f"{name} must be a finite number, got {number}.")
     if isinstance(number, float) and abs(number) > _LARGEST_FLOAT:
-        raise ValueError(f"{name} must be at most {_LARGEST_FLOAT:g}, what float32 holds, got {number}.")
+        raise UserError(f"{name} must be at most {_LARGEST_FLOAT:g}, what float32 holds, got {number}.")
     if not isinstance(number, int) or isinstance(number, bool):
         return
     if name in ("seed", "sampled_init_states"):
         if not 0 <= number <= _LARGEST_SEED:
-            raise ValueError(f"{name} must lie in 0..{_LARGEST_SEED}, got {_short(number)}.")
+            raise UserError(f"{name} must lie in 0..{_LARGEST_SEED}, got {_short(number)}.")
     elif abs(number) > largest:
-        raise ValueError(f"{name} must be at most {largest}, got {_short(number)}.")
+        raise UserError(f"{name} must be at most {largest}, got {_short(number)}.")
 
 
 @functools.cache
@@ -137,7 +139,7 @@ def positive(config: Any, *names: str) -> None:
     """
     for name, value in _numbers(config, names):
         if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}.")
+            raise UserError(f"{name} must be positive, got {value}.")
 
 
 def non_negative(config: Any, *names: str) -> None:
@@ -152,7 +154,7 @@ def non_negative(config: Any, *names: str) -> None:
     """
     for name, value in _numbers(config, names):
         if not value >= 0:
-            raise ValueError(f"{name} must not be negative, got {value}.")
+            raise UserError(f"{name} must not be negative, got {value}.")
 
 
 def fraction(config: Any, *names: str) -> None:
@@ -167,7 +169,7 @@ def fraction(config: Any, *names: str) -> None:
     """
     for name, value in _numbers(config, names):
         if not 0.0 <= value <= 1.0:
-            raise ValueError(f"{name} must lie in [0, 1], got {value}.")
+            raise UserError(f"{name} must lie in [0, 1], got {value}.")
 
 
 def temperature(config: Any, *names: str) -> None:
@@ -182,7 +184,7 @@ def temperature(config: Any, *names: str) -> None:
     """
     for name, value in _numbers(config, names):
         if value != 0 and value < _LEAST_TEMPERATURE:
-            raise ValueError(f"{name} must be 0 (greedy) or at least {_LEAST_TEMPERATURE}, got {value}.")
+            raise UserError(f"{name} must be 0 (greedy) or at least {_LEAST_TEMPERATURE}, got {value}.")
 
 
 def check_ids(config: Any, *names: str) -> None:
@@ -200,11 +202,11 @@ def check_ids(config: Any, *names: str) -> None:
         if ids is None:
             continue
         if not ids:
-            raise ValueError(f"{name} is empty: name at least one, or leave it out.")
+            raise UserError(f"{name} is empty: name at least one, or leave it out.")
         if len(set(ids)) != len(ids):
-            raise ValueError(f"{name} has duplicates: {_short(ids)}. Name each once.")
+            raise UserError(f"{name} has duplicates: {_short(ids)}. Name each once.")
         if min(ids) < 0:
-            raise ValueError(f"{name} must not be negative, got {_short(ids)}.")
+            raise UserError(f"{name} must not be negative, got {_short(ids)}.")
 
 
 def warn_without_effect(config: Any, reasons: Mapping[str, str]) -> None:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from torchrl_vla.checkpoints.statistics import STATISTICS_FILE, read_statistics, write_statistics
 from torchrl_vla.datasets.episodes import CorruptEpisodeError, read_episode
 from torchrl_vla.datasets.statistics import compute_statistics
+from torchrl_vla.errors import UserError
 from torchrl_vla.files import write_json
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
 from torchrl_vla.modules.openvla.image_pipeline import lanczos3_resize
@@ -85,7 +86,7 @@ class DemonstrationIndex:
         """
         path = folder / _INDEX
         if not path.is_file():
-            raise ValueError(
+            raise UserError(
                 f"{folder} is no data set of demonstrations: it has no {_INDEX}. Make one: torchrl-vla demos."
             )
         try:
@@ -95,7 +96,7 @@ class DemonstrationIndex:
                 content["task_suite"], instructions, content["options"], content["versions"], content["outcomes"]
             )
         except (KeyError, ValueError) as error:
-            raise ValueError(f"{path} is not in the format that torchrl-vla demos writes ({error!r}).") from error
+            raise UserError(f"{path} is not in the format that torchrl-vla demos writes ({error!r}).") from error
 
 
 class DemonstrationDataset:
@@ -127,7 +128,7 @@ class DemonstrationDataset:
                 warnings.warn(f"A demonstration cannot be used and is left out: {error}", stacklevel=2)
         if not self.episodes:
             tried = len(self.index.outcomes)
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} has no usable demonstration ({tried} episodes were tried, "
                 f"{sum(outcome == 'failed' for outcome in self.index.outcomes.values())} of them failed): there is "
                 "nothing to learn from. Collect with less noise, other tasks or more episodes."
@@ -159,13 +160,13 @@ class DemonstrationDataset:
         try:
             statistics = read_statistics(self.folder)
         except ValueError as error:
-            raise ValueError(f"{error} {again}") from error
+            raise UserError(f"{error} {again}") from error
         if not statistics:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} has no {STATISTICS_FILE}, and actions cannot be normalised without. {again}"
             )
         if self.task_suite not in statistics:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder / STATISTICS_FILE} has statistics of {', '.join(sorted(statistics))}, not of "
                 f"{self.task_suite!r}."
             )
@@ -192,9 +193,9 @@ class DemonstrationDataset:
             ValueError: a number is out of range.
         """
         if per_task is not None and per_task < 1:
-            raise ValueError(f"per_task must be at least 1, or None for all episodes, got {per_task}.")
+            raise UserError(f"per_task must be at least 1, or None for all episodes, got {per_task}.")
         if held_out < 0:
-            raise ValueError(f"held_out must not be negative, got {held_out}.")
+            raise UserError(f"held_out must not be negative, got {held_out}.")
         by_task: dict[int, list[str]] = {}
         for name, data in self.episodes.items():
             by_task.setdefault(int(data["task_id"]), []).append(name)
@@ -244,14 +245,14 @@ class DemonstrationDataset:
         for name in names:
             found = self.episodes[name]["action"].shape[-1]
             if found != expected:
-                raise ValueError(
+                raise UserError(
                     f"Episode {name} has actions of {found} numbers, the policy has {expected}: fine-tune a policy of "
                     "that action dimension, or collect demonstrations for this one."
                 )
         storage_device = torch.device(device if storage_device is None else storage_device)
         names, images = self._load_images(names, image_keys, image_size, torch.device(device), storage_device)
         if not names:
-            raise ValueError(
+            raise UserError(
                 f"None of the chosen episodes of {self.folder} can be decoded: there is nothing to learn from."
             )
         parts = [self._targets(self.episodes[name], tokenizer, chunk_size) for name in names]
@@ -285,7 +286,7 @@ class DemonstrationDataset:
             recorded = sorted(self.episodes[name]["images"].keys())
             missing = sorted(set(keys) - set(recorded))
             if missing:
-                raise ValueError(
+                raise UserError(
                     f"Episode {name} was recorded with {', '.join(recorded)} and not {', '.join(missing)}: collect "
                     "demonstrations with the cameras that the policy looks through."
                 )

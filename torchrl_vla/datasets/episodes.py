@@ -17,6 +17,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from torchrl_vla.errors import UserError
+
 __all__ = ["CorruptEpisodeError", "Episode", "read_episode", "write_episode"]
 
 # A full file system kills a process that writes through a memory map, so room is made sure of before: this much more
@@ -25,7 +27,7 @@ _RESERVE_BYTES = 64 * 2**20
 _JPEG_START, _JPEG_END = (0xFF, 0xD8), (0xFF, 0xD9)
 
 
-class CorruptEpisodeError(ValueError):
+class CorruptEpisodeError(UserError):
     """An episode's folder does not hold what was written: files are missing, cut short or damaged."""
 
 
@@ -64,16 +66,16 @@ class Episode:
         lengths |= {key: len(frames) for key, frames in self.images.items()}
         for name, length in lengths.items():
             if length != steps or not steps:
-                raise ValueError(
+                raise UserError(
                     f"an episode of {steps} actions has {length} of {name}: both must be equal, at least 1."
                 )
         if self.executed_action.shape != self.action.shape:
-            raise ValueError(
+            raise UserError(
                 f"executed_action {list(self.executed_action.shape)} and action {list(self.action.shape)} differ."
             )
         for name in ("state", "action", "executed_action"):
             if not torch.isfinite(getattr(self, name)).all():
-                raise ValueError(f"{name} holds NaN or infinity; every entry of a demonstration must be a number.")
+                raise UserError(f"{name} holds NaN or infinity; every entry of a demonstration must be a number.")
 
     def to_tensordict(self) -> TensorDict:
         """The entries as they are stored; each camera's JPEGs are one blob with offsets [T + 1]."""

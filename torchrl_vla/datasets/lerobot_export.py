@@ -12,6 +12,7 @@ import simplejpeg
 from tqdm import tqdm
 
 from torchrl_vla.datasets.demonstrations import DemonstrationDataset
+from torchrl_vla.errors import UserError
 
 __all__ = ["check_lerobot", "export_lerobot"]
 
@@ -29,12 +30,12 @@ def check_lerobot(folder: Path) -> None:
         ValueError: the library `lerobot` is not installed or cannot choose the films' codec, or the folder exists.
     """
     if importlib.util.find_spec("lerobot") is None:
-        raise ValueError(
+        raise UserError(
             "export_lerobot needs the library lerobot, which is not installed: pip install lerobot, in an environment "
             "of its own if it asks for another PyTorch; `torchrl-vla demos` with the same --out records nothing twice."
         )
     if folder.exists():
-        raise ValueError(f"{folder} exists already, and LeRobot writes to a new folder only: choose another one.")
+        raise UserError(f"{folder} exists already, and LeRobot writes to a new folder only: choose another one.")
     try:
         # A library of its own that users of the export install.
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -43,7 +44,7 @@ def check_lerobot(folder: Path) -> None:
     except ImportError as error:
         lacking = str(error)
     if lacking:
-        raise ValueError(
+        raise UserError(
             "export_lerobot needs LeRobotDataset.create(vcodec=...), which lerobot has from 0.4.3 on; installed is "
             f"lerobot {importlib.metadata.version('lerobot')} ({lacking}): pip install 'lerobot>=0.4.3'."
         )

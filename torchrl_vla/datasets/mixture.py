@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDict
 
 from torchrl_vla.datasets.demonstrations import DemonstrationDataset
+from torchrl_vla.errors import UserError
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
 
 __all__ = ["DemonstrationMixture"]
@@ -39,14 +40,14 @@ class DemonstrationMixture:
             dataset = DemonstrationDataset(folder)
             other = self.datasets.setdefault(dataset.task_suite, dataset)
             if other is not dataset:
-                raise ValueError(
+                raise UserError(
                     f"{other.folder} and {dataset.folder} are both of {dataset.task_suite}, and a policy has one entry "
                     "of statistics per suite: give one data set of each suite, and collect more episodes into it."
                 )
         sizes = {str(dataset.folder): dataset.action_dim for dataset in self.datasets.values()}
         if len(set(sizes.values())) != 1:
             found = ", ".join(f"{folder} has {size}" for folder, size in sizes.items()) or "none was given"
-            raise ValueError(f"The data sets must have actions of the same number of dimensions: {found}.")
+            raise UserError(f"The data sets must have actions of the same number of dimensions: {found}.")
 
     @property
     def folders(self) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from torchrl_vla.errors import UserError
+
 __all__ = ["compute_statistics"]
 
 
@@ -34,7 +36,7 @@ def compute_statistics(actions: Sequence[np.ndarray], states: Sequence[np.ndarra
         0.0
     """
     if not actions:
-        raise ValueError("there are no episodes to take statistics of.")
+        raise UserError("there are no episodes to take statistics of.")
     moves = np.concatenate(actions).astype(np.float64)
     moves[:, -1] = 0.5 * (1.0 - moves[:, -1])
     mask = [True] * (moves.shape[1] - 1) + [False]

@@ -22,6 +22,7 @@ from torchrl_vla.envs.memory import available_memory, check_memory
 from torchrl_vla.envs.processes import make_process
 from torchrl_vla.envs.rendering import configure_rendering
 from torchrl_vla.envs.tasks import LiberoTask, TaskSuite, get_suite
+from torchrl_vla.errors import UserError
 
 __all__ = ["collect_demonstrations"]
 
@@ -154,7 +155,7 @@ def collect_demonstrations(
     for task in tasks:
         states = _initial_states(init_state_ids, len(task.init_states), task.task_id)
         if episodes_per_task > len(states) and not noise and not perturb_prob:
-            raise ValueError(
+            raise UserError(
                 f"episodes_per_task={episodes_per_task} with {len(states)} initial states would record some episodes "
                 "twice: lower it, or set perturb_prob or noise so that they differ."
             )
@@ -195,20 +196,20 @@ def _check_options(
         ("noise", noise, 0),
     ):
         if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}.")
+            raise UserError(f"{name} must be at least {least}, got {value}.")
     if episodes > 10_000:
-        raise ValueError(f"episodes_per_task must be at most 10000, got {episodes}: names have four digits.")
+        raise UserError(f"episodes_per_task must be at most 10000, got {episodes}: names have four digits.")
     if timeout <= 0:
-        raise ValueError(f"timeout must be positive, got {timeout}.")
+        raise UserError(f"timeout must be positive, got {timeout}.")
     if not 0.0 <= perturb_prob <= 1.0:
-        raise ValueError(f"perturb_prob must lie in [0, 1], got {perturb_prob}.")
+        raise UserError(f"perturb_prob must lie in [0, 1], got {perturb_prob}.")
 
 
 def _check_goals(suite: TaskSuite, tasks: Sequence[LiberoTask]) -> None:
     able = [task.task_id for task in suite.tasks if task.bddl_file.is_file() and can_reach(read_goals(task.bddl_file))]
     unable = [task.task_id for task in tasks if task.task_id not in able]
     if unable:
-        raise ValueError(
+        raise UserError(
             f"The scripted expert has no skill for what tasks {', '.join(map(str, unable))} of {suite.name} ask: it "
             f"knows {', '.join(PREDICATES)}. Leave them out. Those of the suite that it has skills for: "
             f"{','.join(map(str, able))}."
@@ -219,7 +220,7 @@ def _initial_states(wanted: Sequence[int] | None, available: int, task_id: int) 
     states = list(range(available)) if wanted is None else list(wanted)
     bad = [state for state in states if not 0 <= state < available]
     if bad or not states:
-        raise ValueError(
+        raise UserError(
             f"init_state_ids must name initial states of task {task_id}, 0..{available - 1}, got {bad or 'none'}."
         )
     return states
@@ -242,7 +243,7 @@ def _open(out: Path, suite_name: str, settings: dict) -> DemonstrationIndex:
     index = DemonstrationIndex.load(out)
     for name, value in settings.items():
         if index.options.get(name) != value:
-            raise ValueError(
+            raise UserError(
                 f"{out} was begun with {name}={index.options.get(name)!r}, not {value!r}: use the same options to go "
                 "on with it, or another folder."
             )
@@ -294,7 +295,7 @@ def _run(
                             continue
                         report = Report(job, "error", 0, {}, reason)
                     if report.outcome == "refused":
-                        raise ValueError(f"task_ids must leave out task {job.task_id}: {report.error}")
+                        raise UserError(f"task_ids must leave out task {job.task_id}: {report.error}")
                     if report.outcome == "full disk":
                         raise OSError(28, "the disk is full; the episodes written so far can be read", str(folder))
                     if report.outcome == "error":

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torchrl_vla.errors import UserError
+
 __all__ = ["ALONE", "OneProcess", "Ranks", "join_ranks"]
 
 T = TypeVar("T")
@@ -120,7 +122,7 @@ def join_ranks(device: str = "auto", timeout: timedelta = _TIMEOUT) -> Iterator[
         return
     on_gpus, local = device != "cpu" and torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
     if on_gpus and local >= torch.cuda.device_count():
-        raise ValueError(
+        raise UserError(
             f"torchrun started process {local} on a machine with {torch.cuda.device_count()} GPUs: give "
             "--nproc-per-node at most as many, or --device cpu."
         )

@@ -15,6 +15,7 @@ from torchrl_vla.envs.memory import available_memory, check_memory, count_models
 from torchrl_vla.envs.processes import prepare_processes
 from torchrl_vla.envs.rendering import configure_rendering, egl_devices
 from torchrl_vla.envs.watchdog import WatchedParallelEnv
+from torchrl_vla.errors import UserError
 
 __all__ = ["choose_workers", "make_env", "make_envs"]
 
@@ -114,11 +115,11 @@ def _checked(
 ) -> tuple[int, dict[str, Any]]:
     """The number of processes, and the options with the number of compiled models that each may keep."""
     if num_envs < 1:
-        raise ValueError(f"num_envs must be at least 1, got {num_envs}.")
+        raise UserError(f"num_envs must be at least 1, got {num_envs}.")
     models = count_models(task_suite, len(options.get("task_ids") or (0,)))
     workers = choose_workers(num_envs, models=models) if workers is None else workers
     if workers < 1 or num_envs % workers:
-        raise ValueError(f"{num_envs} environments cannot be shared evenly by {workers} workers: choose a divisor.")
+        raise UserError(f"{num_envs} environments cannot be shared evenly by {workers} workers: choose a divisor.")
     check_memory(num_envs, workers, models, available_memory())
     kept = models_that_fit(num_envs, workers, models, _memory_to_use())
     gigabytes = memory_needed(num_envs, workers, models) / 1e9

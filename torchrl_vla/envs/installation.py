@@ -20,6 +20,8 @@ from pathlib import Path
 
 import yaml
 
+from torchrl_vla.errors import UserError
+
 __all__ = ["import_libero", "import_libero_envs", "warn_about_mujoco_version"]
 
 
@@ -76,7 +78,7 @@ def import_libero_envs() -> types.ModuleType:
     except RuntimeError as error:
         if "cannot cache function" not in str(error):
             raise
-        raise ValueError(
+        raise UserError(
             f"robosuite cannot keep its compiled functions on disk ({error}): set TORCHRL_VLA_CACHE, or "
             "NUMBA_CACHE_DIR, to a folder that can be written."
         ) from error

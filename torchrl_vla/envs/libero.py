@@ -17,6 +17,7 @@ from torchrl_vla.envs.rendering import configure_rendering
 from torchrl_vla.envs.schedule import EpisodeSchedule
 from torchrl_vla.envs.specs import ACTION_DIM, CAMERAS, STATE_DIM, image_key, make_specs
 from torchrl_vla.envs.tasks import get_suite
+from torchrl_vla.errors import UserError
 
 __all__ = ["LiberoEnv"]
 
@@ -144,19 +145,19 @@ class LiberoEnv(EnvBase):
         }
         for name, size in sizes.items():
             if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}.")
+                raise UserError(f"{name} must be at least 1, got {size}.")
         if settle_steps < 0:
-            raise ValueError(f"settle_steps must not be negative, got {settle_steps}.")
+            raise UserError(f"settle_steps must not be negative, got {settle_steps}.")
         if not (np.isfinite(reward_scale) and reward_scale > 0):
-            raise ValueError(f"reward_scale must be positive and finite, got {reward_scale}.")
+            raise UserError(f"reward_scale must be positive and finite, got {reward_scale}.")
         if proprio_format not in PROPRIO_FORMATS:
-            raise ValueError(f"proprio_format must be one of {', '.join(PROPRIO_FORMATS)}, got {proprio_format!r}.")
+            raise UserError(f"proprio_format must be one of {', '.join(PROPRIO_FORMATS)}, got {proprio_format!r}.")
         if sampled_init_states is not None and sampled_init_states < 0:
-            raise ValueError(f"sampled_init_states must be a seed, 0 or more, got {sampled_init_states}.")
+            raise UserError(f"sampled_init_states must be a seed, 0 or more, got {sampled_init_states}.")
         if fidelity not in ("exact", "fast"):
-            raise ValueError(f"fidelity must be 'exact' or 'fast', got {fidelity!r}.")
+            raise UserError(f"fidelity must be 'exact' or 'fast', got {fidelity!r}.")
         if isinstance(cameras, str) or not cameras or len(set(cameras)) != len(cameras) or set(cameras) - set(CAMERAS):
-            raise ValueError(f"cameras must be different names out of {', '.join(CAMERAS)}, got {cameras!r}.")
+            raise UserError(f"cameras must be different names out of {', '.join(CAMERAS)}, got {cameras!r}.")
         schedule = EpisodeSchedule(
             suite,
             (task_id,) if task_ids is None else tuple(task_ids),
@@ -238,7 +239,7 @@ class LiberoEnv(EnvBase):
         if list_of_kwargs is not None:
             unknown = {name for own in list_of_kwargs for name in own} - {"task_id", "init_state_id"}
             if unknown or len(list_of_kwargs) != self.num_slots:
-                raise ValueError(
+                raise UserError(
                     f"list_of_kwargs needs {self.num_slots} dictionaries (one per slot) with 'task_id' and "
                     f"'init_state_id' or neither, got {list(list_of_kwargs)}."
                 )
@@ -329,7 +330,7 @@ class LiberoEnv(EnvBase):
         if argument is not None:
             values = np.asarray(argument).reshape(-1)
             if values.dtype.kind not in "iu" or values.size not in (1, self.num_slots):
-                raise ValueError(f"{name} must be an integer, or one per slot ({self.num_slots}), got {argument}.")
+                raise UserError(f"{name} must be an integer, or one per slot ({self.num_slots}), got {argument}.")
             requested = np.broadcast_to(values, self.num_slots).tolist()
         if list_of_kwargs is not None:
             requested = [own.get(name, value) for own, value in zip(list_of_kwargs, requested, strict=True)]
@@ -339,7 +340,7 @@ class LiberoEnv(EnvBase):
         action = tensordict.get("action")
         expected = self.action_spec.shape
         if action.shape != expected:
-            raise ValueError(
+            raise UserError(
                 f"LiberoEnv({self.suite.name}) takes actions of shape {list(expected)} (batch, control steps of a "
                 f"chunk unless chunk_size=1, {ACTION_DIM}), got {list(action.shape)}."
             )
@@ -347,7 +348,7 @@ class LiberoEnv(EnvBase):
         for slot in slots:
             if not np.isfinite(actions[slot]).all():
                 step, dim = np.argwhere(~np.isfinite(actions[slot]))[0]
-                raise ValueError(
+                raise UserError(
                     f"{self._name(slot)} got {actions[slot, step, dim]} in dimension {dim} of control step {step} of "
                     "its action: actions must be finite, in -1..1 (what lies outside is clipped)."
                 )

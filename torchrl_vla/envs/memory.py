@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from torchrl_vla.errors import UserError
+
 __all__ = ["available_memory", "check_memory", "count_models", "memory_needed", "models_that_fit"]
 
 # Resident memory, measured with OSMesa as docs/performance.md says; with EGL a part of it is the GPU's.
@@ -68,7 +70,7 @@ def check_memory(num_envs: int, workers: int, models: int, available: float) -> 
     )
     fewer = [count for count in range(1, workers) if memory_needed(count, count, models) <= available]
     hint = f" (at most {fewer[-1]}, with one each)" if fewer and not fitting else ""
-    raise ValueError(
+    raise UserError(
         f"{num_envs} environments in {workers} process(es) need some {needed / 1e9:.1f} GB of memory and "
         f"{available / 1e9:.1f} GB are available. Of each process, the libraries take {_PROCESS / 1e9:.2f} GB and "
         f"{each} compiled model(s) with their render contexts {_MODEL / 1e9:.1f} GB each; an environment takes "

@@ -10,6 +10,8 @@ from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from torchrl_vla.errors import UserError
+
 __all__ = ["check_temporary_folder", "make_process", "prepare_processes"]
 
 #: What takes seconds to load and is the same for all. MuJoCo is not: with EGL it opens the GPU's driver, which a copied
@@ -30,7 +32,7 @@ def check_temporary_folder() -> None:
     folder = tempfile.gettempdir()
     longest = _LONGEST_SOCKET - _ADDED
     if len(os.fsencode(folder)) > longest:
-        raise ValueError(
+        raise UserError(
             f"the temporary folder {folder} has a path of {len(os.fsencode(folder))} bytes, and processes need sockets "
             f"in it, which allow {longest}: set TMPDIR to a shorter one, such as /tmp."
         )

@@ -70,7 +70,7 @@ def configure_rendering() -> str:
         backend = _choose()
     platform = os.environ.get("PYOPENGL_PLATFORM") or backend
     if platform.lower() != backend:
-        raise ValueError(
+        raise UserError(
             f"PYOPENGL_PLATFORM={platform!r} contradicts MUJOCO_GL={backend!r}. Unset PYOPENGL_PLATFORM, or set both "
             "to the same value."
         )
@@ -134,7 +134,7 @@ def check_wanted_backend() -> str | None:
     if not wanted:
         return None
     if wanted not in _LIBRARIES:
-        raise ValueError(
+        raise UserError(
             f"MUJOCO_GL={wanted!r} cannot render LIBERO without a display: set it to 'egl' (GPU) or 'osmesa' (CPU), or "
             "unset it to have one chosen."
         )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from torchrl_vla.envs.tasks import TaskSuite
+from torchrl_vla.errors import UserError
 
 __all__ = ["INIT_STATE_MODES", "EpisodeSchedule"]
 
@@ -48,13 +49,13 @@ class EpisodeSchedule:
         shard: tuple[int, int] = (0, 1),
     ) -> None:
         if not task_ids:
-            raise ValueError("task_ids is empty: name at least one task.")
+            raise UserError("task_ids is empty: name at least one task.")
         if len(set(task_ids)) != len(task_ids):
-            raise ValueError(f"task_ids={list(task_ids)} names a task twice: list each task once.")
+            raise UserError(f"task_ids={list(task_ids)} names a task twice: list each task once.")
         if init_state_mode not in INIT_STATE_MODES:
-            raise ValueError(f"init_state_mode must be one of {', '.join(INIT_STATE_MODES)}, got {init_state_mode!r}.")
+            raise UserError(f"init_state_mode must be one of {', '.join(INIT_STATE_MODES)}, got {init_state_mode!r}.")
         if not 0 <= shard[0] < shard[1]:
-            raise ValueError(f"shard must be (number, of how many), numbered from 0, got {shard}.")
+            raise UserError(f"shard must be (number, of how many), numbered from 0, got {shard}.")
         self._suite = suite
         self._number, self._shards = shard
         self._task_ids = tuple(task_ids)
@@ -116,7 +117,7 @@ class EpisodeSchedule:
         """
         count = len(self._suite.task(task_id).init_states)
         if not 0 <= init_state_id < count:
-            raise ValueError(
+            raise UserError(
                 f"init_state_id={init_state_id} is not an initial state of task {task_id} of {self._suite.name}: "
                 f"it must be in 0..{count - 1}."
             )

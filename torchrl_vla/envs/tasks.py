@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from torchrl_vla.envs.installation import import_libero
+from torchrl_vla.errors import UserError
 
 __all__ = ["SUITES", "LiberoTask", "TaskSuite", "get_suite", "suite_names"]
 
@@ -52,7 +53,7 @@ class LiberoTask:
         loaded = _load_npz(self.init_states_file) if self.init_states_file.suffix == ".npz" else _load_pickle(self)
         states = np.array(loaded, dtype=np.float64)
         if states.ndim != 2 or not len(states):
-            raise ValueError(f"{self.init_states_file} must hold a table [num_states, state_size], got {states.shape}.")
+            raise UserError(f"{self.init_states_file} must hold a table [num_states, state_size], got {states.shape}.")
         states.setflags(write=False)
         return states
 
@@ -85,11 +86,11 @@ class TaskSuite:
         """
         if not 0 <= task_id < len(self.tasks):
             allowed = f"it must be in 0..{len(self.tasks) - 1}" if self.tasks else "the suite lists no task at all"
-            raise ValueError(f"task_id={task_id} is not a task of {self.name}: {allowed}.")
+            raise UserError(f"task_id={task_id} is not a task of {self.name}: {allowed}.")
         task = self.tasks[task_id]
         for path in (task.bddl_file, task.init_states_file):
             if not path.is_file():
-                raise ValueError(
+                raise UserError(
                     f"Task {task_id} of {self.name} cannot be run: LIBERO names {path} and this installation does not "
                     "have it. Generate the suite with LIBERO-PRO's own tools, or choose another suite."
                 )
@@ -124,7 +125,7 @@ def get_suite(name: str) -> TaskSuite:
     key = name.lower()
     if key not in benchmarks:
         close = difflib.get_close_matches(key, benchmarks, n=4, cutoff=0.5) or list(SUITES)
-        raise ValueError(
+        raise UserError(
             f"Unknown task suite {name!r}. Did you mean {', '.join(map(repr, close))}? "
             f"All {len(benchmarks)} names: torchrl_vla.envs.tasks.suite_names()."
         )
@@ -160,9 +161,9 @@ def _libero_folder(libero: Any, name: str) -> Path:
     except Exception as error:
         if not os.path.exists(config):
             raise
-        raise ValueError(f"{config} does not say where LIBERO's {name} are ({error}): {advice}.") from error
+        raise UserError(f"{config} does not say where LIBERO's {name} are ({error}): {advice}.") from error
     if not folder.is_dir() and os.path.exists(config):
-        raise ValueError(f"{config} says that LIBERO's {name} are in {folder}, which is no folder: {advice}.")
+        raise UserError(f"{config} says that LIBERO's {name} are in {folder}, which is no folder: {advice}.")
     return folder
 
 

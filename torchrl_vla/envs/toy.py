@@ -62,7 +62,7 @@ class ToyTrackingEnv(ToyVLAEnv):
         seed: int | None = None,
     ) -> None:
         if chunk_size < 1 or max_decisions < 1 or (num_envs is not None and num_envs < 1):
-            raise ValueError(
+            raise UserError(
                 f"num_envs={num_envs}, chunk_size={chunk_size} and max_decisions={max_decisions} must be at least 1."
             )
         batch = torch.Size([] if num_envs is None else [num_envs])
@@ -100,7 +100,7 @@ class ToyTrackingEnv(ToyVLAEnv):
         mask = torch.ones_like(self._streak, dtype=torch.bool) if mask is None else mask.reshape(self._streak.shape)
         ids = None if tensordict is None else tensordict.get("init_state_id", None)
         if tensordict is not None and tensordict.get("task_id", self._streak.new_zeros(1)).any():
-            raise ValueError(f"ToyTrackingEnv has one task, 0; got task_id {tensordict['task_id'].flatten().tolist()}.")
+            raise UserError(f"ToyTrackingEnv has one task, 0; got task_id {tensordict['task_id'].flatten().tolist()}.")
         if ids is None:
             ids = self._next_init_state_id + torch.arange(mask.numel()).reshape(mask.shape)
             self._next_init_state_id += mask.numel()

@@ -18,6 +18,7 @@ from torchrl.envs.utils import clear_mpi_env_vars
 
 from torchrl_vla.envs.processes import make_process
 from torchrl_vla.envs.worker import Channel, serve
+from torchrl_vla.errors import UserError
 
 __all__ = ["WatchedParallelEnv"]
 
@@ -67,9 +68,9 @@ class WatchedParallelEnv(ParallelEnv):
         **options: Any,
     ) -> None:
         if not worker_timeout > 0:
-            raise ValueError(f"worker_timeout must be positive, got {worker_timeout}: it is in seconds.")
+            raise UserError(f"worker_timeout must be positive, got {worker_timeout}: it is in seconds.")
         if worker_variables is not None and len(worker_variables) != num_workers:
-            raise ValueError(f"worker_variables must be one per worker, got {len(worker_variables)} for {num_workers}.")
+            raise UserError(f"worker_variables must be one per worker, got {len(worker_variables)} for {num_workers}.")
         # Daemons, so that a program that ends without closing this does not wait for them for ever.
         super().__init__(num_workers, create_env_fn, use_buffers=True, **{"daemon": True, **options})
         self.worker_timeout = worker_timeout
@@ -263,7 +264,7 @@ class WatchedParallelEnv(ParallelEnv):
         is_value_error, message, text = channel.error
         if is_value_error:
             self._give_up()
-            raise ValueError(message) from RuntimeError(f"in worker {index}:\n{text}")
+            raise UserError(message) from RuntimeError(f"in worker {index}:\n{text}")
         return f"raised an error:\n{text}"
 
     def _replace(self, index: int, failure: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from scipy.stats import binomtest, norm
 
+from torchrl_vla.errors import UserError
 from torchrl_vla.evaluation.report import EvaluationReport, SuccessRate
 
 __all__ = ["Comparison", "PairedOutcomes", "check_same_problem", "compare"]
@@ -167,7 +168,7 @@ def compare(baseline: EvaluationReport, new: EvaluationReport) -> Comparison:
     for start in sorted(before.keys() & after.keys()):
         counts.setdefault(start[0], Counter())[before[start], after[start]] += 1
     if not counts:
-        raise ValueError("The evaluations share no initial state: there is nothing to compare.")
+        raise UserError("The evaluations share no initial state: there is nothing to compare.")
     return Comparison(
         str(baseline.settings.get("checkpoint", "baseline")),
         str(new.settings.get("checkpoint", "new")),
@@ -189,13 +190,13 @@ def check_same_problem(baseline: EvaluationReport, task_suite: str, settings: Ma
         ValueError: it does not.
     """
     if baseline.task_suite != task_suite:
-        raise ValueError(
+        raise UserError(
             f"The evaluations are of {baseline.task_suite} and {task_suite}: a paired comparison needs the same suite."
         )
     for name in _SAME:
         before, after = baseline.settings.get(name), settings.get(name)
         if before != after:
-            raise ValueError(
+            raise UserError(
                 f"The evaluations differ in {name} ({before!r} and {after!r}), so the same initial state is another "
                 "episode in each: run one of them again with the other's options."
             )

@@ -56,6 +56,7 @@ def write_html(
         f'</h1><p class="soft"><code>{escape(str(report.settings.get("checkpoint", "")))}</code></p></header>\n'
         f"<main>\n{''.join(section for section in sections if section)}</main>\n</body></html>\n",
         encoding="utf-8",
+        errors="backslashreplace",  # of a path whose bytes are no UTF-8
     )
 
 

@@ -17,6 +17,7 @@ from torchrl.envs.utils import ExplorationType
 from torchrl_vla.collectors import EpisodePlan, GroupCollector, Progress
 from torchrl_vla.collectors.plan import Episode
 from torchrl_vla.envs.tasks import TaskSuite
+from torchrl_vla.errors import UserError
 from torchrl_vla.evaluation.report import EpisodeResult, EvaluationReport
 
 __all__ = ["evaluate", "initial_states", "spread_episodes"]
@@ -44,7 +45,7 @@ def initial_states(suite: TaskSuite, task_ids: Iterable[int], wanted: list[int] 
         count = len(suite.task(task_id).init_states)
         states[task_id] = list(range(count)) if wanted is None else wanted
         if max(states[task_id]) >= count:
-            raise ValueError(
+            raise UserError(
                 f"Initial state {max(states[task_id])} does not exist: task {task_id} of {suite.name} has "
                 f"0..{count - 1}."
             )

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
+from torchrl_vla.errors import UserError
+
 __all__ = ["EpisodeResult", "EvaluationReport", "SuccessRate", "TaskResult", "report_file"]
 
 _JSON_NAME = "report.json"
@@ -210,7 +212,7 @@ class EvaluationReport:
         """
         file = report_file(path)
         if file is None:
-            raise ValueError(f"{path} holds no {_JSON_NAME}: name the folder that torchrl-vla evaluate wrote.")
+            raise UserError(f"{path} holds no {_JSON_NAME}: name the folder that torchrl-vla evaluate wrote.")
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             return cls(
@@ -221,7 +223,7 @@ class EvaluationReport:
                 content["settings"],
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{file} is not a report that torchrl-vla evaluate wrote ({error!r}).") from error
+            raise UserError(f"{file} is not a report that torchrl-vla evaluate wrote ({error!r}).") from error
 
 
 def report_file(path: Path) -> Path | None:

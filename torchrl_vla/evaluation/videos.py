@@ -15,6 +15,7 @@ import av
 import numpy as np
 
 from torchrl_vla.envs.processes import make_process
+from torchrl_vla.errors import UserError
 from torchrl_vla.evaluation.report import EpisodeResult, EvaluationReport
 
 __all__ = ["EpisodeVideo", "choose_episodes", "film", "write_mp4"]
@@ -148,7 +149,7 @@ def write_mp4(path: Path, frames: np.ndarray) -> None:
         ValueError: there is no picture, or it has an odd side.
     """
     if frames.ndim != 4 or not len(frames) or frames.shape[1] % 2 or frames.shape[2] % 2 or frames.shape[3] != 3:
-        raise ValueError(f"frames must be [T, H, W, 3] with even H and W and at least one, got {list(frames.shape)}.")
+        raise UserError(f"frames must be [T, H, W, 3] with even H and W and at least one, got {list(frames.shape)}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     # faststart puts the index first, so that players start before all of the film is there.
     with av.open(path, "w", format="mp4", options={"movflags": "faststart"}) as container:

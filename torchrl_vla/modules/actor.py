@@ -12,6 +12,7 @@ from torchrl.envs.utils import ExplorationType
 from torchrl.modules import ProbabilisticActor, SafeProbabilisticModule, ValueOperator
 from torchrl.modules.tensordict_module.probabilistic import SafeProbabilisticTensorDictSequential
 
+from torchrl_vla.errors import UserError
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
 from torchrl_vla.modules.backbone import (
     ACTION_KEY,
@@ -48,7 +49,7 @@ class OpenVLAL1Actor(OpenVLABackbone):
     ) -> None:
         super().__init__(model, processor, instructions)
         if model.action_head is None:
-            raise ValueError(
+            raise UserError(
                 "this model has no L1 head to act by: load a checkpoint with action_head--N_checkpoint.pt and "
                 "load_l1_action_head=True, or act by its tokens (make_actor)."
             )
@@ -216,10 +217,10 @@ def make_actor(
     """
     check_temperature(temperature)
     if log_prob_level not in get_args(LogProbLevel):
-        raise ValueError(f"log_prob_level must be one of {', '.join(get_args(LogProbLevel))}, got {log_prob_level!r}.")
+        raise UserError(f"log_prob_level must be one of {', '.join(get_args(LogProbLevel))}, got {log_prob_level!r}.")
     tokenizer = processor.action_tokenizer if tokenizer is None else tokenizer
     if tokenizer.n_bins != model.config.n_action_bins:
-        raise ValueError(
+        raise UserError(
             f"The action tokenizer has {tokenizer.n_bins} bins, the model {model.config.n_action_bins} action tokens."
         )
     backbone = OpenVLABackbone(model, processor, instructions)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from tensordict import TensorDictBase
 from torchrl.envs.utils import ExplorationType, exploration_type
 
+from torchrl_vla.errors import UserError
 from torchrl_vla.modules.backbone import ACTION_KEY, TOKENS_KEY, OpenVLABackbone
 from torchrl_vla.modules.distributions import SEED_KEY, check_temperature, seeded_uniforms
 from torchrl_vla.modules.openvla.model import OpenVLA
@@ -43,12 +44,12 @@ class OpenVLAAutoregressiveActor(OpenVLABackbone):
         super().__init__(model, processor, instructions)
         check_temperature(temperature)
         if model.config.use_proprio:
-            raise ValueError(
+            raise UserError(
                 "this model reads the robot's state, as OpenVLA-OFT does, and base OpenVLA's decoding has no place for "
                 "it: decode its tokens in parallel (make_actor; evaluate --action-mode tokens)."
             )
         if processor.action_tokenizer.vocab_size != model.config.tokenizer_vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"The action tokenizer's vocabulary has {processor.action_tokenizer.vocab_size} tokens, the model's "
                 f"{model.config.tokenizer_vocab_size}: make it with vocab_size={model.config.tokenizer_vocab_size}."
             )

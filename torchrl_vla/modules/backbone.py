@@ -9,6 +9,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
+from torchrl_vla.errors import UserError
 from torchrl_vla.modules.deferred import DeferredErrors, NonFiniteError
 from torchrl_vla.modules.openvla.model import OpenVLA, OpenVLAOutput
 from torchrl_vla.modules.openvla.processor import OpenVLAProcessor, ProcessorOutput
@@ -55,19 +56,17 @@ class OpenVLABackbone(TensorDictModuleBase):
         super().__init__()
         config = model.config
         if processor.images.image_size != config.image_size:
-            raise ValueError(
+            raise UserError(
                 f"The processor makes images of {processor.images.image_size} pixels, the model takes "
                 f"{config.image_size}; build the processor with image_size={config.image_size}."
             )
         if processor.empty_token_id != config.empty_token_id:
-            raise ValueError(
+            raise UserError(
                 f"The tokenizer ends prompts with token {processor.empty_token_id}, the model expects "
                 f"{config.empty_token_id} there; use the tokenizer of the model's checkpoint."
             )
         if config.num_images > len(IMAGE_KEYS):
-            raise ValueError(
-                f"The model takes {config.num_images} images, observations have {len(IMAGE_KEYS)} at most."
-            )
+            raise UserError(f"The model takes {config.num_images} images, observations have {len(IMAGE_KEYS)} at most.")
         self.model = model
         self.processor = processor
         self.prompts = None if instructions is None else PromptTable(processor, instructions)

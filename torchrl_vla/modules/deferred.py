@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchrl_vla.errors import UserError
+
 Describe = Callable[[list[int]], Exception]
 """The rows that are wrong, to the error that says so."""
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(UserError):
     """A number that a policy reads or decides by is NaN or infinite."""
 
 

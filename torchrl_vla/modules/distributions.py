@@ -10,6 +10,8 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torch.distributions import Distribution, constraints, register_kl
 
+from torchrl_vla.errors import UserError
+
 __all__ = ["SEED_KEY", "TokenCategorical", "check_temperature", "draw_bins", "mix_seed", "seeded_uniforms"]
 
 #: Where a collector gives each decision a seed of its own, int64 ``[*B, 1]``, for the policy to sample with.
@@ -58,14 +60,14 @@ class TokenCategorical(Distribution):
     ) -> None:
         check_temperature(temperature)
         if not 0 <= event_dims < logits.ndim:
-            raise ValueError(
+            raise UserError(
                 f"event_dims must be from 0 to {logits.ndim - 1} for logits {list(logits.shape)}, got {event_dims}."
             )
         self.logits = logits.float()
         self.temperature = temperature
         self.event_dims = event_dims
         if seed is not None and (seed.dtype != torch.int64 or seed.shape != (*logits.shape[: seed.ndim - 1], 1)):
-            raise ValueError(
+            raise UserError(
                 f"seed must be int64 [*B, 1], one per decision of logits {list(logits.shape)}; got {seed.dtype} "
                 f"{list(seed.shape)}."
             )
@@ -232,4 +234,4 @@ def _shift_right(word: Tensor, places: int) -> Tensor:
 def check_temperature(value: float) -> None:
     """Raise a ValueError unless the value is a temperature."""
     if not math.isfinite(value) or value < 0:
-        raise ValueError(f"temperature must be finite and >= 0 (0 is greedy), got {value}.")
+        raise UserError(f"temperature must be finite and >= 0 (0 is greedy), got {value}.")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchrl_vla.errors import UserError
+
 
 class ValueHead(nn.Sequential):
     """State value from a pooled hidden state, ``D -> 1024 -> 512 -> 1`` with ReLU.
@@ -24,7 +26,7 @@ class ValueHead(nn.Sequential):
 
     def __init__(self, hidden_size: int, hidden_dims: tuple[int, int] = (1024, 512)) -> None:
         if hidden_size <= 0 or min(hidden_dims) <= 0:
-            raise ValueError(f"widths must be positive, got hidden_size={hidden_size}, hidden_dims={hidden_dims}.")
+            raise UserError(f"widths must be positive, got hidden_size={hidden_size}, hidden_dims={hidden_dims}.")
         first, second = hidden_dims
         super().__init__(
             nn.Linear(hidden_size, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, 1)

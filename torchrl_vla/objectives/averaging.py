@@ -8,6 +8,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.objectives import LossModule
 
+from torchrl_vla.errors import UserError
 from torchrl_vla.objectives.masking import divide, masked_mean, valid_entries, zero_invalid
 
 __all__ = ["Aggregation", "AveragedLoss", "Averages", "RatioLevel"]
@@ -74,7 +75,7 @@ class Averages:
         if self.ratio_level == "chunk":
             return self._per_decision(per_token)
         if per_token.ndim != self.batch_dims + 2:
-            raise ValueError(
+            raise UserError(
                 f"ratio_level='action' needs log-probabilities [*B, K, 7], got {tuple(per_token.shape)} for a batch "
                 f"with {self.batch_dims} dimension(s): use 'token' or 'chunk', or a policy with one per token."
             )
@@ -177,9 +178,9 @@ class AveragedLoss(LossModule):
             ...     sum_losses(loss(micro_batch)).backward()
         """
         if counts is not None and self.reduction != "mean":
-            raise ValueError(f"reduction={self.reduction!r} divides by nothing: a normalizer needs reduction='mean'.")
+            raise UserError(f"reduction={self.reduction!r} divides by nothing: a normalizer needs reduction='mean'.")
         if counts is not None and self.normalize_advantage:
-            raise ValueError(
+            raise UserError(
                 "normalize_advantage=True looks at each call by itself, so that micro-batches do not add up to their "
                 "batch: normalise where the advantage is computed, such as by GAE(average_gae=True)."
             )

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
+from torchrl_vla.errors import UserError
+
 #: Arguments of ClipPPOLoss that are not taken -> the value that asks for nothing, and what to do instead.
 _NOT_TAKEN: dict[str, tuple[Any, str]] = {
     "functional": (False, "the networks are used as they are, so that adapters and sharding stay in place"),
@@ -45,7 +47,7 @@ class SwitchedCoefficients(LossModule):
         if value > 0:
             lacking = self._lacking(name)
             if lacking is not None:
-                raise ValueError(f"{name}={float(value)} needs {lacking}, which this loss was built without.")
+                raise UserError(f"{name}={float(value)} needs {lacking}, which this loss was built without.")
             setattr(self, _SWITCHES[name], True)
         if self._buffers.get(name) is None:
             # TorchRL keeps no buffer for a critic's coefficient of 0.
@@ -92,9 +94,9 @@ def check_clip_bounds(low: float, high: float) -> None:
         ValueError: naming the ratio.
     """
     if not 0 < low < 1:
-        raise ValueError(f"clip_ratio_low={low} must lie in (0, 1): the lower bound is 1 - it.")
+        raise UserError(f"clip_ratio_low={low} must lie in (0, 1): the lower bound is 1 - it.")
     if not high > 0:
-        raise ValueError(f"clip_ratio_high={high} must be positive: the upper bound is 1 + it.")
+        raise UserError(f"clip_ratio_high={high} must be positive: the upper bound is 1 + it.")
 
 
 def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -104,7 +106,7 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         ValueError: naming the argument and what is allowed.
     """
     if value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown: choose one of {allowed}.")
+        raise UserError(f"{name}={value!r} is unknown: choose one of {allowed}.")
 
 
 def check_coefficient(name: str, value: Any) -> None:
@@ -114,6 +116,6 @@ def check_coefficient(name: str, value: Any) -> None:
         ValueError: naming the coefficient.
     """
     if not isinstance(value, int | float | Tensor) or isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be one number: 0 leaves the term out.")
+        raise UserError(f"{name}={value!r} must be one number: 0 leaves the term out.")
     if not value >= 0:
-        raise ValueError(f"{name}={value} must not be negative: 0 leaves the term out.")
+        raise UserError(f"{name}={value} must not be negative: 0 leaves the term out.")

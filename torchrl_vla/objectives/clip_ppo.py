@@ -17,6 +17,7 @@ from torchrl.modules.distributions.utils import has_analytic_entropy
 from torchrl.modules.value_norm import ValueNorm
 from torchrl.objectives import ClipPPOLoss
 
+from torchrl_vla.errors import UserError
 from torchrl_vla.objectives.averaging import Aggregation, AveragedLoss, Averages, RatioLevel
 from torchrl_vla.objectives.clip_arguments import (
     SwitchedCoefficients,
@@ -175,7 +176,7 @@ class AsymmetricClipPPOLoss(SwitchedCoefficients, AveragedLoss, ClipPPOLoss):
         if clip_epsilon is None:
             clip_epsilon = (clip_ratio_low, clip_ratio_high)
         elif (clip_ratio_low, clip_ratio_high) != (0.2, 0.28):
-            raise ValueError(
+            raise UserError(
                 f"clip_epsilon={clip_epsilon} and clip_ratio_low={clip_ratio_low}, clip_ratio_high={clip_ratio_high} "
                 "say the same: give one of the two."
             )
@@ -184,9 +185,9 @@ class AsymmetricClipPPOLoss(SwitchedCoefficients, AveragedLoss, ClipPPOLoss):
         check_choice("aggregation", aggregation, get_args(Aggregation))
         check_choice("loss_critic_type", loss_critic_type, ("l1", "l2", "smooth_l1"))
         if dual_clip is not None and not dual_clip > 1:
-            raise ValueError(f"dual_clip={dual_clip} must be above 1 (3 in the source), or None to leave it out.")
+            raise UserError(f"dual_clip={dual_clip} must be above 1 (3 in the source), or None to leave it out.")
         if clip_value is not None and clip_value is not False and not clip_value > 0:
-            raise ValueError(f"clip_value={clip_value} must be positive, or None not to clip the value's change.")
+            raise UserError(f"clip_value={clip_value} must be positive, or None not to clip the value's change.")
         coefficients = {"entropy_coeff": entropy_coeff, "kl_coeff": kl_coeff}
         coefficients["reconstruction_coeff"] = reconstruction_coeff
         if critic_coeff is not None:
@@ -277,7 +278,7 @@ class AsymmetricClipPPOLoss(SwitchedCoefficients, AveragedLoss, ClipPPOLoss):
             ValueError: if the loss has no ``reference_context``.
         """
         if self.reference_context is None:
-            raise ValueError(
+            raise UserError(
                 f"kl_coeff={self.kl_coeff.item()} needs a reference: pass reference_context (a function that returns "
                 "a context in which the actor is the reference, such as the adapters' disable_adapter), or store "
                 f"its log-probabilities as {self.tensor_keys.reference_log_prob!r}."
@@ -308,7 +309,7 @@ class AsymmetricClipPPOLoss(SwitchedCoefficients, AveragedLoss, ClipPPOLoss):
         log_prob, dist = self._log_prob(tensordict, averages.tokens)
         old_log_prob = tensordict.get(self.tensor_keys.sample_log_prob)
         if log_prob.shape != old_log_prob.shape:
-            raise ValueError(
+            raise UserError(
                 f"The actor's log-probabilities have shape {tuple(log_prob.shape)}, the stored ones "
                 f"{tuple(old_log_prob.shape)}: collect with the distribution that the loss uses."
             )
@@ -331,7 +332,7 @@ class AsymmetricClipPPOLoss(SwitchedCoefficients, AveragedLoss, ClipPPOLoss):
             self.value_estimator(tensordict)
             advantage = tensordict.get(self.tensor_keys.advantage)
         if advantage.shape != (*tensordict.shape, 1):
-            raise ValueError(
+            raise UserError(
                 f"advantage has shape {tuple(advantage.shape)}, expected one per decision, {(*tensordict.shape, 1)}."
             )
         if self.advantage_norm is not None:

@@ -7,6 +7,8 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from torchrl_vla.errors import UserError
+
 __all__ = ["whole_episodes"]
 
 _INSTEAD = (
@@ -38,7 +40,7 @@ def whole_episodes(tensordict: TensorDictBase, done_key: NestedKey = ("next", "d
         torch.Size([4])
     """
     if tensordict.ndim == 0:
-        raise ValueError("GRPO compares whole episodes, [T] decisions or rows [..., T] of them; this is one decision.")
+        raise UserError("GRPO compares whole episodes, [T] decisions or rows [..., T] of them; this is one decision.")
     done = tensordict.get(done_key).reshape(tensordict.shape)
     if not done[..., -1:].all():
         where = (
@@ -46,7 +48,7 @@ def whole_episodes(tensordict: TensorDictBase, done_key: NestedKey = ("next", "d
             if tensordict.ndim > 1
             else f"the {len(tensordict)} decisions end within one"
         )
-        raise ValueError(f"GRPO compares whole episodes, and {where}. {_INSTEAD}")
+        raise UserError(f"GRPO compares whole episodes, and {where}. {_INSTEAD}")
     tensordict, done = tensordict.reshape(-1), done.reshape(-1)
     first = torch.ones_like(done)
     first[1:] = done[:-1]
@@ -56,7 +58,7 @@ def whole_episodes(tensordict: TensorDictBase, done_key: NestedKey = ("next", "d
             place = int(wrong[0])
             said = "begins" if begins[place] else "does not begin"
             before = "the batch begins" if place == 0 else "an episode ended" if first[place] else "none had ended"
-            raise ValueError(
+            raise UserError(
                 f"GRPO compares whole episodes, and by {key!r} an episode {said} at decision {place}, where {before}: "
                 f"the data hold a fragment. {_INSTEAD}"
             )

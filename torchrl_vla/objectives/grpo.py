@@ -12,6 +12,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.envs.transforms import Compose, Transform
 
+from torchrl_vla.errors import UserError
 from torchrl_vla.objectives.episodes import whole_episodes
 from torchrl_vla.objectives.masking import executed_actions, expand_mask, valid_entries
 
@@ -119,18 +120,18 @@ class GRPOAdvantage(Transform):
         trajectory_tokens_key: NestedKey = "trajectory_tokens",
     ) -> None:
         if estimator not in get_args(Estimator):
-            raise ValueError(f"estimator={estimator!r} is unknown: choose one of {get_args(Estimator)}.")
+            raise UserError(f"estimator={estimator!r} is unknown: choose one of {get_args(Estimator)}.")
         if baseline not in get_args(Baseline):
-            raise ValueError(f"baseline={baseline!r} is unknown: choose one of {get_args(Baseline)}.")
+            raise UserError(f"baseline={baseline!r} is unknown: choose one of {get_args(Baseline)}.")
         if not 0 < verifier_gamma <= 1:
-            raise ValueError(f"verifier_gamma={verifier_gamma} must lie in (0, 1]; 1 does not discount.")
+            raise UserError(f"verifier_gamma={verifier_gamma} must lie in (0, 1]; 1 does not discount.")
         if not 0 <= keep_low <= keep_high <= 1:
-            raise ValueError(
+            raise UserError(
                 f"keep_low={keep_low} and keep_high={keep_high} must be 0 <= keep_low <= keep_high <= 1: they bound a "
                 "group's mean success."
             )
         if min_group_size < 2:
-            raise ValueError(
+            raise UserError(
                 f"min_group_size={min_group_size} must be at least 2: one episode has nothing to be compared with."
             )
         super().__init__()
@@ -227,7 +228,7 @@ class GRPOAdvantage(Transform):
             if transform is self:
                 return
             if transform.in_keys_inv or type(transform)._inv_call is not Transform._inv_call:
-                raise ValueError(
+                raise UserError(
                     f"{type(transform).__name__} comes before GRPOAdvantage in the buffer's transforms, so that extend "
                     "runs it after GRPOAdvantage, of which nothing may be left. Put GRPOAdvantage first."
                 )

@@ -9,6 +9,8 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from torchrl_vla.errors import UserError
+
 
 def expand_mask(mask: Tensor, shape: torch.Size) -> Tensor:
     """Broadcast a validity mask over the trailing dimensions it does not have.
@@ -31,7 +33,7 @@ def expand_mask(mask: Tensor, shape: torch.Size) -> Tensor:
     try:
         return padded.expand(shape)
     except RuntimeError as error:
-        raise ValueError(
+        raise UserError(
             f"A mask of shape {tuple(mask.shape)} does not fit values of shape {tuple(shape)}: "
             "give one entry per decision ([B]), per control step ([B, K]) or per token ([B, K, 7])."
         ) from error

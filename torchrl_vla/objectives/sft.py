@@ -11,6 +11,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives.common import LossModule
 
+from torchrl_vla.errors import UserError
 from torchrl_vla.objectives.masking import masked_mean, one_batch_size, valid_entries
 
 
@@ -51,7 +52,7 @@ class TokenCrossEntropyLoss(LossModule):
         self, network: TensorDictModule, *, target_sigma: float = 0.0, bin_centers: Tensor | None = None
     ) -> None:
         if target_sigma < 0:
-            raise ValueError(f"target_sigma must not be negative (0 turns soft targets off), got {target_sigma}.")
+            raise UserError(f"target_sigma must not be negative (0 turns soft targets off), got {target_sigma}.")
         super().__init__()
         self.network = network
         self.target_sigma = target_sigma

@@ -18,6 +18,7 @@ from torchrl_vla.envs import get_suite
 from torchrl_vla.envs.factory import make_envs
 from torchrl_vla.envs.memory import count_models
 from torchrl_vla.envs.rendering import configure_rendering
+from torchrl_vla.errors import UserError
 from torchrl_vla.evaluation.comparison import check_same_problem, compare
 from torchrl_vla.evaluation.curves import run_charts
 from torchrl_vla.evaluation.html import write_html
@@ -55,7 +56,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> EvaluationReport:
     out = config.out or Path("evaluations") / f"{config.task_suite}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_output_folder(out, "--out")
     if (out / "report.json").exists():
-        raise ValueError(f"{out} holds a report already: choose another --out.")
+        raise UserError(f"{out} holds a report already: choose another --out.")
     baseline = None
     if config.compare_with is not None:
         if report_file(Path(config.compare_with)) is not None:
@@ -63,7 +64,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> EvaluationReport:
             check_same_problem(baseline, config.task_suite.lower(), _settings(config, config.pretrained_checkpoint))
             plan = _plan(config, _acting(config, config.pretrained_checkpoint))
             if not {(e.task_id, e.init_state_id) for e in baseline.episodes} & {e[1:] for e in plan}:
-                raise ValueError(f"{config.compare_with} has no episode from any of these tasks and initial states.")
+                raise UserError(f"{config.compare_with} has no episode from any of these tasks and initial states.")
         else:
             # It is run later: what is wrong is told before anything long is started.
             _plan(config, _acting(config, config.compare_with))
@@ -113,7 +114,7 @@ def _plan(config: EvaluateConfig, acting: _Acting) -> EpisodePlan:
     fewest = len(states[scarce])
     if acting.greedy and wanted is not None and wanted > fewest:
         sampling = "" if acting.mode == "l1" else ", or a --temperature above 0"
-        raise ValueError(
+        raise UserError(
             f"episodes_per_task={wanted} is more than the {fewest} initial states of task {scarce}, and greedy "
             f"episodes from one are nearly the same: allowed are up to {fewest}, more states (--init-state-ids, or "
             f"others with --sampled-init-states SEED){sampling}. Left out, each task runs up to {_EPISODES} of its own."

@@ -11,6 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.objectives import LossModule
 
+from torchrl_vla.errors import UserError
 from torchrl_vla.modules.openvla.model import OpenVLA
 
 __all__ = ["BackwardPass", "Normalized", "RecordedPass", "can_be_recorded"]
@@ -145,7 +146,7 @@ class RecordedPass(BackwardPass):
     ) -> dict[str, Tensor]:
         """Run one pass; the losses are divided by the counts alone."""
         if counts is None or scale != 1.0:
-            raise ValueError("a recorded pass needs the mini-batch's counts, and has no other scale.")
+            raise UserError("a recorded pass needs the mini-batch's counts, and has no other scale.")
         inputs = self._inputs(micro, rows)
         # Recordings read the weights where they lay: after ``parameter.data = tensor`` that is another place.
         if (places := [parameter.data_ptr() for parameter in self._parameters()]) != self._places:

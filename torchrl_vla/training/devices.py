@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from torchrl_vla.errors import UserError
+
 __all__ = ["choose_device", "choose_head_device"]
 
 
@@ -27,12 +29,12 @@ def choose_device(name: str, gpu_id: int = 0) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:N.") from error
+        raise UserError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:N.") from error
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N.")
+        raise UserError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= count:
         have = f"cuda:0..cuda:{count - 1}" if count else "no GPU: use --device cpu"
-        raise ValueError(f"device {name!r} is not on this machine, which has {have}.")
+        raise UserError(f"device {name!r} is not on this machine, which has {have}.")
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
@@ -61,13 +63,13 @@ def choose_head_device(device: torch.device, *, use_multi_gpu: bool, secondary_g
     count = torch.cuda.device_count()
     have = f"{count} GPU{'s' * (count != 1)}"
     if secondary_gpu_id >= count:
-        raise ValueError(
+        raise UserError(
             f"use_multi_gpu puts the heads on secondary_gpu_id={secondary_gpu_id}, but this machine has {have}: leave "
             "use_multi_gpu out, and the heads stay beside the policy."
         )
     secondary = torch.device("cuda", secondary_gpu_id)
     if device.type != "cuda" or (device.index or 0) == secondary_gpu_id:
-        raise ValueError(
+        raise UserError(
             f"use_multi_gpu needs the policy on another GPU than the heads (secondary_gpu_id={secondary_gpu_id}), but "
             f"it is on {device}: choose another --gpu-id or --device."
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchrl.data import SamplerWithoutReplacement, TensorDictReplayBuffer, TensorStorage
 
 from torchrl_vla.datasets import DemonstrationMixture
+from torchrl_vla.errors import UserError
 from torchrl_vla.modules import OpenVLAProcessor
 from torchrl_vla.modules.backbone import IMAGE_KEYS
 from torchrl_vla.modules.openvla.augmentation import ImageAugmentation
@@ -61,7 +62,7 @@ def sample_buffer(samples: TensorDict, batch_size: int) -> TensorDictReplayBuffe
         ValueError: there are fewer samples than a batch has.
     """
     if len(samples) < batch_size:
-        raise ValueError(
+        raise UserError(
             f"mini_batch_size is {batch_size}, but the demonstrations have {len(samples)} samples: lower "
             "mini_batch_size, or take more episodes."
         )

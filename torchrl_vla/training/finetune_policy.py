@@ -24,6 +24,7 @@ from torchrl_vla.checkpoints.policy import (
 from torchrl_vla.checkpoints.trainable import weights_dtype
 from torchrl_vla.config import FinetuneConfig
 from torchrl_vla.datasets import DemonstrationMixture
+from torchrl_vla.errors import UserError
 from torchrl_vla.modules import ActionTokenizer, OpenVLA, OpenVLAConfig, OpenVLAProcessor, load_tokenizer, make_actor
 from torchrl_vla.modules.heads import L1ActionHead
 from torchrl_vla.modules.openvla import add_lora, freeze_backbone
@@ -69,7 +70,7 @@ def load_student(config: FinetuneConfig, data: DemonstrationMixture, device: tor
         tokenizer = load_tokenizer(checkpoint.path)
         settings = read_image_settings(checkpoint.path)
     if data.action_dim != model.config.action_dim:
-        raise ValueError(
+        raise UserError(
             f"{data.folders}: actions have {data.action_dim} numbers, {config.pretrained_checkpoint} gives "
             f"{model.config.action_dim}: fine-tune a policy of that action dimension."
         )
@@ -93,7 +94,7 @@ def load_student(config: FinetuneConfig, data: DemonstrationMixture, device: tor
 
 def _new_l1_head(model: OpenVLA, config: FinetuneConfig) -> L1ActionHead:
     if config.freeze_l1_action_head:
-        raise ValueError(
+        raise UserError(
             f"{config.pretrained_checkpoint} has no L1 head to keep as it is: leave out freeze_l1_action_head, and a "
             "new head is trained."
         )

@@ -19,6 +19,7 @@ from torchrl.record.loggers.tensorboard import TensorboardLogger
 from tqdm import tqdm
 
 from torchrl_vla.config import TrainConfig
+from torchrl_vla.errors import UserError
 from torchrl_vla.evaluation.videos import FRAMES_PER_SECOND, write_mp4
 from torchrl_vla.training.health import Health
 
@@ -91,11 +92,11 @@ def check_wandb() -> None:
     try:
         import wandb
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "use_wandb is on, but wandb is not installed: pip install 'torchrl-vla[wandb]', or use --no-wandb."
         ) from error
     if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.login(prompt=False):
-        raise ValueError(
+        raise UserError(
             "use_wandb is on, but you are not logged in: run `wandb login`, set WANDB_API_KEY, "
             "or WANDB_MODE=offline to log locally; --no-wandb turns it off."
         )

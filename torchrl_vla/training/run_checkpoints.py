@@ -16,6 +16,7 @@ from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation, 
 from tqdm import tqdm
 
 from torchrl_vla.checkpoints.integrity import CHECKSUMS, find_damage, flush_to_disk, write_checksums
+from torchrl_vla.errors import UserError
 from torchrl_vla.training.progress import RunProgress
 
 __all__ = ["RunCheckpoints", "TrainableState", "newest_whole"]
@@ -64,13 +65,13 @@ class TrainableState:
         parameters = self._parameters()
         if set(parameters) != set(state):
             odd = sorted(set(parameters) ^ set(state))
-            raise ValueError(
+            raise UserError(
                 f"The checkpoint's trainable parameters are not this policy's; {len(odd)} differ, first {odd[0]!r}. "
                 "Resume with the options that the run was started with (LoRA, rank, value head)."
             )
         for name, parameter in parameters.items():
             if parameter.shape != state[name].shape:
-                raise ValueError(
+                raise UserError(
                     f"{name} is {tuple(state[name].shape)} in the checkpoint, {tuple(parameter.shape)} in this policy: "
                     "resume with the options that the run was started with."
                 )
@@ -206,7 +207,7 @@ class RunCheckpoints:
         try:
             self.checkpoint.load(path, map_location="cpu")
         except CheckpointError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} cannot be resumed from: {error} If options that say what learns have changed, leave them out."
             ) from error
         return path
@@ -255,13 +256,13 @@ def newest_whole(folder: Path) -> Path | None:
             return path
         damaged[path] = damage
     if damaged and all(reasons == [f"{CHECKSUMS} is missing"] for reasons in damaged.values()):
-        raise ValueError(
+        raise UserError(
             f"{folder} was written by torchrl-vla 0.1.0, whose checkpoints have no checksums and cannot be resumed by "
             "this version. Start a new run from its policy: --pretrained-checkpoint RUN/policy."
         )
     if damaged:
         listed = "; ".join(f"{path.name}: {reasons[0]}" for path, reasons in damaged.items())
-        raise ValueError(
+        raise UserError(
             f"All checkpoints in {folder} are damaged ({listed}). Nothing was changed: restore one from a copy, or "
             "start a new run from the run's policy folder."
         )

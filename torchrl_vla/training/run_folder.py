@@ -82,14 +82,14 @@ def refuse_changes(before: TrainConfig | FinetuneConfig, now: TrainConfig | Fine
     old, new = _options(before), _options(now)
     unknown = sorted(set(now.allow_changed) - set(new))
     if unknown:
-        raise ValueError(f"allow_changed names no option: {', '.join(unknown)}.")
+        raise UserError(f"allow_changed names no option: {', '.join(unknown)}.")
     changed = {
         name: f"{name} from {old[name]!r} to {value!r}"
         for name, value in new.items()
         if value != old[name] and name not in (now.MAY_CHANGE | set(now.allow_changed))
     }
     if changed:
-        raise ValueError(
+        raise UserError(
             f"a resumed run keeps what makes its policy and its data, but {', '.join(changed.values())} would change: "
             f"leave it out, or say so with --allow-changed {' '.join(changed)}."
         )

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torchrl_vla.errors import UserError
+
 __all__ = ["lock_run"]
 
 
@@ -35,7 +37,7 @@ def lock_run(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(
+            raise UserError(
                 f"Another process is training in {folder}: wait until it ends, stop it, or choose another --run-dir."
             ) from error
         yield

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from torchrl_vla.errors import UserError
+
 __all__ = ["LearningRateSchedule"]
 
 _DECAYS = {
@@ -46,7 +48,7 @@ class LearningRateSchedule(LambdaLR):
         decay: Literal["constant", "linear", "cosine"] = "constant",
     ) -> None:
         if decay not in _DECAYS:
-            raise ValueError(f"decay={decay!r} is unknown: choose one of {list(_DECAYS)}.")
+            raise UserError(f"decay={decay!r} is unknown: choose one of {list(_DECAYS)}.")
         self._progress = 0.0
         fall = _DECAYS[decay]
 

@@ -11,6 +11,7 @@ from torchrl_vla.config import TrainConfig
 from torchrl_vla.distributed.ranks import OneProcess
 from torchrl_vla.envs import get_suite
 from torchrl_vla.envs.rendering import configure_rendering
+from torchrl_vla.errors import UserError
 from torchrl_vla.evaluation.protocol import initial_states
 from torchrl_vla.training.devices import choose_device, choose_head_device
 from torchrl_vla.training.logging import check_wandb
@@ -65,7 +66,7 @@ def load_for_training(config: TrainConfig, ranks: OneProcess) -> tuple[Policy, t
         )
     image_size = policy.model.config.image_size
     if ppo.image_size not in (None, (image_size, image_size)):
-        raise ValueError(
+        raise UserError(
             f"image_size is {ppo.image_size}, but {config.actor.pretrained_checkpoint} was made for "
             f"{(image_size, image_size)}: leave image_size out."
         )

@@ -8,6 +8,7 @@ import mujoco
 import numpy as np
 
 from torchrl_vla.demonstrations.expert.geometry import rotation_about, rotation_vector
+from torchrl_vla.errors import UserError
 
 __all__ = ["Arm", "GRIPPER_CLOSE", "GRIPPER_OPEN", "HandBox"]
 
@@ -256,5 +257,5 @@ def _limit(vector: np.ndarray, largest: float) -> np.ndarray:
 def _index(model: mujoco.MjModel, kind: mujoco.mjtObj, name: str) -> int:
     index = mujoco.mj_name2id(model, kind, name)
     if index < 0:
-        raise ValueError(f"The model has no {name!r}: the expert knows LIBERO's scenes with one Panda and its gripper.")
+        raise UserError(f"The model has no {name!r}: the expert knows LIBERO's scenes with one Panda and its gripper.")
     return index

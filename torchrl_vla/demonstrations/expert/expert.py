@@ -14,6 +14,7 @@ from torchrl_vla.demonstrations.expert.insertion import Insertion
 from torchrl_vla.demonstrations.expert.joints import MoveJoint
 from torchrl_vla.demonstrations.expert.skills import choose_skills
 from torchrl_vla.demonstrations.expert.task_goals import Goal
+from torchrl_vla.errors import UserError
 
 __all__ = ["ScriptedExpert"]
 
@@ -41,7 +42,7 @@ class ScriptedExpert:
 
     def __init__(self, model: mujoco.MjModel, goals: Sequence[Goal]) -> None:
         if not goals:
-            raise ValueError("goals must not be empty: pass what read_goals(task.bddl_file) returns.")
+            raise UserError("goals must not be empty: pass what read_goals(task.bddl_file) returns.")
         self._arm = Arm(model)
         self._model = model
         self._steps = choose_skills(model, self._arm, CollisionPoints(model), goals)

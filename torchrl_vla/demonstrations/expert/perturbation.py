@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from torchrl_vla.errors import UserError
+
 __all__ = ["Perturbation"]
 
 _PUSH_STEPS = (4, 10)
@@ -34,7 +36,7 @@ class Perturbation:
 
     def __init__(self, seed: int | Sequence[int], *, push_probability: float = 0.03, noise: float = 0.0) -> None:
         if not 0.0 <= push_probability <= 1.0 or noise < 0.0:
-            raise ValueError(
+            raise UserError(
                 "push_probability must be between 0 and 1 and noise not negative, got "
                 f"push_probability={push_probability}, noise={noise}."
             )

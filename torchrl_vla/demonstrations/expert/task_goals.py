@@ -7,13 +7,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from torchrl_vla.errors import UserError
+
 __all__ = ["PREDICATES", "Goal", "UnreachableGoalError", "can_reach", "read_goals"]
 
 #: Kinds of conditions that the expert has a skill for.
 PREDICATES = ("on", "in", "open", "close", "turnon", "turnoff")
 
 
-class UnreachableGoalError(ValueError):
+class UnreachableGoalError(UserError):
     """The scripted expert cannot do what a task asks for."""
 
 
@@ -50,7 +52,7 @@ def read_goals(bddl_file: str | Path) -> tuple[Goal, ...]:
         Goal(match[1].lower(), *match[2].split()) for match in re.finditer(r"\(\s*(\w+)((?:\s+\w+)+)\s*\)", goal)
     )
     if not marker or not goals:
-        raise ValueError(
+        raise UserError(
             f"{bddl_file} states no goal: a BDDL task needs `(:goal (And (On object target)))` or the like."
         )
     return goals

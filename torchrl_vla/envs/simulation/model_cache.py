@@ -23,6 +23,7 @@ import numpy as np
 
 from torchrl_vla.envs.installation import import_libero
 from torchrl_vla.envs.simulation.scene import Scene
+from torchrl_vla.errors import UserError
 
 __all__ = [
     "CompiledModel",
@@ -168,7 +169,7 @@ def _load_model(key: str) -> mujoco.MjModel | None:
     for path in sorted((cache_folder() / "models").glob(f"{key}-*.mjb")):
         try:
             if f"{_checksum(path):08x}" != path.stem.rpartition("-")[2]:
-                raise ValueError("its checksum is wrong")
+                raise UserError("its checksum is wrong")
             return mujoco.MjModel.from_binary_path(str(path))
         except (OSError, ValueError) as error:
             discard_file(path, error)
@@ -279,7 +280,7 @@ def environment_key() -> str:
         for path in sorted(folder.rglob("*")):
             if path.is_file() and path.suffix != ".pyc":
                 status = path.stat()
-                digest.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
+                digest.update(os.fsencode(f"{path} {status.st_size} {status.st_mtime_ns}"))
     for name in _MAKERS:
         digest.update((Path(__file__).parent / name).read_bytes())
     versions = [f"{name}={importlib.metadata.version(name)}" for name in ("mujoco", "robosuite", "numpy")]

@@ -23,6 +23,7 @@ from torchrl_vla.envs.simulation.model_cache import (
     write_states,
 )
 from torchrl_vla.envs.simulation.scene_builder import built_environment
+from torchrl_vla.errors import UserError
 
 __all__ = ["sampled_init_states"]
 
@@ -59,7 +60,7 @@ def sampled_init_states(bddl_file: Path, count: int, *, seed: int, fixture_seed:
         (50, 92)
     """
     if count < 1 or seed < 0:
-        raise ValueError(f"count must be at least 1 and seed not negative, got count={count} and seed={seed}.")
+        raise UserError(f"count must be at least 1 and seed not negative, got count={count} and seed={seed}.")
     text = f"{environment_key()} sampled {count} {seed} {fixture_seed} ".encode() + bddl_file.read_bytes()
     path = cache_folder() / "init_states" / f"{hashlib.sha256(text).hexdigest()[:32]}.npz"
     states = read_states(path)
@@ -132,4 +133,4 @@ def _draw_one(domain: Any, unplaced: mujoco.MjModel, task: str, seed: list[int])
         with contextlib.suppress(RandomizationError):
             domain._reset_internal()
             return domain.sim.get_state().flatten()
-    raise ValueError(f"No layout of {task} was found in {_ATTEMPTS} tries: its objects leave each other no room.")
+    raise UserError(f"No layout of {task} was found in {_ATTEMPTS} tries: its objects leave each other no room.")

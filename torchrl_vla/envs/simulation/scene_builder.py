@@ -16,6 +16,7 @@ import numpy as np
 from torchrl_vla.envs.installation import import_libero_envs
 from torchrl_vla.envs.rendering import configure_rendering
 from torchrl_vla.envs.simulation.scene import COMPARISONS, Burner, Predicate, Scene
+from torchrl_vla.errors import UserError
 
 __all__ = ["build_scene", "built_environment"]
 
@@ -222,7 +223,7 @@ def _predicate(domain: Any, state: Sequence[str]) -> Predicate:
                 geoms=_geoms(domain, moved) if parent is not None else (),
                 target_geoms=_geoms(domain, parent) if parent is not None else (),
             )
-    raise ValueError(
+    raise UserError(
         f"The goal condition ({' '.join(state)}) of {domain.bddl_file_name} is not known: allowed are On and In of an "
         f"object, and {', '.join(sorted(_JOINT_TESTS))} of a fixture or of a part of one. Use StockSimulator for it."
     )
@@ -256,7 +257,7 @@ def _threshold(test: Callable[[float], bool], limits: Sequence[float]) -> tuple[
         for symbol, compare in COMPARISONS.items():
             if answers == [bool(compare(probe, threshold)) for probe in probes]:
                 return symbol, threshold
-    raise ValueError(f"{test} is not a comparison with one of its limits {limits}. Use StockSimulator for this task.")
+    raise UserError(f"{test} is not a comparison with one of its limits {limits}. Use StockSimulator for this task.")
 
 
 def _geoms(domain: Any, item: Any) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from torchrl_vla.envs.simulation.sleeping import unhide
 from torchrl_vla.envs.simulation.slot import SAMPLED, Slot, Task
 from torchrl_vla.envs.simulation.stock import SETTLE_ACTION
 from torchrl_vla.envs.tasks import LiberoTask, get_suite
+from torchrl_vla.errors import UserError
 
 __all__ = ["LiberoSimulator"]
 
@@ -85,9 +86,9 @@ class LiberoSimulator:
         picture_fidelity = picture_fidelity or fidelity
         for name, value in (("fidelity", fidelity), ("picture_fidelity", picture_fidelity)):
             if value not in ("exact", "fast"):
-                raise ValueError(f"{name} must be 'exact' or 'fast', got {value!r}.")
+                raise UserError(f"{name} must be 'exact' or 'fast', got {value!r}.")
         if num_slots < 1 or image_size < 1 or settle_steps < 0:
-            raise ValueError(
+            raise UserError(
                 "num_slots and image_size must be positive and settle_steps not negative, got "
                 f"num_slots={num_slots}, image_size={image_size}, settle_steps={settle_steps}."
             )
@@ -124,7 +125,7 @@ class LiberoSimulator:
         self._checked(slot)
         task = self._task(task_id)
         if not 0 <= init_state_id < len(task.init_states):
-            raise ValueError(
+            raise UserError(
                 f"init_state_id={init_state_id} is not an initial state of task {task_id} of {self._suite.name}: it "
                 f"must be in 0..{len(task.init_states) - 1}."
             )
@@ -169,9 +170,9 @@ class LiberoSimulator:
         """
         actions = np.asarray(actions, dtype=np.float64)
         if actions.ndim != 2 or actions.shape[1] != 7:
-            raise ValueError(f"actions must have the shape [n, 7], got {list(actions.shape)} for slot {slot}.")
+            raise UserError(f"actions must have the shape [n, 7], got {list(actions.shape)} for slot {slot}.")
         if not np.isfinite(actions).all():
-            raise ValueError(f"actions of slot {slot} must be finite, got {actions[~np.isfinite(actions).all(1)][0]}.")
+            raise UserError(f"actions of slot {slot} must be finite, got {actions[~np.isfinite(actions).all(1)][0]}.")
         held = self._held(slot)
         task = held.task
         task.place_fixtures()
@@ -284,12 +285,12 @@ class LiberoSimulator:
     def _held(self, slot: int) -> Slot:
         held = self._slots[self._checked(slot)]
         if held is None:
-            raise ValueError(f"Slot {slot} runs no episode yet: call reset(slot, task_id, init_state_id) first.")
+            raise UserError(f"Slot {slot} runs no episode yet: call reset(slot, task_id, init_state_id) first.")
         return held
 
     def _checked(self, slot: int) -> int:
         if not 0 <= slot < len(self._slots):
-            raise ValueError(f"slot={slot} does not exist: it must be in 0..{len(self._slots) - 1}.")
+            raise UserError(f"slot={slot} does not exist: it must be in 0..{len(self._slots) - 1}.")
         return slot
 
     def _sample(self, held: Slot) -> dict[str, np.ndarray]:
@@ -305,5 +306,5 @@ def _camera(model: mujoco.MjModel, name: str) -> int:
     index = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, name)
     if index < 0:
         names = ", ".join(model.camera(i).name for i in range(model.ncam))
-        raise ValueError(f"There is no camera {name!r} in this scene. Its cameras are: {names}.")
+        raise UserError(f"There is no camera {name!r} in this scene. Its cameras are: {names}.")
     return index

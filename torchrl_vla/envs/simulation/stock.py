@@ -9,6 +9,7 @@ import numpy as np
 from torchrl_vla.envs.installation import import_libero_envs
 from torchrl_vla.envs.rendering import configure_rendering
 from torchrl_vla.envs.tasks import get_suite
+from torchrl_vla.errors import UserError
 
 __all__ = ["SETTLE_ACTION", "StockSimulator"]
 
@@ -51,7 +52,7 @@ class StockSimulator:
         seed: int = 0,
     ) -> None:
         if fidelity != "exact":
-            raise ValueError(f"StockSimulator has fidelity='exact' only, got {fidelity!r}.")
+            raise UserError(f"StockSimulator has fidelity='exact' only, got {fidelity!r}.")
         configure_rendering()
         self._suite = get_suite(task_suite)
         self._image_size = image_size

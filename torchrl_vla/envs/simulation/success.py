@@ -6,6 +6,7 @@ import mujoco
 import numpy as np
 
 from torchrl_vla.envs.simulation.scene import COMPARISONS, Predicate, Scene
+from torchrl_vla.errors import UserError
 
 __all__ = ["GoalChecker"]
 
@@ -85,7 +86,7 @@ class GoalChecker:
                 low = centre - half
                 low[2] -= _IN_SITE_SLACK
                 return bool((position > low).all() and (position < centre + half).all())
-        raise ValueError(f"unknown kind of condition {predicate.kind!r}")
+        raise UserError(f"unknown kind of condition {predicate.kind!r}")
 
 
 def _mask(geoms: tuple[int, ...], num_geoms: int) -> np.ndarray:

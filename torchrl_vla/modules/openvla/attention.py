@@ -13,6 +13,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
+from torchrl_vla.errors import UserError
+
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "eager")
 
 _logger = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ def resolve_attention(requested: str | None, device_type: str, dtype: torch.dtyp
         ValueError: if the kernel is unknown, or flash-attention 2 is asked for and cannot run.
     """
     if requested is not None and requested not in ATTENTION_IMPLEMENTATIONS:
-        raise ValueError(
+        raise UserError(
             f"attn_implementation must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)} or None, got {requested!r}."
         )
     missing = None
@@ -35,7 +37,7 @@ def resolve_attention(requested: str | None, device_type: str, dtype: torch.dtyp
     elif device_type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         missing = f"it needs a CUDA device and bfloat16 or float16, not {device_type} and {dtype}"
     if requested == "flash_attention_2" and missing:
-        raise ValueError(f"attn_implementation 'flash_attention_2' cannot be used: {missing}. Use 'sdpa'.")
+        raise UserError(f"attn_implementation 'flash_attention_2' cannot be used: {missing}. Use 'sdpa'.")
     chosen = requested or ("sdpa" if missing else "flash_attention_2")
     _logger.info("attention kernel: %s%s", chosen, f" ({missing})" if requested is None and missing else "")
     return chosen

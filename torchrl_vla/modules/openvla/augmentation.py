@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchrl_vla.errors import UserError
 from torchrl_vla.modules.openvla.image_pipeline import CROP_AREA
 
 
@@ -47,10 +48,10 @@ class ImageAugmentation:
 
     def __post_init__(self) -> None:
         if not 0 < self.crop_area <= 1:
-            raise ValueError(f"crop_area must lie in (0, 1], got {self.crop_area}.")
+            raise UserError(f"crop_area must lie in (0, 1], got {self.crop_area}.")
         for name, most in (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.5)):
             if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"{name} must lie in [0, {most:g}] (0 turns it off), got {getattr(self, name)}.")
+                raise UserError(f"{name} must lie in [0, {most:g}] (0 turns it off), got {getattr(self, name)}.")
 
     def __call__(self, images: Tensor) -> Tensor:
         """Augment a batch.

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchrl_vla.errors import UserError
 from torchrl_vla.modules.openvla.jpeg import jpeg_round_trip
 
 ImageBackend = Literal["exact", "fast"]
@@ -54,9 +55,9 @@ class ImagePipeline:
 
     def __init__(self, image_size: int = 224, *, center_crop: bool = True, backend: ImageBackend = "exact") -> None:
         if image_size < 2:
-            raise ValueError(f"image_size must be at least 2 pixels, got {image_size}.")
+            raise UserError(f"image_size must be at least 2 pixels, got {image_size}.")
         if backend not in get_args(ImageBackend):
-            raise ValueError(f"image backend must be one of {', '.join(get_args(ImageBackend))}, got {backend!r}.")
+            raise UserError(f"image backend must be one of {', '.join(get_args(ImageBackend))}, got {backend!r}.")
         self.image_size = image_size
         self.center_crop = center_crop
         self.backend = backend
@@ -75,7 +76,7 @@ class ImagePipeline:
             ValueError: if the images have another dtype or shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(
+            raise UserError(
                 f"images must be uint8 [N, 3, H, W], got {images.dtype} {list(images.shape)}; give frames as the "
                 "environment renders them, neither scaled nor normalised."
             )

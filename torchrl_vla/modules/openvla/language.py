@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import create_bidirectional_mask
 
+from torchrl_vla.errors import UserError
 from torchrl_vla.modules.openvla.attention import Attention
 from torchrl_vla.modules.openvla.blocks import LayerStack, LlamaBlock, fuse_llama_layer, read_llama_layer
 from torchrl_vla.modules.vmap import is_transformed
@@ -92,22 +93,22 @@ def arrange_prompt(input_ids: Tensor, attention_mask: Tensor | None, empty_token
                 [9, 7, 3]])
     """
     if input_ids.dim() != 2:
-        raise ValueError(f"input_ids must be [batch, length], got shape {tuple(input_ids.shape)}.")
+        raise UserError(f"input_ids must be [batch, length], got shape {tuple(input_ids.shape)}.")
     inspect = input_ids.device.type == "cpu" and not (torch.compiler.is_compiling() or is_transformed([input_ids]))
     if attention_mask is None:
         if inspect and not bool((input_ids[:, -1] == empty_token_id).all()):
-            raise ValueError(
+            raise UserError(
                 f"without an attention_mask every prompt must end with the token {empty_token_id}; pass "
                 "attention_mask=torch.ones_like(input_ids) to have it appended where it is missing."
             )
         return Prompt(input_ids[:, :1], input_ids[:, 1:], None)
     if attention_mask.shape != input_ids.shape:
-        raise ValueError(
+        raise UserError(
             f"attention_mask {tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)} differ in shape."
         )
     real = attention_mask.bool()
     if inspect and not bool(real.any(dim=1).all()):
-        raise ValueError("a row of attention_mask is all zero: every prompt needs at least one token.")
+        raise UserError("a row of attention_mask is all zero: every prompt needs at least one token.")
     start = real.int().argmax(dim=1, keepdim=True)
     count = real.sum(dim=1, keepdim=True)
     last = input_ids.gather(1, start + count - 1)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchrl_vla.errors import UserError
 from torchrl_vla.modules.distributions import check_temperature
 from torchrl_vla.modules.heads import L1ActionHead, ProprioProjector
 from torchrl_vla.modules.openvla.acceleration import Acceleration
@@ -62,7 +63,7 @@ class OpenVLA(nn.Module):
     def __init__(self, config: OpenVLAConfig, *, attn_implementation: str = "sdpa", use_l1_head: bool = False) -> None:
         super().__init__()
         if attn_implementation not in ATTENTION_IMPLEMENTATIONS:
-            raise ValueError(
+            raise UserError(
                 f"attn_implementation must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}, "
                 f"got {attn_implementation!r}."
             )
@@ -126,7 +127,7 @@ class OpenVLA(nn.Module):
     def _encode_images(self, pixel_values: Tensor) -> tuple[Tensor]:
         size = self.config.image_size
         if pixel_values.dim() != 4 or pixel_values.shape[1] % 6 or tuple(pixel_values.shape[2:]) != (size, size):
-            raise ValueError(
+            raise UserError(
                 f"pixel_values must be [batch, 6 * images, {size}, {size}] for this checkpoint, "
                 f"got {tuple(pixel_values.shape)}: resize the images with the processor."
             )
@@ -155,7 +156,7 @@ class OpenVLA(nn.Module):
         parts = [embed_tokens(prompt.first), self.projector(vision_features)]
         if proprio is not None:
             if self.proprio_projector is None:
-                raise ValueError(
+                raise UserError(
                     "proprio was given, but this model has no proprio_projector: load a checkpoint with "
                     "proprio_projector--N_checkpoint.pt, or leave proprio out."
                 )
@@ -226,7 +227,7 @@ class OpenVLA(nn.Module):
         vision_features: Tensor | None,
     ) -> tuple[Prompt, Tensor]:
         if (pixel_values is None) == (vision_features is None):
-            raise ValueError("give either pixel_values or vision_features, and None for the other.")
+            raise UserError("give either pixel_values or vision_features, and None for the other.")
         pad_token_id = self.config.pad_token_id
         assert pad_token_id is not None
         prompt = arrange_prompt(input_ids, attention_mask, self.config.empty_token_id, pad_token_id)
@@ -234,7 +235,7 @@ class OpenVLA(nn.Module):
             assert pixel_values is not None
             vision_features = self.encode_images(pixel_values)
         if len(input_ids) != len(vision_features):
-            raise ValueError(f"{len(input_ids)} prompts were given with images of {len(vision_features)} samples.")
+            raise UserError(f"{len(input_ids)} prompts were given with images of {len(vision_features)} samples.")
         return prompt, vision_features
 
     def _action_logits(self, hidden_states: Tensor) -> Tensor:
@@ -249,7 +250,7 @@ class OpenVLA(nn.Module):
             ValueError: if the model has no L1 head.
         """
         if self.action_head is None:
-            raise ValueError(
+            raise UserError(
                 "this model has no L1 head: load a checkpoint with action_head--N_checkpoint.pt and "
                 "load_l1_action_head=True, or use the token logits."
             )
@@ -350,7 +351,7 @@ class OpenVLA(nn.Module):
             ValueError: if it is not a share.
         """
         if not 0 <= share <= 1:
-            raise ValueError(f"share must be from 0 (recompute nothing) to 1 (recompute every layer), got {share}.")
+            raise UserError(f"share must be from 0 (recompute nothing) to 1 (recompute every layer), got {share}.")
         for stack in self._stacks:
             stack.recompute = float(share)
 

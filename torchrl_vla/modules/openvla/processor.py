@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from torchrl_vla.errors import UserError
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
 from torchrl_vla.modules.openvla.image_pipeline import ImageBackend, ImagePipeline
 from torchrl_vla.modules.openvla.tokenizer import empty_token_id, encode_prompt, unknown_words
@@ -71,9 +72,7 @@ class OpenVLAProcessor:
         prompt_multiple: int = 1,
     ) -> None:
         if prompt_multiple < 1:
-            raise ValueError(
-                f"prompt_multiple must be at least 1 (no padding beyond the batch), got {prompt_multiple}."
-            )
+            raise UserError(f"prompt_multiple must be at least 1 (no padding beyond the batch), got {prompt_multiple}.")
         self.tokenizer = tokenizer
         self.action_tokenizer = action_tokenizer
         self.images = ImagePipeline(image_size, center_crop=center_crop, backend=backend)
@@ -128,7 +127,7 @@ class OpenVLAProcessor:
         cameras = [images] if isinstance(images, Tensor) else list(images)
         sizes = {len(frames) for frames in cameras} | {len(input_ids)} | ({len(state)} if state is not None else set())
         if len(sizes) != 1:
-            raise ValueError(
+            raise UserError(
                 f"images, instructions and state must be of one batch size, got {[len(frames) for frames in cameras]} "
                 f"images, {len(input_ids)} instructions and {'no' if state is None else len(state)} states."
             )
@@ -164,7 +163,7 @@ class OpenVLAProcessor:
             # The policy could not tell such tasks apart. Case and blanks alone say nothing.
             said = " ".join(instruction.lower().split())
             if (other := self._said.setdefault(tuple(ids), said)) != said:
-                raise ValueError(
+                raise UserError(
                     f"{instruction!r} and {other!r} have the same prompt for the policy's tokenizer, which does not "
                     "know all of their words: leave one of the tasks out, or train a policy whose tokenizer knows both "
                     "(build_tokenizer)."

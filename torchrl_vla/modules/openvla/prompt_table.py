@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchrl_vla.errors import UserError
 from torchrl_vla.modules.openvla.processor import OpenVLAProcessor
 
 
@@ -46,7 +47,7 @@ class PromptTable:
 
     def __init__(self, processor: OpenVLAProcessor, instructions: Mapping[int, str]) -> None:
         if not instructions:
-            raise ValueError("instructions is empty: give the instruction of every task id that is to be read.")
+            raise UserError("instructions is empty: give the instruction of every task id that is to be read.")
         self.instructions = dict(sorted(instructions.items()))
         input_ids, attention_mask = processor.encode_instructions(list(self.instructions.values()))
         self._tables = {torch.device("cpu"): (torch.tensor(list(self.instructions)), input_ids, attention_mask)}

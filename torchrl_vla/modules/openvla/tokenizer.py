@@ -12,6 +12,8 @@ from tokenizers.pre_tokenizers import Punctuation, Sequence, Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from torchrl_vla.errors import UserError
+
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 
 EMPTY_TOKEN = "▁"
@@ -47,12 +49,12 @@ def build_tokenizer(
     pre_tokenizer, normalizer = Sequence([Whitespace(), Punctuation()]), Lowercase()
     instructions = list(instructions)
     if not instructions:
-        raise ValueError("a tokenizer cannot be built from no instructions; give those of every task to be run.")
+        raise UserError("a tokenizer cannot be built from no instructions; give those of every task to be run.")
     text = normalizer.normalize_str(PROMPT.format(instruction=" ".join(instructions)))
     words = [*_SPECIAL_TOKENS, *sorted({word for word, _ in pre_tokenizer.pre_tokenize_str(text)})]
     begin = vocab_size - n_bins
     if len(words) > begin:
-        raise ValueError(
+        raise UserError(
             f"The instructions have {len(words)} words, prompt and special tokens included, but vocab_size "
             f"{vocab_size} leaves {begin} ids below the {n_bins} action tokens; raise it to {len(words) + n_bins}."
         )
@@ -81,7 +83,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             folder, config=PreTrainedConfig(), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # of a damaged file the libraries raise whatever they stumble over
-        raise ValueError(
+        raise UserError(
             f"No tokenizer can be loaded from {folder}. A checkpoint folder needs tokenizer.json and "
             "tokenizer_config.json beside the weights, undamaged; copy them from the release it comes from."
         ) from error
@@ -97,7 +99,7 @@ def empty_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     index = tokenizer.convert_tokens_to_ids(EMPTY_TOKEN)
     if not isinstance(index, int) or index == tokenizer.unk_token_id:
-        raise ValueError(
+        raise UserError(
             f"The tokenizer has no token {EMPTY_TOKEN!r} (29871 in Llama's vocabulary), which OpenVLA's prompt ends "
             "with; use the tokenizer that the checkpoint was released with."
         )
@@ -118,15 +120,15 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str) -> list[
     Source: OpenVLA's ``predict_action``, whose checkpoints saw the empty token there in training.
     """
     if not instruction.strip():
-        raise ValueError("language_instruction is blank; give the task in words, e.g. 'open the middle drawer'.")
+        raise UserError("language_instruction is blank; give the task in words, e.g. 'open the middle drawer'.")
     last = empty_token_id(tokenizer)
     ids: list[int] = tokenizer(PROMPT.format(instruction=instruction.lower())).input_ids
     if ids[0] != tokenizer.bos_token_id:
-        raise ValueError(f"The tokenizer starts a prompt with {ids[0]}, not with BOS ({tokenizer.bos_token_id}).")
+        raise UserError(f"The tokenizer starts a prompt with {ids[0]}, not with BOS ({tokenizer.bos_token_id}).")
     if ids[-1] != last:
         ids = [*ids, last]
     if ids[-2] in tokenizer.all_special_ids:
-        raise ValueError(
+        raise UserError(
             f"The tokenizer ends a prompt with the special token {ids[-2]}, so that {last} does not follow the text; "
             "load it with add_eos_token=False."
         )
