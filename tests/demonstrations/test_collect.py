@@ -128,10 +128,6 @@ def test_no_success_at_all_is_explained(tmp_path: Path, options: dict, scripted)
         (dict(episodes_per_task=51), "record some episodes twice"),
         (dict(task_suite="libero_spacial"), "libero_spatial"),
         (dict(task_ids=[10]), "task_id=10"),
-        (
-            dict(task_suite="libero_goal", task_ids=[1, 7, 0]),
-            "tasks 7, 0 of libero_goal ask to open.*not: 1,2,3,4,5,6,8,9",
-        ),
     ],
 )
 def test_bad_options_are_explained_before_anything_is_written(
@@ -139,6 +135,13 @@ def test_bad_options_are_explained_before_anything_is_written(
 ):
     with pytest.raises(ValueError, match=message):
         collect_demonstrations(tmp_path / "new", **{**options, **changes})
+    assert not (tmp_path / "new").exists()
+
+
+def test_goals_of_an_unknown_kind_are_refused_before_anything_is_written(tmp_path: Path, options: dict, monkeypatch):
+    monkeypatch.setattr(collect, "can_reach", lambda goals: all(goal.predicate in ("on", "in") for goal in goals))
+    with pytest.raises(ValueError, match=r"no skill for what tasks 7, 0 of libero_goal ask.*: 1,2,3,4,5,6,8,9\."):
+        collect_demonstrations(tmp_path / "new", **{**options, "task_suite": "libero_goal", "task_ids": [1, 7, 0]})
     assert not (tmp_path / "new").exists()
 
 

@@ -20,6 +20,8 @@ _LARGEST_WIDTH = 0.072
 _LARGEST_WRIST_TURN = 1.9
 _RIM_ANGLES, _RIM_SECTOR, _RIM_THICKNESS = 24, np.radians(12.0), 0.006
 _RIM_INSET, _RIM_SHIFTS, _RIM_DEPTHS, _RIM_CLEARANCE = 0.0045, (0.0, 0.008, 0.016), (0.022, 0.016), 0.012
+#: Where above an object the hand that grasps it is, in metres.
+_HAND_ABOVE = 0.08
 #: How far a knob may stand out, how wide it may be, and how far the fingertips reach beyond the site, in metres.
 _KNOB_HEIGHTS, _KNOB_WIDTH, _TIP = (0.025, 0.02, 0.015), 0.04, 0.0125
 _SIDE_TURNS = np.radians([0.0, -8.0, 8.0, -16.0, 16.0, -24.0, 24.0])
@@ -92,7 +94,7 @@ def plan_grasp(
         candidates = _side_candidates(points, centre, direction, (long_half, short_half))
     for failed in avoid:
         candidates.costs[np.linalg.norm(candidates.positions - failed, axis=1) < _FAILED_RADIUS] += _FAILED
-    return _choose(arm, data, candidates, others, approach, carry)
+    return _choose(arm, data, candidates, _lowered(points, others), approach, carry)
 
 
 def _rim_candidates(points: np.ndarray) -> _Candidates:
@@ -115,6 +117,17 @@ def _rim_candidates(points: np.ndarray) -> _Candidates:
             yaws.append(angle)
             costs.append(_SHIFT * shift + _SHALLOW * (_RIM_DEPTHS[0] - depth))
     return _Candidates(np.array(positions), np.array(yaws), np.array(costs))
+
+
+def _lowered(points: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The obstacles, with what is over the object moved down to the hand, which has to pass it on its way."""
+    low, high = points.min(axis=0), points.max(axis=0)
+    above = others[:, 2] > high[2] + _HAND_ABOVE
+    if not ((others[:, :2] > low[:2]) & (others[:, :2] < high[:2]))[above].all(axis=1).any():
+        return others
+    lowered = others.copy()
+    lowered[above, 2] = high[2] + _HAND_ABOVE
+    return lowered
 
 
 def _knob(points: np.ndarray) -> np.ndarray | None:

@@ -21,8 +21,8 @@ __all__ = ["MoveJoint"]
 _OPEN_SLIDE, _OPEN_HINGE, _ON = 0.92, 0.7, 0.36
 #: What a knob is turned by in one go, in radians.
 _KNOB_TURN = 1.3
-#: Share from which on a drawer or door lets things in.
-_AJAR = 0.7
+#: Shares from which on a drawer or door lets things in.
+_AJAR_SLIDE, _AJAR_HINGE = 0.7, 0.6
 #: Shut doors may rest this share short of the end of their range; drawers and knobs must be pressed past 0.
 _SHUT = 0.002
 _LEAD, _KNOB_LEAD, _STALLED_STEPS, _STALLED = 0.03, 0.35, 12, 0.0005
@@ -112,7 +112,8 @@ class MoveJoint:
             attempt += 1
 
     def _is_enough(self, data: mujoco.MjData) -> bool:
-        return self._joint.opening(data) > _AJAR if self._ajar else self.done(data)
+        ajar = _AJAR_SLIDE if self._joint.slides else _AJAR_HINGE
+        return self._joint.opening(data) > ajar if self._ajar else self.done(data)
 
     def _wanted(self, data: mujoco.MjData) -> float:
         if self._goal.predicate == "turnon":

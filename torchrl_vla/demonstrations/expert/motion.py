@@ -16,6 +16,8 @@ __all__ = ["Phase", "release", "rise", "straight", "travel"]
 Phase = Generator[np.ndarray, None, bool]
 
 _NEAR, _NEAR_TURN, _HALF_TURN = 0.012, 0.12, 2.2
+#: How much higher the hand passes over things since it turns on its way, in metres.
+_TURNING = 0.05
 _SHORT_STEPS, _RELEASE_STEPS, _TRAVEL_STEPS = 15, 8, 80
 
 
@@ -87,7 +89,7 @@ def travel(
         obstacles: collision points, ``[n, 3]``.
     """
     here, _ = arm.pose(data)
-    clear = clear_height(here, position, obstacles)
+    clear = clear_height(here, position, obstacles) + _TURNING
     if clear > here[2]:
         yield from straight(arm, data, np.array([*here[:2], clear]), arm.pose(data)[1], gripper)
     for _ in range(_TRAVEL_STEPS):

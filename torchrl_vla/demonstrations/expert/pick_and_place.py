@@ -41,6 +41,8 @@ _WALL_OVERLAP = 0.02
 #: above the site is in its way.
 _SHARE, _SHARE_HEIGHT = 0.7, 0.01
 _ESCAPE_STEPS = 40
+#: How much higher than it is let go of something is carried over a drawer's front, in metres.
+_OVER_DRAWER = 0.05
 
 
 class PickAndPlace:
@@ -72,6 +74,7 @@ class PickAndPlace:
         self._target = int(model.body_rootid[model.site_bodyid[self._site]]) if self._site >= 0 else target
         drawer = find_articulation(model, goal.target)
         #: What has to be lowered into: a drawer's own walls, or the whole of another container.
+        self._slides = drawer is not None and drawer.slides and self._into
         self._walls = drawer.bodies if drawer else np.flatnonzero(model.body_rootid == self._target)
         free = model.jnt_bodyid[model.jnt_type == mujoco.mjtJoint.mjJNT_FREE]
         self._movable = free[free != self._body]
@@ -188,9 +191,13 @@ class PickAndPlace:
         if self._into:
             walls, _ = self._surfaces.part(data, self._walls)
             low = max(low, walls[:, 2].max() - _WALL_OVERLAP + (origin - here)[2])
-        path = plan_carry(points, origin, others, target[:2], ground, low)
+        lowest = low
+        if self._slides:
+            # What brushes against a drawer's front shuts it.
+            lowest += _OVER_DRAWER
+        path = plan_carry(points, origin, others, target[:2], ground, lowest)
         lost = self._loss_detector(data)
-        if path.rise_first:
+        if path.rise_first or self._slides:
             top = here + [0.0, 0.0, path.height(0.0) - origin[2]]
             yield from straight(arm, data, top, rotation, GRIPPER_CLOSE)
         climb = path.height(path.length) - low
