@@ -47,10 +47,12 @@ def models_that_fit(num_envs: int, workers: int, models: int, memory: float) -> 
 
 
 def check_memory(num_envs: int, workers: int, models: int, available: float) -> None:
-    """Refuses environments that would not fit.
+    """Refuse environments that would not fit.
 
     Args:
-        num_envs, workers, models: as of :func:`memory_needed`.
+        num_envs: as of :func:`memory_needed`.
+        workers: likewise.
+        models: likewise.
         available: bytes.
 
     Raises:

@@ -82,7 +82,7 @@ class PairedOutcomes:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Counts and figures, for JSON."""
+        """Return count and figures, for JSON."""
         return {
             "both": self.both,
             "gained": self.gained,
@@ -135,7 +135,7 @@ class Comparison:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The comparison for JSON."""
+        """Return the comparison for JSON."""
         return {
             "baseline": self.baseline_name,
             "new": self.new_name,

@@ -141,7 +141,7 @@ class EvaluationReport:
         return f"{counted}, with actions sampled anew: the intervals are for these states, not for others."
 
     def figures(self) -> dict[str, float]:
-        """The figures of the whole evaluation, by name."""
+        """Return the figures of the whole evaluation, by name."""
         total = TaskResult.of(self.episodes)
         return {
             "success_rate": total.success.rate,
@@ -225,6 +225,6 @@ class EvaluationReport:
 
 
 def report_file(path: Path) -> Path | None:
-    """The `report.json` that a path means, itself or in its folder; None if there is none."""
+    """Return the `report.json` that a path means, itself or in its folder; None if there is none."""
     file = path / _JSON_NAME if path.is_dir() else path
     return file if file.is_file() and file.suffix == ".json" else None

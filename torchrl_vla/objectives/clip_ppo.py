@@ -239,7 +239,7 @@ class AsymmetricClipPPOLoss(SwitchedCoefficients, AveragedLoss, ClipPPOLoss):
 
     @ClipPPOLoss.in_keys.getter
     def in_keys(self) -> list[NestedKey]:
-        """What a call reads, where the batch has it."""
+        """Return what a call reads, where the batch has it."""
         if self._in_keys is not None:
             return self._in_keys
         keys, critic = self.tensor_keys, self.critic_network
@@ -256,7 +256,7 @@ class AsymmetricClipPPOLoss(SwitchedCoefficients, AveragedLoss, ClipPPOLoss):
 
     @ClipPPOLoss.out_keys.getter
     def out_keys(self) -> list[NestedKey]:
-        """The losses, ``loss_*``, to be summed and differentiated, and the detached diagnostics."""
+        """Return the losses, ``loss_*``, to be summed and differentiated, and the detached diagnostics."""
         if self._out_keys is not None:
             return self._out_keys
         keys = ["loss_objective", "clip_fraction", "kl_approx", "ESS", "max_ratio", "mean_ratio", "num_ratios"]
