@@ -323,13 +323,12 @@ class AsymmetricClipPPOLoss(SwitchedCoefficients, AveragedLoss, ClipPPOLoss):
         return TensorDict({key: value if key.startswith("loss_") else value.detach() for key, value in terms.items()})
 
     def _advantage(self, tensordict: TensorDictBase, decisions: Tensor) -> Tensor:
-        advantage = tensordict.get(self.tensor_keys.advantage, None)
-        if advantage is None and self.critic_network is None:
+        computed_here = tensordict.get(self.tensor_keys.advantage, None) is None
+        if computed_here and self.critic_network is None:
             raise KeyError(f"The batch has no {self.tensor_keys.advantage!r}: compute it first (GRPOAdvantage, GAE).")
-        computed_here = advantage is None
         if computed_here:
             self.value_estimator(tensordict)
-            advantage = tensordict.get(self.tensor_keys.advantage)
+        advantage: Tensor = tensordict.get(self.tensor_keys.advantage)
         if advantage.shape != (*tensordict.shape, 1):
             raise ValueError(
                 f"advantage has shape {tuple(advantage.shape)}, expected one per decision, {(*tensordict.shape, 1)}."
@@ -337,7 +336,7 @@ class AsymmetricClipPPOLoss(SwitchedCoefficients, AveragedLoss, ClipPPOLoss):
         if self.advantage_norm is not None:
             return self._scale_advantage(advantage, tensordict, update=computed_here)
         if self.normalize_advantage and advantage.numel() > 1:
-            return standardize(advantage, decisions, self.normalize_advantage_exclude_dims)
+            advantage = standardize(advantage, decisions, self.normalize_advantage_exclude_dims)
         return advantage
 
     def _log_prob(self, tensordict: TensorDictBase, valid: Tensor) -> tuple[Tensor, Distribution]:
