@@ -334,8 +334,8 @@ class AsymmetricClipPPOLoss(SwitchedCoefficients, AveragedLoss, ClipPPOLoss):
                 f"advantage has shape {tuple(advantage.shape)}, expected one per decision, {(*tensordict.shape, 1)}."
             )
         if self.advantage_norm is not None:
-            return self._scale_advantage(advantage, tensordict, update=computed_here)
-        if self.normalize_advantage and advantage.numel() > 1:
+            advantage = self._scale_advantage(advantage, tensordict, update=computed_here)
+        elif self.normalize_advantage and advantage.numel() > 1:
             advantage = standardize(advantage, decisions, self.normalize_advantage_exclude_dims)
         return advantage
 
