@@ -7,7 +7,7 @@ from pathlib import Path
 
 __all__ = ["available_memory", "check_memory", "count_models", "memory_needed", "models_that_fit"]
 
-# Resident memory, measured with OSMesa as docs/performance.md says; with EGL a part of it is the GPU's.
+# Resident memory, measured with OSMesa as docs/history.md says; with EGL a part of it is the GPU's.
 #: A process with Python, PyTorch, TorchRL, MuJoCo and the compiled control loop.
 _PROCESS = 0.45e9
 #: A compiled model with its render context and assets: from 0.4 GB to 1.1 GB.
