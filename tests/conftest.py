@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import multiprocessing.process
 import os
 import shutil
@@ -19,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 DATA = Path(__file__).parent / "data"
 
 #: Marks of what a test needs. A test without any belongs to the fast tier, `pytest -m fast`.
-NEEDS = ("simulator", "processes", "compile")
+NEEDS = ("simulator", "processes", "compile", "slow")
 
 #: What the test that runs now has used without being marked for it.
 _unmarked: set[str] = set()
@@ -60,7 +61,14 @@ def _watch_compiler() -> None:
     """Note every piece of code that torch.compile translates."""
     from torch._dynamo.callback import callback_handler
 
-    callback_handler.register_start_callback(lambda _: _note("compile"))
+    clear = callback_handler.clear
+
+    def watch() -> None:
+        clear()  # `torch._dynamo.reset` does that
+        callback_handler.register_start_callback(lambda _: _note("compile"))
+
+    callback_handler.clear = watch  # type: ignore[method-assign]
+    watch()
 
 
 def pytest_configure() -> None:
@@ -88,6 +96,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(DATA.parent) and not any(map(item.get_closest_marker, (*NEEDS, "full"))):
             item.add_marker("fast")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # the libraries stay anyway; code that collects garbage on purpose need not look through them each time
 
 
 def pytest_runtest_setup() -> None:

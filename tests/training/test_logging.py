@@ -82,6 +82,7 @@ def test_table_shows_only_what_there_is():
     assert table == "update 7\n  rollout     success 50.0%   groups kept 1   of 4"
 
 
+@pytest.mark.processes
 def test_wandb_writes_to_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     logger = RunLogger(tmp_path, use_wandb=True, config={"episodes": 4321})
