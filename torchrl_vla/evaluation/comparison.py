@@ -6,9 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
-
-from scipy.stats import binomtest, norm
 
 from torchrl_vla.evaluation.report import EvaluationReport, SuccessRate
 
@@ -65,12 +64,14 @@ class PairedOutcomes:
         count = self.episodes + 2
         gained, lost = (self.gained + 1) / count, (self.lost + 1) / count
         centre = gained - lost
-        half = float(norm.ppf(0.975)) * math.sqrt((gained + lost - centre**2) / count)
+        half = NormalDist().inv_cdf(0.975) * math.sqrt((gained + lost - centre**2) / count)
         return max(-1.0, centre - half), min(1.0, centre + half)
 
     @property
     def p_value(self) -> float:
         """McNemar's exact test (1947), two-sided: were the pairs that differ coin tosses, how rare were this."""
+        from scipy.stats import binomtest  # takes most of a second
+
         differing = self.gained + self.lost
         return float(binomtest(self.gained, differing).pvalue) if differing else 1.0
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 
 __all__ = ["EpisodeResult", "EvaluationReport", "SuccessRate", "TaskResult", "report_file"]
 
@@ -63,6 +62,8 @@ class SuccessRate:
     @property
     def interval(self) -> tuple[float, float]:
         """Lower and upper end of the 95% interval."""
+        from scipy.stats import binomtest  # takes most of a second
+
         low, high = binomtest(self.successes, self.episodes).proportion_ci(0.95, method="wilson")
         return float(low), float(high)
 
