@@ -1,13 +1,17 @@
-# `make train`: from a bare machine to a training run. `make test`: the tests, in the same environment.
+# `make train`: from a bare machine to a training run. `make test`: the tests, in the same environment; `make test-fast`: those
+# that need no simulator, no process and no compiler.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: train test lint install clean
+.PHONY: train test test-fast lint types install clean
 
 train: $(VENV)/.installed
 	$(BIN)/torchrl-vla train --preset tiny $(ARGS)
+
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest -m fast tests $(ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(ARGS)
@@ -15,6 +19,9 @@ test: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+types: $(VENV)/.installed
 	$(BIN)/mypy
 
 install: $(VENV)/.installed

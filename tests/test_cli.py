@@ -22,6 +22,7 @@ def raising(error: BaseException) -> Callable[..., None]:
     return run
 
 
+@pytest.mark.processes
 def test_it_is_a_module_and_knows_its_version() -> None:
     shown = subprocess.run(
         [sys.executable, "-m", "torchrl_vla", "--version"], capture_output=True, text=True, timeout=60, check=True

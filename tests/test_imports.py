@@ -126,6 +126,7 @@ def test_relative_imports_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {"modules", "objectives", "envs", "cli"} == _imported_rooms(file) - {"tasks"}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("code", "absent"),
     [

@@ -364,6 +364,7 @@ def test_the_stock_collector(layout):
     collector.shutdown()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("collector_class", [MultiSyncCollector, MultiAsyncCollector])
 def test_stock_collectors_of_other_processes(collector_class):
     actor = make_actor()
@@ -464,6 +465,7 @@ def test_exploration_types_that_do_not_sample(mode):
     assert torch.equal(rollout[TOKENS], actor[0].module(rollout[STATE])[0].argmax(-1))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("wrapper", [SerialEnv, partial(ParallelEnv, mp_start_method="fork")])
 def test_batched_environments(wrapper):
     env = wrapper(2, make_env)

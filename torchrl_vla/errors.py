@@ -22,7 +22,7 @@ class UserError(ValueError):
 
 
 def user_sentence(error: BaseException) -> str | None:
-    """The sentence that a command shows instead of a traceback.
+    """Return the sentence that a command shows instead of a traceback.
 
     Args:
         error: what ended the command.

@@ -74,6 +74,7 @@ def test_turns_alternate_and_the_first_does_not_count() -> None:
     assert calls == ["ours", "stock", ""] * 3
 
 
+@pytest.mark.processes
 def test_one_core_and_a_fresh_process() -> None:
     before = os.sched_getaffinity(0)
     with one_core():

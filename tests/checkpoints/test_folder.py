@@ -69,6 +69,7 @@ def doctor(release: Path, out: Path) -> None:
         main(["doctor", str(release), "--device", "cpu"])
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("job", "reads"), [(load, 2), (export, 2), (doctor, 1)])
 def test_a_folder_is_read_once(
     job: Callable[[Path, Path], None], reads: int, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,6 +6,8 @@ import torch
 from torchrl_vla.checkpoints.memory_estimate import estimate_memory
 from torchrl_vla.modules.openvla import OpenVLA, OpenVLAConfig
 
+pytestmark = pytest.mark.slow
+
 SEVEN_B = OpenVLAConfig.seven_b()
 
 

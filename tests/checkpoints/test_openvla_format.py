@@ -202,6 +202,7 @@ def _peak_of_loading(small: Path, folder: Path, pipe: Connection) -> None:
     pipe.send((weights, memory("VmHWM") - before - weights))
 
 
+@pytest.mark.processes
 def test_no_more_than_one_shard_is_in_memory_beside_the_weights(checkpoint: Path, tmp_path: Path) -> None:
     with torch.device("meta"):
         model = OpenVLA(

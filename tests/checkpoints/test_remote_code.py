@@ -54,6 +54,7 @@ def release(copy_release: Callable[[Path], Path], tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("job", ["load", "doctor", "export"])
 def test_a_checkpoints_code_never_runs(
     job: str, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -56,6 +56,7 @@ def test_the_test_env_is_sound():
     check_env_specs(StubbornEnv(3))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "layout",
     ["single", "five slots", "more slots than episodes", "serial", "transformed", "parallel", "two in turns"],

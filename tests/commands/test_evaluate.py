@@ -18,6 +18,7 @@ from torchrl_vla.evaluation.report import EvaluationReport
 from torchrl_vla.recipes import evaluate
 
 
+@pytest.mark.simulator
 def test_an_l1_policy_on_sampled_states_of_a_perturbed_suite(tmp_path: Path):
     """The policy has statistics of libero_spatial alone, and its folder says that it acts by the L1 head."""
     torch.manual_seed(0)
@@ -41,6 +42,7 @@ def test_an_l1_policy_on_sampled_states_of_a_perturbed_suite(tmp_path: Path):
     assert "they are those of demos --sampled-init-states 3" in page and "<video" not in page
 
 
+@pytest.mark.simulator
 def test_base_openvla_decides_every_control_step(
     copy_release: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -154,6 +156,7 @@ def test_the_state_is_shown_as_the_policy_was_trained_with(tmp_path: Path, monke
         main(["evaluate", "--checkpoint", str(tmp_path / "quaternion"), "--proprio-format", "axis_angle"])
 
 
+@pytest.mark.simulator
 def test_the_checkpoint_to_compare_with_is_run_too_and_is_the_baseline(tmp_path: Path) -> None:
     options = ["--task-ids", "3", "--init-state-ids", "4", "--max-episode-steps", "8", "--num-envs", "1"]
     options += ["--fidelity", "fast", "--no-videos", "--compare-with", "random:tiny", "--out", str(tmp_path)]

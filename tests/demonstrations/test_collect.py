@@ -18,6 +18,8 @@ from torchrl_vla.envs import processes
 from torchrl_vla.envs.memory import memory_needed
 from torchrl_vla.modules.action_tokenizer import ActionTokenizer
 
+pytestmark = [pytest.mark.simulator, pytest.mark.processes]
+
 SUITE = "libero_spatial"
 
 

@@ -24,6 +24,8 @@ from torchrl_vla.demonstrations.expert.trials import ExpertEpisode, evaluate_exp
 from torchrl_vla.envs.simulation.simulator import LiberoSimulator
 from torchrl_vla.envs.tasks import get_suite
 
+pytestmark = pytest.mark.simulator
+
 ON_PLATE = Goal("on", "akita_black_bowl_1", "plate_1")
 
 

@@ -19,6 +19,8 @@ from torchrl_vla.envs.simulation.simulator import LiberoSimulator
 from torchrl_vla.envs.tasks import get_suite
 from torchrl_vla.modules.openvla.jpeg import encode_jpeg
 
+pytestmark = pytest.mark.simulator
+
 SUITE = "libero_spatial"
 CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
 

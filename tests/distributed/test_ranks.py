@@ -86,6 +86,7 @@ def comparable(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if "time" not in name} for row in rows]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("kind", "size"), [("grpo", 2), ("grpo", 3), ("gae", 2), ("stock", 2)])
 def test_the_result_is_that_of_one_process(kind: str, size: int, tmp_path: Path) -> None:
     alone = train(kind)
@@ -121,6 +122,7 @@ def gradient(shares: list[int]) -> torch.Tensor:
         return torch.cat([parameter.grad.flatten() for parameter in step.parameters])
 
 
+@pytest.mark.processes
 def test_the_gradient_of_uneven_and_empty_shares(tmp_path: Path) -> None:
     alone = gradient([23])
     for other in several.run(3, gradient, tmp_path, [15, 8, 0]):
@@ -147,6 +149,7 @@ def fail_in_one() -> str:
         return "nothing"
 
 
+@pytest.mark.processes
 def test_a_failure_in_one_process_ends_all(tmp_path: Path) -> None:
     first, second = several.run(2, fail_in_one, tmp_path)
     assert first == "RuntimeError('the simulator broke')" and second == "SystemExit(1)"
@@ -162,6 +165,7 @@ def wait_for_ever(folder: Path) -> None:
         ranks.sum(1)
 
 
+@pytest.mark.processes
 def test_a_killed_process_ends_the_others(tmp_path: Path) -> None:
     context = mp.get_context("spawn")
     work = context.Process(target=several.run, args=(2, wait_for_ever, tmp_path, tmp_path))

@@ -46,6 +46,8 @@ def test_uneven_shares_are_refused():
         make_env("libero_spatial", num_envs=5, workers=2)
 
 
+@pytest.mark.simulator
+@pytest.mark.processes
 def test_several_environments_in_each_of_two_processes():
     """Five episodes in 2 x 2 slots: every one is run once, whichever worker has a free slot."""
     env = make_env("libero_spatial", num_envs=4, workers=2, task_ids=[0, 1], image_size=32, max_episode_steps=16)

@@ -17,6 +17,8 @@ from torchrl.objectives.value import GAE
 
 from torchrl_vla.envs import InstructionFromTaskId, LiberoEnv, get_suite
 
+pytestmark = [pytest.mark.simulator, pytest.mark.processes]
+
 SUITE = "libero_spatial"
 make = partial(LiberoEnv, SUITE, task_ids=[0, 1], image_size=16, max_episode_steps=12, fidelity="fast")
 

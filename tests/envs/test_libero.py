@@ -11,6 +11,8 @@ from tensordict import TensorDict
 from torchrl_vla.envs import LiberoEnv, get_suite
 from torchrl_vla.envs.proprio import quaternion_state
 
+pytestmark = pytest.mark.simulator
+
 SIZE = 24
 DOWN = torch.tensor([0.0, 0.0, -0.3, 0.0, 0.0, 0.0, -1.0])
 

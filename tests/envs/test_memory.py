@@ -68,6 +68,7 @@ def test_available_memory_is_less_than_the_machine_has() -> None:
     assert 0 < available_memory() < total
 
 
+@pytest.mark.simulator
 def test_models_make_room_and_come_back() -> None:
     """One slot goes from task to task of a suite that has a model per task, and back."""
     options = {"image_size": 32, "settle_steps": 1, "fidelity": "fast"}
@@ -85,6 +86,7 @@ def test_models_make_room_and_come_back() -> None:
     wide.close()
 
 
+@pytest.mark.simulator
 def test_models_of_running_episodes_stay() -> None:
     simulator = LiberoSimulator("libero_object", num_slots=2, max_models=1, settle_steps=0, fidelity="fast")
     simulator.reset(0, 0, 0)

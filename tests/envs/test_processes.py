@@ -14,6 +14,8 @@ import pytest
 
 from torchrl_vla.envs.processes import check_temporary_folder, make_process, prepare_processes
 
+pytestmark = pytest.mark.processes
+
 
 def describe(connection: Connection, *, names: list[str]) -> None:
     loaded = {name for name in ("torch", "tensordict", "numba", "mujoco", "OpenGL") if name in sys.modules}

@@ -99,6 +99,7 @@ def test_a_choice_that_cannot_work(
         configure_rendering()
 
 
+@pytest.mark.processes
 def test_a_missing_library_is_named_before_torchrl_imports_mujoco() -> None:
     code = (
         "from torchrl_vla.envs import rendering\n"
@@ -116,6 +117,7 @@ def test_pyopengl_imported_too_early(undecided: pytest.MonkeyPatch) -> None:
         configure_rendering()
 
 
+@pytest.mark.processes
 def test_the_renderer_is_asked_for_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert renderer_name(configure_rendering())
     monkeypatch.setattr(rendering, "_PROBE", "raise SystemExit('first line\\nno such driver')")
@@ -127,6 +129,7 @@ def test_the_renderer_is_asked_for_its_name(monkeypatch: pytest.MonkeyPatch) -> 
         renderer_name.__wrapped__("egl")
 
 
+@pytest.mark.processes
 def test_a_picture_when_mujoco_was_imported_first_and_silence_at_exit() -> None:
     """MuJoCo decides at its import; and a process that ends without closing must not spew OpenGL errors."""
     code = (

@@ -200,6 +200,7 @@ _USE = """
 """
 
 
+@pytest.mark.processes
 def test_a_clone_is_imported_without_a_question_and_without_a_trace(clone: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     (home / "tmp").mkdir(parents=True)
@@ -210,6 +211,7 @@ def test_a_clone_is_imported_without_a_question_and_without_a_trace(clone: Path,
     assert [path.name for path in home.rglob("*") if path.is_file()] == []
 
 
+@pytest.mark.processes
 def test_a_clone_with_a_configuration_is_left_as_it_is(clone: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     (home / "tmp").mkdir(parents=True)
@@ -228,6 +230,7 @@ def test_a_clone_with_a_configuration_is_left_as_it_is(clone: Path, tmp_path: Pa
     assert config.read_text() == f"bddl_files: {own}\ninit_states: {own}\n"
 
 
+@pytest.mark.processes
 def test_without_libero_the_error_says_what_to_install(tmp_path: Path) -> None:
     code = """
         import sys
@@ -273,6 +276,7 @@ def test_a_configuration_of_another_clone_is_named(
         get_suite.__wrapped__("libero_spatial")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "variables",
     [

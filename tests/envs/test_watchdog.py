@@ -22,6 +22,8 @@ from torchrl_vla.envs import watchdog
 from torchrl_vla.envs.factory import make_env
 from torchrl_vla.envs.watchdog import WatchedParallelEnv
 
+pytestmark = pytest.mark.processes
+
 #: Seconds. What hangs is waited for; else a busy machine must not look like a hanging worker.
 HANG, LONG = 1.0, 20.0
 #: In two workers of two environments, 7 runs beside others that are further on or done.

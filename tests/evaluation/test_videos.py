@@ -46,6 +46,8 @@ def test_first_success_and_failure_of_each_task():
     assert choose_episodes(episodes[:1]) == [0]
 
 
+@pytest.mark.simulator
+@pytest.mark.processes
 def test_an_episode_is_filmed_as_it_was_run():
     actions = np.zeros((10, 7), np.float32)
     actions[:, 0] = 0.8
@@ -67,6 +69,8 @@ def test_an_episode_is_filmed_as_it_was_run():
     assert np.abs(last.astype(int) - first).max() > 50
 
 
+@pytest.mark.simulator
+@pytest.mark.processes
 @pytest.mark.parametrize("grief", ["hangs", "dies", "fails"])
 def test_what_keeps_a_film_from_being_drawn_costs_no_more_than_the_film(grief: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(processes, "prepare_processes", lambda: "fork")

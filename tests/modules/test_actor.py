@@ -405,6 +405,7 @@ def test_rollout_keeps_neither_logits_nor_hidden_states() -> None:
     assert torch.equal(actor.get_dist(rollout[:, 0]).log_prob(rollout[:, 0][TOKENS]), rollout[:, 0][LOG_PROBS])
 
 
+@pytest.mark.processes
 def test_collector_in_another_process() -> None:
     actor = _actor()
     collector = Collector(

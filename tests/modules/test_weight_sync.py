@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from small_openvla import decided_model, small_openvla_config
 from tensordict import TensorDict, TensorDictBase
@@ -84,6 +85,7 @@ def test_a_collector_updates_a_policy_of_its_own() -> None:
         collector.shutdown()
 
 
+@pytest.mark.processes
 def test_collectors_in_other_processes_act_with_what_was_learned() -> None:
     """Through shared memory, of which the worker's parameters tell nothing."""
     learner = accelerated_actor()

@@ -90,6 +90,7 @@ def test_fragments_of_two_processes_put_together_are_refused():
         assert "none had ended: the data hold a fragment" in str(raised.value)
 
 
+@pytest.mark.processes
 def test_a_stock_collector_s_batches_of_several_processes_are_refused():
     collector = MultiSyncCollector(
         [make_env, make_env], make_policy(), frames_per_batch=16, total_frames=16, cat_results=0

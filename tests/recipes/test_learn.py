@@ -346,6 +346,7 @@ def any_advantage(batch: TensorDictBase) -> TensorDictBase:
     return batch.set("advantage", torch.linspace(-1, 1, batch.numel()).reshape(*batch.shape, 1))
 
 
+@pytest.mark.processes
 def test_workers_with_policies_of_their_own_act_with_the_newest_weights(make_run):
     """Then the first step of each update begins at ratio 1; rates are such that a step further back shows."""
     run = make_run(advantage=EstimateAdvantage(any_advantage), n_epochs=1, traj_mini_batch_size=100, total_timesteps=36)

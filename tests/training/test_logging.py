@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from torchrl_vla.training.logging import RunLogger, check_wandb, format_table
 
@@ -56,6 +55,8 @@ def test_resuming_sets_later_rows_aside(tmp_path: Path):
 
 
 def test_the_learning_curve_shows_every_rate_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from matplotlib.figure import Figure
+
     drawn: list[Figure] = []
     save = Figure.savefig
     monkeypatch.setattr(
@@ -82,6 +83,7 @@ def test_table_shows_only_what_there_is():
     assert table == "update 7\n  rollout     success 50.0%   groups kept 1   of 4"
 
 
+@pytest.mark.processes
 def test_wandb_writes_to_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     logger = RunLogger(tmp_path, use_wandb=True, config={"episodes": 4321})

@@ -33,6 +33,7 @@ def start(kind: str) -> subprocess.Popen:
     return work
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_the_exit_code_is_a_shells(number: int) -> None:
     work = start("polite")
@@ -42,6 +43,7 @@ def test_the_exit_code_is_a_shells(number: int) -> None:
     assert f"{signal.Signals(number).name}: finishing a second" in said and "Traceback" not in said
 
 
+@pytest.mark.processes
 def test_a_second_signal_ends_what_does_not_listen() -> None:
     work = start("deaf")
     work.send_signal(signal.SIGTERM)
@@ -62,6 +64,7 @@ def test_handlers_are_given_back() -> None:
     assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.processes
 def test_a_lock_of_a_dead_process_is_free(tmp_path: Path) -> None:
     from torchrl_vla.training.run_lock import lock_run
 

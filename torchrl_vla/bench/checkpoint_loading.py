@@ -23,8 +23,10 @@ _GIB = 2**30
 
 @dataclass
 class CheckpointBench:
-    """Times and peak memory of saving and loading, each in a process of its own, and whether every bit comes back; then
-    what `torchrl-vla doctor` predicts of memory, beside what a forward pass and a training step take.
+    """Time and peak memory of saving and loading a checkpoint, and whether every bit comes back.
+
+    Each is measured in a process of its own. Then follows what `torchrl-vla doctor` predicts of memory, beside what a
+    forward pass and a training step take.
 
     Raises:
         ValueError: a value is out of range, or there is no GPU for the 7B model.

@@ -141,7 +141,7 @@ def load_4bit(device: str, folder: str) -> dict[str, Any] | str:
 
 
 def _make(name: str, device: str) -> OpenVLA:
-    """The same weights every time, in the dtype they are stored in."""
+    """Return the same weights every time, in the dtype they are stored in."""
     config = OpenVLAConfig.preset(name, torch_dtype="bfloat16")
     torch.manual_seed(_SEED)
     before = torch.get_default_dtype()

@@ -22,8 +22,10 @@ SECTIONS = ("floor", "naive", "rollout", "update", "profile", "autoregressive", 
 
 @dataclass
 class GpuBench:
-    """Speed and memory of a policy with random weights and the real shapes: every figure beside what is wanted, the
-    plain loop over samples, and the floor that this card's own products and copies set.
+    """Speed and memory of a policy with random weights and the real shapes.
+
+    Every figure stands beside what is wanted, the plain loop over samples, and the floor that this card's own matmuls
+    and copies set.
 
     Raises:
         ValueError: a value is out of range, or there is no GPU for the 7B model.

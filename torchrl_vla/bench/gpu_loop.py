@@ -65,7 +65,7 @@ def measure(bench: Bench) -> None:
 
 
 def _time_forwards(bench: Bench) -> list[float]:
-    """A list that gets the seconds of every decision of the policy."""
+    """Return a list that gets the seconds of every decision of the policy."""
     seconds: list[float] = []
     started: list[float] = []
 

@@ -99,7 +99,7 @@ class Bench:
         )  # fmt: skip
 
     def decisions(self, count: int) -> TensorDictBase:
-        """What a rollout of the policy would have stored: observations, tokens and their log-probabilities."""
+        """Return what a rollout of the policy would have stored: observations, tokens and their log-probabilities."""
         generator = torch.Generator().manual_seed(2)
         images = torch.randint(0, 256, (count, 3, 256, 256), dtype=torch.uint8, generator=generator)
         observation = TensorDict({"image": images, "state": torch.zeros(count, 8)}, [count])
@@ -115,7 +115,7 @@ class Bench:
         return data.set(("next", "done"), done)
 
     def optimizer_step(self, **values: Any) -> OptimizerStep:
-        """An optimizer step as the presets make it, over decisions that have their advantages."""
+        """Make an optimizer step as the presets do, over decisions that have their advantages."""
         defaults = {"n_epochs": 1, "traj_split_num": 1, "val_interval": 0, "batch_size": "auto"}
         config = PPOConfig(**{**defaults, **values})
         loss = AsymmetricClipPPOLoss(self.policy.actor, None, entropy_coeff=config.entropy_coef).to(self.device)
@@ -129,7 +129,7 @@ class Bench:
 
     @staticmethod
     def update(step: OptimizerStep, batch: TensorDictBase) -> dict[str, float]:
-        """What `torchrl-vla train` does with a batch, here without an advantage to compute; its figures."""
+        """Do what `torchrl-vla train` does with a batch, without an advantage to compute; return its figures."""
         return update(step.config, batch, make_buffer(), step, episodes=int(batch["next", "done"].sum()))
 
     def synchronize(self) -> None:
@@ -170,7 +170,7 @@ class Bench:
             torch.cuda.empty_cache()
 
     def floor(self, passes: float) -> str:
-        """The floor of so many forwards of arithmetic, for a figure's name."""
+        """Return the floor of so many forwards of arithmetic, for a figure's name."""
         return "" if self.floor_seconds is None else f" (floor {passes * self.floor_seconds * 1e3:.1f})"
 
 
@@ -182,7 +182,7 @@ def set_adapters(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _instruction_of(policy: Policy, tokens: int) -> str:
-    """An instruction whose prompt has so many tokens."""
+    """Return an instruction whose prompt has so many tokens."""
     for words in range(1, 2 * tokens):
         instruction = " ".join(["bowl"] * words)
         if policy.processor.encode_instructions([instruction])[0].shape[1] >= tokens:

@@ -32,7 +32,7 @@ def flops_per_decision(model: Any, inputs: tuple[Any, ...]) -> float:
 
 
 def measure_floor(bench: Bench) -> None:
-    """What this card's products and copies alone would take."""
+    """Measure what this card's products and copies alone would take."""
     size = 8192 if bench.on_gpu else 512
     dtype = torch.bfloat16 if bench.on_gpu else torch.float32
     a, b = (torch.randn(size, size, device=bench.device, dtype=dtype) for _ in range(2))
@@ -77,7 +77,7 @@ def peft_layers() -> Iterator[None]:
 
 
 def measure_naive(bench: Bench) -> None:
-    """The plain loop: peft's layers, one sample at a time, everything recomputed, the cache emptied."""
+    """Measure the plain loop: peft's layers, one sample at a time, everything recomputed, the cache emptied."""
     if bench.model.accelerated:
         raise UserError("naive has to be measured before the fast paths are on")
     model = bench.model
@@ -120,7 +120,7 @@ def bench_empty_cache(bench: Bench) -> None:
 
 
 def measure_rollout(bench: Bench) -> None:
-    """A forward without gradient, per decision."""
+    """Measure a forward without gradient, per decision."""
     bench.accelerate()
     for batch, wanted in _WANTED_ROLLOUT.items():
         inputs = bench.inputs(batch)
@@ -256,7 +256,7 @@ def _without_gradient(function: Callable[..., Any], arguments: tuple[Any, ...]) 
 
 
 def measure_autoregressive(bench: Bench) -> None:
-    """Base OpenVLA's seven tokens, one after the other."""
+    """Measure base OpenVLA's seven tokens, one after the other."""
     bench.accelerate()
     pixels, ids, _, _ = bench.inputs(1)
     milliseconds = bench.milliseconds(lambda: bench.model.generate_autoregressive(pixels, ids), 3, 2)
@@ -265,7 +265,7 @@ def measure_autoregressive(bench: Bench) -> None:
 
 
 def measure_attention(bench: Bench) -> None:
-    """The kernels that scaled-dot-product attention can take, at the decoder's shapes, forward and backward."""
+    """Measure the kernels that scaled-dot-product attention can take, at the decoder's shapes, forward and backward."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     config, rows = bench.model.config, 16
@@ -293,7 +293,7 @@ def measure_attention(bench: Bench) -> None:
 
 
 def measure_capped(bench: Bench) -> None:
-    """The 24gb preset with the card's memory cut to 24 GiB: what does not fit fails."""
+    """Measure the 24gb preset with the card's memory cut to 24 GiB: what does not fit fails."""
     if not bench.on_gpu:
         raise UserError("only a GPU's memory can be cut")
     bench.accelerate()

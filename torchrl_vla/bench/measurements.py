@@ -51,7 +51,7 @@ class Figure:
 
     @classmethod
     def of_rounds(cls, name: str, unit: str, ours: Sequence[float], reference: Sequence[float], **rest: Any) -> Figure:
-        """A figure from one value per round of each side; `rest` are further fields."""
+        """Return a figure from one value per round of each side; `rest` are further fields."""
         return cls(name, unit, statistics.median(ours), statistics.median(reference), **rest)
 
     @property
@@ -116,7 +116,7 @@ class Report:
         tqdm.write("  versions: " + ", ".join(f"{name} {versions()[name]}" for name in packages))
 
     def section(self, title: str, ours: str, reference: str) -> None:
-        """Prints the head of a table.
+        """Print the head of a table.
 
         Args:
             title: of the table.
@@ -127,13 +127,13 @@ class Report:
         tqdm.write("-" * (_NAME_WIDTH + 5 * _COLUMN_WIDTH))
 
     def add(self, figure: Figure) -> None:
-        """Prints and keeps a figure."""
+        """Print and keep a figure."""
         self.figures.append(figure)
         tqdm.write(str(figure))
         self._write()
 
     def note(self, name: str, value: object) -> None:
-        """Prints and keeps what is no figure: a choice that was made, a part that failed, a floor."""
+        """Print and keep what is no figure: a choice that was made, a part that failed, a floor."""
         self.notes[name] = value
         tqdm.write(f"{name}: {value}")
         self._write()

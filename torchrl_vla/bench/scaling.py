@@ -209,7 +209,7 @@ def _torchrl_env(suite: str, task_id: int, workers: int, folder: Path) -> EnvBas
 
 
 def _rates(env: EnvBase) -> Callable[[], float]:
-    """Starts episodes; what is returned runs their next decision and gives the control steps per second."""
+    """Start episodes; what is returned runs their next decision and gives the control steps per second."""
     decide = _decisions(env)
 
     def decision() -> float:
@@ -220,7 +220,7 @@ def _rates(env: EnvBase) -> Callable[[], float]:
 
 
 def _decisions(env: EnvBase) -> Callable[[], int]:
-    """Starts episodes; what is returned runs their next decision, of random actions, and gives the control steps."""
+    """Start episodes; what is returned runs their next decision, of random actions, and gives the control steps."""
     state = env.reset()
     generator = torch.Generator().manual_seed(0)
     shape = (*env.batch_size, CHUNK, 7)

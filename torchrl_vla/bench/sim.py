@@ -20,8 +20,10 @@ _PER_WORKER = (1, 4)
 
 @dataclass
 class SimulatorBench:
-    """Speed and memory of the simulator: ours and stock LIBERO in turns, medians of wall-clock times, ratios beside
-    what is wanted. Needs some 4 GB of memory, and 1.3 GB per worker.
+    """Speed and memory of the simulator, ours and stock LIBERO in turns.
+
+    Figures are medians of wall-clock times, ratios stand beside what is wanted. Needs some 4 GB of memory, and 1.3 GB
+    per worker.
 
     Raises:
         ValueError: a value is out of range.

@@ -68,7 +68,7 @@ def measure_decisions(
 
 
 def measure_physics(report: Report, suite: str, task_id: int, rounds: int, *, tick: Callable) -> None:
-    """A chunk of random actions without pictures, stock's cameras off; arguments as of `measure_decisions`."""
+    """Measure a chunk of random actions without pictures, stock's cameras off; arguments as of `measure_decisions`."""
     simulators: dict[str, Any] = {"stock": StockSimulator(suite, cameras=())}
     simulators |= {name: LiberoSimulator(suite, fidelity=name) for name in _FIDELITIES}
     try:
@@ -88,7 +88,7 @@ def measure_physics(report: Report, suite: str, task_id: int, rounds: int, *, ti
 def measure_resets(
     report: Report, stock: StockSimulator, suite: str, task_id: int, rounds: int, *, tick: Callable
 ) -> None:
-    """A reset to a given initial state that was settled before; stock resets, sets the state and settles each time."""
+    """Measure a reset to an initial state that was settled before; stock resets, sets the state and settles."""
     ours = LiberoSimulator(suite)
     try:
         with one_core():
@@ -110,7 +110,7 @@ def measure_resets(
 
 
 def measure_overhead(report: Report, suite: str, task_id: int, rounds: int, *, tick: Callable) -> None:
-    """What `LiberoEnv.step` takes beside the simulator's calls in it, per decision, in percent of these."""
+    """Measure what `LiberoEnv.step` takes beside the simulator's calls in it, per decision, in percent of these."""
     envs = {name: LiberoEnv(suite, task_id, fidelity=name, max_episode_steps=10**9) for name in _FIDELITIES}
     try:
         with one_core():
@@ -133,7 +133,7 @@ def measure_memory(report: Report, suite: str, task_id: int, *, tick: Callable) 
 
 
 def _overheads(env: LiberoEnv) -> Callable[[], float]:
-    """Starts an episode; what is returned runs its next decision and gives the environment's own share of it."""
+    """Start an episode; what is returned runs its next decision and gives the environment's own share of it."""
     state = env.reset()
     clock = env._simulator = _Clock(env._simulator)
     state.set("action", torch.rand(env.action_spec.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1)
@@ -167,7 +167,7 @@ class _Clock:
 
 
 def _chunks(simulator: Any, task_id: int, *, picture: bool) -> Callable[[], float]:
-    """Starts an episode; what is returned runs its next decision and gives the milliseconds that it took."""
+    """Start an episode; what is returned runs its next decision and gives the milliseconds that it took."""
     generator = np.random.default_rng(0)
     simulator.reset(0, task_id, 0)
 

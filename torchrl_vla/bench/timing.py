@@ -50,7 +50,7 @@ def in_turns(
 
 @contextlib.contextmanager
 def one_core() -> Iterator[None]:
-    """Keeps this process, and threads that start meanwhile (software renderers have some), on one core."""
+    """Keep this process, and threads that start meanwhile (software renderers have some), on one core."""
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(allowed)})
     try:
@@ -65,7 +65,7 @@ def resident_memory() -> int:
 
 
 def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
-    """Calls a function of a module in a new process and returns what it returns.
+    """Call a function of a module in a new process and return what it returns.
 
     Args:
         function: at the top level of its module.

@@ -144,7 +144,7 @@ class PlannedCollector(BaseCollector):
             episodes += len(plan)
         if not parts:
             return None
-        batch: TensorDict = torch.cat(parts) if len(parts) > 1 else parts[0]  # type: ignore[arg-type, assignment]
+        batch: TensorDict = torch.cat(parts) if len(parts) > 1 else parts[0]
         self._mean_steps = steps / episodes
         return batch
 

@@ -63,7 +63,7 @@ class EnvSlots:
             )
         self.env = env
         self.device = env.device or torch.device("cpu")
-        self._size = env.batch_size.numel()
+        self._size: int = env.batch_size.numel()
         workers = env.batch_size[0] if env.batch_dims > 1 else self._size
         #: All slots, int64 ``[size]``, the first of each worker before the second of any.
         self.in_turns = torch.arange(self._size).reshape(workers, -1).T.flatten()

@@ -21,8 +21,9 @@ FITS, PROBLEMS, UNREADABLE = 0, 1, 2
 
 @dataclass
 class DoctorArguments:
-    """Say what is in a checkpoint and whether this machine can train or evaluate it. Each weight is read once, to see
-    that it is finite; none is kept.
+    """Say what is in a checkpoint and whether this machine can train or evaluate it.
+
+    Each weight is read once, to see that it is finite; none is kept.
 
     Exit code 0: it fits; 1: there are problems, each with what to do about it; 2: the checkpoint cannot be had or read.
     """

@@ -7,11 +7,13 @@ import json
 import os
 import typing
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from torchrl_vla.errors import UserError
 
 __all__ = ["SavedConfig", "convert_0_1_0"]
+
+T = TypeVar("T")
 
 #: Fields of 0.1.0 that have another name now.
 _RENAMED_IN_TRAIN = {"recompute": "gradient_checkpointing"}
@@ -64,7 +66,7 @@ class SavedConfig:
         return config
 
 
-def _build(cls: type, values: dict[str, Any]) -> Any:
+def _build(cls: type[T], values: dict[str, Any]) -> T:
     hints = typing.get_type_hints(cls)
     nested = {
         name: _build(hints[name], value) for name, value in values.items() if dataclasses.is_dataclass(hints.get(name))

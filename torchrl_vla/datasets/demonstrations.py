@@ -62,7 +62,7 @@ class DemonstrationIndex:
         return f"{task_id:02d}{number:04d}"
 
     def counts(self) -> dict[int, Counter[str]]:
-        """Number of ``success``, ``failed`` and ``dropped`` episodes by task."""
+        """Return the number of ``success``, ``failed`` and ``dropped`` episodes by task."""
         counts = {task_id: Counter[str]() for task_id in self.instructions}
         for name, outcome in self.outcomes.items():
             counts[int(name[:-4])][outcome.partition(":")[0]] += 1

@@ -78,7 +78,7 @@ class Episode:
                 raise UserError(f"{name} holds NaN or infinity; every entry of a demonstration must be a number.")
 
     def to_tensordict(self) -> TensorDict:
-        """The entries as they are stored; each camera's JPEGs are one blob with offsets [T + 1]."""
+        """Return the entries as they are stored; each camera's JPEGs are one blob with offsets [T + 1]."""
         images = {}
         for key, frames in self.images.items():
             offsets = torch.tensor([0, *(len(frame) for frame in frames)]).cumsum(0)

@@ -94,7 +94,7 @@ def export_lerobot(dataset: DemonstrationDataset, folder: Path) -> int:
 
 
 def _frame(episode: Any, key: str, step: int) -> Any:
-    """A frame, uint8 [H, W, 3]."""
+    """Return a frame, uint8 [H, W, 3]."""
     camera = episode["images", key]
     start, end = camera["offsets"][step : step + 2].tolist()
     return simplejpeg.decode_jpeg(camera["jpeg"][start:end].numpy())

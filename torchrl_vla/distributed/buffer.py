@@ -37,7 +37,7 @@ class SharedBuffer:
         self.empty()
 
     def __len__(self) -> int:
-        """The decisions of all processes."""
+        """Return the decisions of all processes."""
         return len(self._place)
 
     def empty(self) -> None:
@@ -74,7 +74,7 @@ class SharedBuffer:
             self._data = other.inv(self._data)
 
     def sample(self, batch_size: int) -> TensorDictBase:
-        """This process's decisions of the next mini-batch of all, each of which is drawn once before any again.
+        """Return this process's decisions of the next mini-batch of all, each of which is drawn once before any again.
 
         Args:
             batch_size: decisions of all processes.
@@ -88,7 +88,7 @@ class SharedBuffer:
 
 
 def _small_entries(data: TensorDictBase) -> TensorDict:
-    """What an advantage may read, in copies: every tensor but large ones, no texts."""
+    """Return what an advantage may read, in copies: every tensor but large ones, no texts."""
     small: dict = {}
     for key, value in data.items(include_nested=True, leaves_only=True):
         if isinstance(value, Tensor) and not is_non_tensor(value):

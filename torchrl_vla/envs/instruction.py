@@ -38,6 +38,7 @@ class InstructionFromTaskId(Transform):
         return self._call(tensordict_reset)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        """Add the instruction to the observations."""
         observation_spec["language_instruction"] = NonTensor(
             shape=observation_spec.shape, example_data="", device=observation_spec.device
         )

@@ -215,7 +215,7 @@ class LiberoEnv(EnvBase):
         super().close(raise_if_closed=raise_if_closed)
 
     def _make_slots(self, num_slots: int, image_size: int) -> None:
-        """The slots' last outputs, which a slot that does not step gives again."""
+        """Return the slots' last outputs, which a slot that does not step gives again."""
         picture = (num_slots, 3, image_size, image_size)
         # NumPy copies them faster than PyTorch, which would wake its threads for each.
         self._images = {key: np.zeros(picture, dtype=np.uint8) for key in self._image_keys.values()}
@@ -323,7 +323,7 @@ class LiberoEnv(EnvBase):
         list_of_kwargs: Sequence[Mapping[str, int]] | None,
         tensordict: TensorDictBase | None,
     ) -> list[int | None]:
-        """What the caller asks of each slot: in its own arguments, else in all slots', else in the tensordict."""
+        """Return what is asked of each slot: in its own arguments, else in all slots', else in the tensordict."""
         if argument is None and tensordict is not None and name in tensordict:
             argument = tensordict.get(name).cpu()
         requested: list[int | None] = [None] * self.num_slots

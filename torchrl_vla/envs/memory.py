@@ -9,7 +9,7 @@ from torchrl_vla.errors import UserError
 
 __all__ = ["available_memory", "check_memory", "count_models", "memory_needed", "models_that_fit"]
 
-# Resident memory, measured with OSMesa as docs/performance.md says; with EGL a part of it is the GPU's.
+# Resident memory, measured with OSMesa as docs/history.md says; with EGL a part of it is the GPU's.
 #: A process with Python, PyTorch, TorchRL, MuJoCo and the compiled control loop.
 _PROCESS = 0.45e9
 #: A compiled model with its render context and assets: from 0.4 GB to 1.1 GB.
@@ -49,10 +49,12 @@ def models_that_fit(num_envs: int, workers: int, models: int, memory: float) -> 
 
 
 def check_memory(num_envs: int, workers: int, models: int, available: float) -> None:
-    """Refuses environments that would not fit.
+    """Refuse environments that would not fit.
 
     Args:
-        num_envs, workers, models: as of :func:`memory_needed`.
+        num_envs: as of :func:`memory_needed`.
+        workers: likewise.
+        models: likewise.
         available: bytes.
 
     Raises:

@@ -66,7 +66,7 @@ def make_process(
     variables: Mapping[str, str] | None = None,
     **options: Any,
 ) -> BaseProcess:
-    """Makes a daemon, not started yet, with this process's environment of now (a fork server has that of its start).
+    """Make a daemon, not started yet, with this process's environment of now (a fork server has that of its start).
 
     Args:
         target: what it runs; must be importable, as with ``spawn``.

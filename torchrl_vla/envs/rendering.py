@@ -79,7 +79,7 @@ def configure_rendering() -> str:
 
 
 def make_gl_context(width: int, height: int) -> Any:
-    """Makes an OpenGL context of the chosen backend, also when MuJoCo was imported before the choice.
+    """Make an OpenGL context of the chosen backend, also when MuJoCo was imported before the choice.
 
     Args:
         width: of the pictures, in pixels.
@@ -121,7 +121,7 @@ def renderer_name(backend: str, device: int | None = None) -> str:
 
 
 def check_wanted_backend() -> str | None:
-    """Checks what the user asks for with ``MUJOCO_GL``, better before MuJoCo (which TorchRL imports) trips over it.
+    """Check what the user asks for with ``MUJOCO_GL``, better before MuJoCo (which TorchRL imports) trips over it.
 
     Returns:
         str or None: ``"egl"``, ``"osmesa"``, or None when the variable is not set.
@@ -149,7 +149,7 @@ def check_wanted_backend() -> str | None:
 
 @functools.cache
 def egl_devices() -> tuple[int, ...]:
-    """The GPUs that processes which draw are to be spread over, by EGL's numbers.
+    """Return the GPUs that processes which draw are to be spread over, by EGL's numbers.
 
     They are those that CUDA may use (``CUDA_VISIBLE_DEVICES``), where EGL draws on what it numbers alike.
 
@@ -188,7 +188,7 @@ def has_gpu() -> bool:
 
 
 def _choose() -> str:
-    """Tries the backends in order of speed."""
+    """Try the backends in order of speed."""
     reasons = []
     software_egl = False
     gpu = has_gpu()

@@ -66,7 +66,7 @@ class EpisodeSchedule:
         self.set_seed(seed)
 
     def set_seed(self, seed: int | None) -> None:
-        """Starts over: the first task, the first initial state, and a fresh random generator."""
+        """Start over: the first task, the first initial state, and a fresh random generator."""
         # One seed for all shards must not make them choose the same.
         self._generator = np.random.default_rng(seed)
         if seed is not None and self._shards > 1:
@@ -112,8 +112,10 @@ class EpisodeSchedule:
         return own[0] // tasks + visits * (self._shards // math.gcd(self._shards, tasks))
 
     def check(self, task_id: int, init_state_id: int) -> None:
-        """Raises:
-        ValueError: the suite has no such task, or the task no such initial state.
+        """Refuse a task or an initial state that does not exist.
+
+        Raises:
+            ValueError: the suite has no such task, or the task no such initial state.
         """
         count = len(self._suite.task(task_id).init_states)
         if not 0 <= init_state_id < count:

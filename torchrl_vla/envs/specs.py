@@ -35,7 +35,7 @@ class LiberoSpecs(NamedTuple):
 
 
 def image_key(camera: str, *, first: bool) -> str:
-    """Returns the key below ``"observation"`` under which a camera's pictures stand."""
+    """Return the key below ``"observation"`` under which a camera's pictures stand."""
     if first:
         return "image"
     return "wrist_image" if camera == "robot0_eye_in_hand" else f"{camera}_image"
@@ -51,7 +51,7 @@ def make_specs(
     num_tasks: int,
     include_instruction: bool,
 ) -> LiberoSpecs:
-    """Builds the specs.
+    """Build the specs.
 
     Args:
         batch_size: ``B``.

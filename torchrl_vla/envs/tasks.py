@@ -76,7 +76,7 @@ class TaskSuite:
     base: str | None = None
 
     def task(self, task_id: int) -> LiberoTask:
-        """Returns a task that can be run.
+        """Return a task that can be run.
 
         Args:
             task_id: index of the task, ``0 <= task_id < len(tasks)``.
@@ -105,7 +105,7 @@ def suite_names() -> tuple[str, ...]:
 
 @functools.cache
 def get_suite(name: str) -> TaskSuite:
-    """Looks a suite up by name.
+    """Look a suite up by name.
 
     Args:
         name: a suite's name, such as ``"libero_spatial"`` or LIBERO-PRO's ``"libero_goal_swap"``; case does not matter.
@@ -153,7 +153,7 @@ def get_suite(name: str) -> TaskSuite:
 
 
 def _libero_folder(libero: Any, name: str) -> Path:
-    """A folder of LIBERO's, as its `config.yaml` says, where there is one."""
+    """Return a folder of LIBERO's, as its `config.yaml` says, where there is one."""
     config = os.path.join(os.environ.get("LIBERO_CONFIG_PATH") or libero.libero_config_path, "config.yaml")
     advice = "mend it, remove it, or point LIBERO_CONFIG_PATH to another folder"
     try:
@@ -175,7 +175,7 @@ def _benchmarks() -> dict[str, type]:
 
 
 def _base_suite(name: str) -> str | None:
-    """The LIBERO suite that a suite is, or is derived from: ``libero_goal`` for ``libero_goal_with_mug``."""
+    """Return the LIBERO suite that a suite is, or is derived from: ``libero_goal`` for ``libero_goal_with_mug``."""
     return next((base for base in SUITES if name == base or name.startswith(base + "_")), None)
 
 
@@ -206,7 +206,7 @@ def _load_npz(path: Path) -> np.ndarray:
 
 
 def _load_pickle(task: LiberoTask) -> np.ndarray:
-    """Reads a file that upstream wrote with ``torch.save(array)``, allowing only what a NumPy array is made of."""
+    """Read a file that upstream wrote with ``torch.save(array)``, allowing only what a NumPy array is made of."""
     import torch
 
     reconstruct = np.empty(0).__reduce__()[0]

@@ -13,6 +13,8 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import ToyVLAEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from torchrl_vla.errors import UserError
+
 __all__ = ["ToyTrackingEnv", "greedy_success_rate"]
 
 

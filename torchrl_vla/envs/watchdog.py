@@ -89,11 +89,13 @@ class WatchedParallelEnv(ParallelEnv):
         )
 
     def set_seed(self, seed: int | None = None, static_seed: bool = False) -> int | None:
+        """Seed all workers, those that take the place of dead ones too."""
         self._replace_the_dead()
         self._static_seed = static_seed
         return super().set_seed(seed, static_seed)
 
     def close(self, *, raise_if_closed: bool = True) -> None:
+        """Close all workers."""
         # Whoever closes it after it gave up, and closed itself, should see that error and no other.
         super().close(raise_if_closed=raise_if_closed and not self._gave_up)
 
@@ -128,7 +130,7 @@ class WatchedParallelEnv(ParallelEnv):
     step_and_maybe_reset = EnvBase.step_and_maybe_reset
 
     def _start_workers(self) -> None:
-        """Starts all workers; ``close`` makes up for the change of the number of threads."""
+        """Start all workers; ``close`` makes up for the change of the number of threads."""
         torch.set_num_threads(self.num_threads or max(1, torch.get_num_threads() - self.num_workers))
         self._context = multiprocessing.get_context(self._mp_start_method)
         self.event = None
@@ -187,7 +189,7 @@ class WatchedParallelEnv(ParallelEnv):
         self._starting.add(index)
 
     def _wait_for_workers(self, workers_range: Iterable[int]) -> None:
-        """Waits until workers have done what they were told, replacing those that do not."""
+        """Wait until workers have done what they were told, replacing those that do not."""
         indices = list(workers_range)
         start_patience = _START_PATIENCE * self.worker_timeout
         patience = dict.fromkeys(indices, self.worker_timeout if self._stepping else start_patience)
@@ -212,7 +214,7 @@ class WatchedParallelEnv(ParallelEnv):
                 self._truncate(index)
 
     def _sources(self, index: int) -> tuple[Any, ...]:
-        """What becomes ready when a worker has something to say, or has ended."""
+        """Return what becomes ready when a worker has something to say, or has ended."""
         # It rings before it sends what is not a tensor.
         speaks = index in self._starting or self._non_tensor_keys
         channel = self.parent_channels[index]
@@ -268,7 +270,7 @@ class WatchedParallelEnv(ParallelEnv):
         return f"raised an error:\n{text}"
 
     def _replace(self, index: int, failure: str) -> None:
-        """Starts a new worker in the place of another one.
+        """Start a new worker in the place of another one.
 
         Raises:
             RuntimeError: that does not help.
@@ -300,7 +302,7 @@ class WatchedParallelEnv(ParallelEnv):
         self.close()
 
     def _restart(self, command: tuple[str, Any]) -> tuple[str, Any]:
-        """The reset that brings a new worker to the start of the episodes that it was told to start or to go on with.
+        """Return the reset that brings a new worker to the start of the episodes that it was told to run.
 
         The workers' shared memory still holds what they were, in the entries of the state.
         """
@@ -311,7 +313,7 @@ class WatchedParallelEnv(ParallelEnv):
         return "reset", (keys and [key for key in keys if key != "_reset"], arguments)
 
     def _truncate(self, index: int) -> None:
-        """Reports a worker's episodes as truncated, at the observation that its reset gave."""
+        """Report a worker's episodes as truncated, at the observation that its reset gave."""
         shared = self.shared_tensordicts[index]
         following = shared.get("next")
         following.update_(shared.exclude("next").select(*following.keys(True, True), strict=False))
@@ -321,7 +323,7 @@ class WatchedParallelEnv(ParallelEnv):
             following.get(key).zero_()
 
     def _replace_the_dead(self) -> None:
-        """Replaces workers that have ended since the last command."""
+        """Replace workers that have ended since the last command."""
         if self.is_closed:
             return
         while dead := {index: failure for index in range(self.num_workers) if (failure := self._failed(index))}:

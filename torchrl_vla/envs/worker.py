@@ -29,6 +29,7 @@ class Channel:
         self.error: tuple[bool, str, str] | None = None
 
     def send(self, command: tuple[str, Any]) -> None:
+        """Send a command; a worker that has ended does not get it."""
         if command[0] in ("reset", "step"):
             while self.has_rung():  # for a command that nobody waited for in this way
                 pass
@@ -37,7 +38,7 @@ class Channel:
             self.connection.send(command)
 
     def receive(self) -> Any:
-        """The next message; None at the end of the pipe."""
+        """Return the next message; None at the end of the pipe."""
         try:
             message = self.connection.recv()
         except (EOFError, OSError):
@@ -47,7 +48,7 @@ class Channel:
         return message
 
     def recv(self) -> Any:
-        """The next message, for TorchRL, which takes it apart.
+        """Return the next message, for TorchRL, which takes it apart.
 
         Raises:
             RuntimeError: the worker has ended; the message holds its own words.
@@ -59,6 +60,7 @@ class Channel:
         return message
 
     def poll(self, seconds: float = 0.0) -> bool:
+        """Return whether a message can be received, waiting for it as long as given."""
         try:
             return self.connection.poll(seconds)
         except OSError:
@@ -74,6 +76,7 @@ class Channel:
         return rung
 
     def close(self) -> None:
+        """Close both pipes."""
         self.connection.close()
         self.bell.close()
 
@@ -98,7 +101,7 @@ class _LastWords:
 
 
 def serve(connection: Connection, bell: Connection, **options: Any) -> None:
-    """A worker's life: TorchRL's loop, and last words if it ends in an error.
+    """Run TorchRL's loop in a worker, and report the error if it ends in one.
 
     Args:
         connection: brings commands, takes answers.

@@ -1,0 +1,1 @@
+"""Judge a policy: protocol, report, comparison, pages and films."""

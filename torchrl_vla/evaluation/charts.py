@@ -29,7 +29,7 @@ class Curve:
 
 
 def interval_bar(rates: Sequence[SuccessRate], label: str) -> str:
-    """A bar from 0 to 100% with its 95% interval; a second rate gets a bar of the other colour below.
+    """Return a bar from 0 to 100% with its 95% interval; a second rate gets a bar of the other colour below.
 
     Args:
         rates: one rate or two.

@@ -6,9 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
-
-from scipy.stats import binomtest, norm
 
 from torchrl_vla.errors import UserError
 from torchrl_vla.evaluation.report import EvaluationReport, SuccessRate
@@ -66,12 +65,14 @@ class PairedOutcomes:
         count = self.episodes + 2
         gained, lost = (self.gained + 1) / count, (self.lost + 1) / count
         centre = gained - lost
-        half = float(norm.ppf(0.975)) * math.sqrt((gained + lost - centre**2) / count)
+        half = NormalDist().inv_cdf(0.975) * math.sqrt((gained + lost - centre**2) / count)
         return max(-1.0, centre - half), min(1.0, centre + half)
 
     @property
     def p_value(self) -> float:
         """McNemar's exact test (1947), two-sided: were the pairs that differ coin tosses, how rare were this."""
+        from scipy.stats import binomtest  # takes most of a second
+
         differing = self.gained + self.lost
         return float(binomtest(self.gained, differing).pvalue) if differing else 1.0
 
@@ -83,7 +84,7 @@ class PairedOutcomes:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Counts and figures, for JSON."""
+        """Return count and figures, for JSON."""
         return {
             "both": self.both,
             "gained": self.gained,
@@ -136,7 +137,7 @@ class Comparison:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The comparison for JSON."""
+        """Return the comparison for JSON."""
         return {
             "baseline": self.baseline_name,
             "new": self.new_name,

@@ -30,7 +30,7 @@ _PART = 100
 
 
 def initial_states(suite: TaskSuite, task_ids: Iterable[int], wanted: list[int] | None) -> dict[int, list[int]]:
-    """Initial states to use, by task.
+    """Return the initial states to use, by task.
 
     Args:
         suite: the suite.
@@ -146,7 +146,7 @@ def evaluate(
 def _continued(
     progress: Callable[[Progress], None], report: EvaluationReport, planned: int
 ) -> Callable[[Progress], None]:
-    """Counts on from the episodes of a report."""
+    """Count on from the episodes of a report."""
     decisions = sum(episode.decisions for episode in report.episodes)
     successes = sum(episode.success for episode in report.episodes)
 
@@ -158,7 +158,7 @@ def _continued(
 
 
 def _results(batch: TensorDictBase, part: Sequence[Episode]) -> tuple[list[EpisodeResult], list[np.ndarray]]:
-    """What became of each episode, and the actions [n, 7] that it ran."""
+    """Return what became of each episode, and the actions [n, 7] that it ran."""
     trajectory = batch["collector", "traj_ids"] - batch["collector", "traj_ids"][0]
     decisions = trajectory.bincount(minlength=len(part)).tolist()
     control_steps = trajectory.bincount(
@@ -175,5 +175,5 @@ def _results(batch: TensorDictBase, part: Sequence[Episode]) -> tuple[list[Episo
 
 
 def _executed(chunks: Tensor, steps: Tensor) -> np.ndarray:
-    """The actions [n, 7] of an episode's chunks [T, K, 7] that were run: the first of each, as many as steps [T, 1]."""
+    """Return the actions [n, 7] of chunks [T, K, 7] that were run: the first of each, as many as steps [T, 1]."""
     return chunks[torch.arange(chunks.shape[1]) < steps].numpy()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 
 from torchrl_vla.errors import UserError
 
@@ -65,6 +64,8 @@ class SuccessRate:
     @property
     def interval(self) -> tuple[float, float]:
         """Lower and upper end of the 95% interval."""
+        from scipy.stats import binomtest  # takes most of a second
+
         low, high = binomtest(self.successes, self.episodes).proportion_ci(0.95, method="wilson")
         return float(low), float(high)
 
@@ -143,7 +144,7 @@ class EvaluationReport:
         return f"{counted}, with actions sampled anew: the intervals are for these states, not for others."
 
     def figures(self) -> dict[str, float]:
-        """The figures of the whole evaluation, by name."""
+        """Return the figures of the whole evaluation, by name."""
         total = TaskResult.of(self.episodes)
         return {
             "success_rate": total.success.rate,
@@ -227,6 +228,6 @@ class EvaluationReport:
 
 
 def report_file(path: Path) -> Path | None:
-    """The `report.json` that a path means, itself or in its folder; None if there is none."""
+    """Return the `report.json` that a path means, itself or in its folder; None if there is none."""
     file = path / _JSON_NAME if path.is_dir() else path
     return file if file.is_file() and file.suffix == ".json" else None

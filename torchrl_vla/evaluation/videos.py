@@ -115,7 +115,7 @@ def film(
 def _draw(
     connection: Connection, task_suite: str, jobs: Sequence[tuple[EpisodeResult, np.ndarray]], options: dict[str, Any]
 ) -> None:
-    """Sends the frames of each episode, its success and its control steps; or in words why there are none."""
+    """Send the frames of each episode, its success and its control steps; or in words why there are none."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     try:
         # Not before now: it imports MuJoCo, which needs its OpenGL chosen.

@@ -57,7 +57,7 @@ class SwitchedCoefficients(LossModule):
             super().__setattr__(name, value)
 
     def _lacking(self, coefficient: str) -> str | None:
-        """What the term of a coefficient needs and the loss has not."""
+        """Return what the term of a coefficient needs and the loss has not."""
         raise NotImplementedError
 
     def _make_switches_live(self) -> None:

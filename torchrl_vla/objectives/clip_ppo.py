@@ -240,7 +240,7 @@ class AsymmetricClipPPOLoss(SwitchedCoefficients, AveragedLoss, ClipPPOLoss):
 
     @ClipPPOLoss.in_keys.getter
     def in_keys(self) -> list[NestedKey]:
-        """What a call reads, where the batch has it."""
+        """Return what a call reads, where the batch has it."""
         if self._in_keys is not None:
             return self._in_keys
         keys, critic = self.tensor_keys, self.critic_network
@@ -257,7 +257,7 @@ class AsymmetricClipPPOLoss(SwitchedCoefficients, AveragedLoss, ClipPPOLoss):
 
     @ClipPPOLoss.out_keys.getter
     def out_keys(self) -> list[NestedKey]:
-        """The losses, ``loss_*``, to be summed and differentiated, and the detached diagnostics."""
+        """Return the losses, ``loss_*``, to be summed and differentiated, and the detached diagnostics."""
         if self._out_keys is not None:
             return self._out_keys
         keys = ["loss_objective", "clip_fraction", "kl_approx", "ESS", "max_ratio", "mean_ratio", "num_ratios"]
@@ -324,21 +324,20 @@ class AsymmetricClipPPOLoss(SwitchedCoefficients, AveragedLoss, ClipPPOLoss):
         return TensorDict({key: value if key.startswith("loss_") else value.detach() for key, value in terms.items()})
 
     def _advantage(self, tensordict: TensorDictBase, decisions: Tensor) -> Tensor:
-        advantage = tensordict.get(self.tensor_keys.advantage, None)
-        if advantage is None and self.critic_network is None:
+        computed_here = tensordict.get(self.tensor_keys.advantage, None) is None
+        if computed_here and self.critic_network is None:
             raise KeyError(f"The batch has no {self.tensor_keys.advantage!r}: compute it first (GRPOAdvantage, GAE).")
-        computed_here = advantage is None
         if computed_here:
             self.value_estimator(tensordict)
-            advantage = tensordict.get(self.tensor_keys.advantage)
+        advantage: Tensor = tensordict.get(self.tensor_keys.advantage)
         if advantage.shape != (*tensordict.shape, 1):
             raise UserError(
                 f"advantage has shape {tuple(advantage.shape)}, expected one per decision, {(*tensordict.shape, 1)}."
             )
         if self.advantage_norm is not None:
-            return self._scale_advantage(advantage, tensordict, update=computed_here)
-        if self.normalize_advantage and advantage.numel() > 1:
-            return standardize(advantage, decisions, self.normalize_advantage_exclude_dims)
+            advantage = self._scale_advantage(advantage, tensordict, update=computed_here)
+        elif self.normalize_advantage and advantage.numel() > 1:
+            advantage = standardize(advantage, decisions, self.normalize_advantage_exclude_dims)
         return advantage
 
     def _log_prob(self, tensordict: TensorDictBase, valid: Tensor) -> tuple[Tensor, Distribution]:

@@ -84,7 +84,7 @@ def ratio_figures(log_ratio: Tensor, valid: Tensor, bounds: tuple[Tensor, Tensor
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    """The k3 estimator ``r - log r - 1`` of the KL from the policy to a reference.
+    """Return the k3 estimator ``r - log r - 1`` of the KL from the policy to a reference.
 
     Args:
         log_ratio: of the reference to the policy, at the policy's actions.
@@ -119,7 +119,7 @@ def value_error(
 
 @torch.no_grad()
 def value_moments(value: Tensor, target: Tensor, valid: Tensor) -> dict[str, Tensor]:
-    """What the explained variance of a batch in parts is formed from, and that of this part."""
+    """Return what the explained variance of a batch in parts is formed from, and that of this part."""
     moments = {"num_values": valid.sum()}
     for name, values in {"target": target, "residual": target - value}.items():
         mean = masked_mean(values, valid)

@@ -33,7 +33,7 @@ def explained_variance(moments: Mapping[str, Tensor]) -> Tensor:
 
 
 def combine(parts: Sequence[Mapping[str, Tensor] | TensorDictBase]) -> dict[str, Tensor]:
-    """The losses and diagnostics of a batch, from those of its micro-batches.
+    """Return the losses and diagnostics of a batch, from those of its micro-batches.
 
     Args:
         parts: what each call of an :class:`~torchrl_vla.objectives.AsymmetricClipPPOLoss` returned, after

@@ -160,7 +160,7 @@ class GRPOAdvantage(Transform):
         self._return_sum = self._advantage_sum = self._advantage_squares = 0.0
 
     def get_stats(self) -> dict[str, float]:
-        """Counts since the last reset, for a logger.
+        """Return the counts since the last reset, for a logger.
 
         Returns:
             ``episodes``, ``decisions``, ``groups``; of the groups ``kept``, ``dropped_all_failed``,
@@ -274,7 +274,7 @@ class GRPOAdvantage(Transform):
         return _sums(reward * self.verifier_gamma ** step.double(), episode, episodes)
 
     def _advantage(self, returns: Tensor, group: Tensor, episode: Tensor, step: Tensor) -> Tensor:
-        """The advantage of every decision, given its episode and its number therein."""
+        """Return the advantage of every decision, given its episode and its number therein."""
         advantage, _ = self._compare(returns[episode], group[episode], step == 0)
         if self.baseline == "running":
             cell = group[episode] * (int(step.max()) + 1) + step
@@ -286,7 +286,7 @@ class GRPOAdvantage(Transform):
         return advantage
 
     def _compare(self, returns: Tensor, cell: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-        """The return of each decision's episode less the baseline of its cell, and how many episodes the cell has.
+        """Return what each decision's episode got less the baseline of its cell, and how many episodes the cell has.
 
         Args:
             returns: of each decision's episode, ``[T]``.
@@ -327,7 +327,7 @@ class GRPOAdvantage(Transform):
 
 
 def _sums(values: Tensor, place: Tensor, places: int) -> Tensor:
-    """The sum of the values of each place, float64."""
+    """Return the sum of the values of each place, float64."""
     return torch.zeros(places, dtype=torch.double, device=values.device).index_add_(0, place, values)
 
 

@@ -104,8 +104,7 @@ def _acting(config: EvaluateConfig, checkpoint: str) -> _Acting:
 
 
 def _plan(config: EvaluateConfig, acting: _Acting) -> EpisodePlan:
-    """The episodes to run."""
-
+    """Return the episodes to run."""
     suite = get_suite(config.task_suite)
     tasks = config.task_ids if config.task_ids is not None else list(range(len(suite.tasks)))
     states = initial_states(suite, tasks, config.init_state_ids)
@@ -130,8 +129,7 @@ def _plan(config: EvaluateConfig, acting: _Acting) -> EpisodePlan:
 
 
 def _settings(config: EvaluateConfig, checkpoint: str) -> dict[str, Any]:
-    """What the report says of how it was made; the policy's own part is added when it is loaded."""
-
+    """Return what the report says of how it was made; the policy's own part is added when it is loaded."""
     simulation = config.simulation
     return {
         "checkpoint": checkpoint,
@@ -149,7 +147,6 @@ def _settings(config: EvaluateConfig, checkpoint: str) -> dict[str, Any]:
 
 def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationReport:
     """Load a policy and run its episodes."""
-
     suite, acting = get_suite(config.task_suite), _acting(config, checkpoint)
     plan = _plan(config, acting)
     tasks = sorted({episode.task_id for episode in plan})

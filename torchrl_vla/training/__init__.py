@@ -1,0 +1,1 @@
+"""What a step and a run need: optimizer step, checkpoints, folder, logs, validation."""

@@ -41,7 +41,7 @@ class Critic:
 
 
 def make_critic(policy: Policy, device: torch.device) -> Critic:
-    """A new value head for a policy.
+    """Return a new value head for a policy.
 
     Args:
         policy: acts by tokens.

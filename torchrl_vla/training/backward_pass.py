@@ -26,7 +26,7 @@ class Normalized(Protocol):
     """A loss that says what its means are over, and can be told the numbers of a larger batch."""
 
     def count_valid(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """What the loss's terms average over, without a forward."""
+        """Return what the loss's terms average over, without a forward."""
 
     def set_normalizer(self, counts: TensorDictBase | None) -> None:
         """Divide the following sums by these counts; None returns to each call's own mean."""
@@ -83,7 +83,7 @@ class Recorder(Protocol):
     """What :class:`~torchrl_vla.modules.openvla.graphs.GraphRecorder` does."""
 
     def record(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """What runs the function again, and its result, which is written anew each time."""
+        """Return what runs the function again, and its result, which is written anew each time."""
 
     def clear(self) -> None:
         """Forget what recordings share."""
@@ -172,7 +172,7 @@ class RecordedPass(BackwardPass):
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _inputs(self, micro: TensorDictBase, rows: int) -> TensorDictBase:
-        """What the loss reads, in so many rows, where it reads it."""
+        """Return what the loss reads, in so many rows, where it reads it."""
         keys = self.loss.tensor_keys
         valid = self.loss.valid_tokens(micro)  # read before "next", which it may come from, is left out
         micro = micro.exclude("next")

@@ -10,7 +10,7 @@ __all__ = ["choose_device", "choose_head_device"]
 
 
 def choose_device(name: str, gpu_id: int = 0) -> torch.device:
-    """The device a name means; auto is the GPU `gpu_id` if there is one, else the CPU.
+    """Return the device a name means; auto is the GPU `gpu_id` if there is one, else the CPU.
 
     A GPU becomes the current one, on which streams are made and graphs are recorded, float32 products round to TF32,
     and attention goes without cuDNN: with a mask, as prompts of several lengths need, and 64 tokens more than a
@@ -44,7 +44,7 @@ def choose_device(name: str, gpu_id: int = 0) -> torch.device:
 
 
 def choose_head_device(device: torch.device, *, use_multi_gpu: bool, secondary_gpu_id: int) -> torch.device:
-    """The device of the small heads beside the language model.
+    """Return the device of the small heads beside the language model.
 
     Args:
         device: of the policy.

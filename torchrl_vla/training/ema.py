@@ -66,7 +66,7 @@ class ParameterAverage:
                 parameter.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """The average and how many updates it has seen."""
+        """Return the average and how many updates it has seen."""
         return {"updates": self.updates, "average": {str(i): value for i, value in enumerate(self.average)}}
 
     @torch.no_grad()

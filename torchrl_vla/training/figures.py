@@ -24,7 +24,7 @@ _NAMES = {
 
 
 def rollout_figures(batch: TensorDictBase, seconds: float, ranks: OneProcess = ALONE) -> dict[str, float]:
-    """What was collected, by all processes together.
+    """Return what was collected, by all processes together.
 
     Args:
         batch: decisions, of any shape, with ``("next", "done")`` and ``("next", "reward")``.
@@ -61,7 +61,7 @@ def rollout_figures(batch: TensorDictBase, seconds: float, ranks: OneProcess = A
 
 
 def group_figures(stats: Mapping[str, float]) -> dict[str, float]:
-    """What became of the groups of a batch.
+    """Return what became of the groups of a batch.
 
     Args:
         stats: of :meth:`~torchrl_vla.objectives.GRPOAdvantage.get_stats`; those of another transform are left out.
@@ -75,7 +75,7 @@ def group_figures(stats: Mapping[str, float]) -> dict[str, float]:
 def update_figures(
     steps: Sequence[Mapping[str, Tensor]], *, decisions: int, epochs: int, episodes: int, kept: int, seconds: float
 ) -> dict[str, float]:
-    """What an update did: means over its optimizer steps; figures that some lack (NaN) are of those that have them.
+    """Return what an update did: means over its optimizer steps, each over those that have the figure (not NaN).
 
     Args:
         steps: at least one, as :class:`~torchrl_vla.training.optimizer_step.OptimizerStep` returns them.

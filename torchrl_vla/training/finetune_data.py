@@ -26,7 +26,7 @@ _LARGEST_SHARE = 0.25
 def load_samples(
     data: DemonstrationMixture, episodes: Mapping[str, Sequence[str]], model: OpenVLA, processor: OpenVLAProcessor
 ) -> TensorDict:
-    """Samples of some episodes at the network's image size, on its device if they fit there easily.
+    """Return samples of some episodes at the network's image size, on its device if they fit there easily.
 
     Args:
         data: the demonstrations.
@@ -56,7 +56,7 @@ def load_samples(
 
 
 def sample_buffer(samples: TensorDict, batch_size: int) -> TensorDictReplayBuffer:
-    """A buffer that gives every sample once per pass, in random order.
+    """Return a buffer that gives every sample once per pass, in random order.
 
     Raises:
         ValueError: there are fewer samples than a batch has.

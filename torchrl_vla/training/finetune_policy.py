@@ -33,7 +33,7 @@ __all__ = ["load_student", "save_student"]
 
 
 def load_student(config: FinetuneConfig, data: DemonstrationMixture, device: torch.device) -> Policy:
-    """The policy to train, normalising by the data's statistics, its trainable parameters chosen.
+    """Return the policy to train, normalising by the data's statistics, its trainable parameters chosen.
 
     Args:
         config: says where it comes from and what of it learns.

@@ -156,7 +156,7 @@ class Health:
         return {"system/memory_gb": pages * 4096 / 1e9, "system/disk_free_gb": free / 1e9}
 
     def warnings(self, rows: Rows) -> list[str]:
-        """What rules apply to the newest row that did not apply to the one before.
+        """Return what rules apply to the newest row that did not apply to the one before.
 
         Args:
             rows: of ``metrics.csv`` so far, oldest first.

@@ -56,7 +56,7 @@ class RunProgress:
         return best
 
     def state_dict(self) -> dict[str, Any]:
-        """The fields."""
+        """Return the fields."""
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -79,6 +79,7 @@ class EpisodeBar:
         self._bar: tqdm | None = None
 
     def __call__(self, progress: Progress) -> None:
+        """Show how far the collection has come, and check."""
         if self._bar is None:
             self._bar = tqdm(total=progress.planned_episodes, desc=self._name, unit="episode", position=1, leave=False)
         self._bar.n = progress.episodes

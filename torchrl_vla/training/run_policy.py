@@ -67,7 +67,7 @@ def export(
 
 
 def load_run(folder: Path, checkpoint: Path, *, dtype: torch.dtype | None = None) -> Policy:
-    """The policy of a run as one of its checkpoints has it, adapters apart, on the CPU.
+    """Return the policy of a run as one of its checkpoints has it, adapters apart, on the CPU.
 
     Args:
         folder: of the run.
@@ -101,7 +101,7 @@ def load_run(folder: Path, checkpoint: Path, *, dtype: torch.dtype | None = None
 
 
 def _run_of(source: str) -> tuple[Path, Path] | None:
-    """The folder of a run of `torchrl-vla train` and the checkpoint meant; None if `source` is neither."""
+    """Return the folder of a run of `torchrl-vla train` and the checkpoint meant; None if `source` is neither."""
     path = Path(source).expanduser()
     named = path.parent.name == CHECKPOINTS and path.is_dir()
     run = path.parent.parent if named else path

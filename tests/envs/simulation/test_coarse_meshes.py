@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import mujoco
 import numpy as np
+import pytest
 
 from torchrl_vla.envs.simulation.coarse_meshes import with_coarse_meshes
+
+pytestmark = pytest.mark.simulator
 
 # A tetrahedron of 10 cm; vertex 4 is half a millimetre from vertex 1, and 1-4-2 a sliver.
 _XML = """

@@ -10,6 +10,8 @@ from torchrl_vla.envs.simulation import control
 from torchrl_vla.envs.simulation.control import ArmState, Robot
 from torchrl_vla.envs.simulation.controller_goals import goal_changes
 
+pytestmark = pytest.mark.simulator
+
 
 @pytest.fixture(scope="module")
 def robosuite_utils():

@@ -17,6 +17,8 @@ from torchrl_vla.envs.simulation import settled_states
 from torchrl_vla.envs.simulation.simulator import LiberoSimulator
 from torchrl_vla.envs.tasks import LiberoTask, get_suite
 
+pytestmark = pytest.mark.simulator
+
 SLIM = [("libero_spatial", 0, [0]), ("libero_spatial", 4, [0, 1]), ("libero_goal", 7, [1])]
 FULL = [(suite, task) for suite in ("libero_spatial", "libero_goal") for task in range(10)]
 FULL += [("libero_object", 0), ("libero_object", 7), ("libero_10", 2), ("libero_10", 9)]

@@ -17,6 +17,8 @@ from torchrl_vla.envs.simulation import model_cache, scene_builder
 from torchrl_vla.envs.simulation.model_cache import cache_folder, keep_file, load_scene, read_states, write_states
 from torchrl_vla.envs.tasks import get_suite
 
+pytestmark = pytest.mark.simulator
+
 TASK = get_suite("libero_object").task(0)
 
 

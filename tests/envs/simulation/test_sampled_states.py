@@ -12,6 +12,8 @@ from torchrl_vla.envs.simulation import sampled_states
 from torchrl_vla.envs.simulation.sampled_states import sampled_init_states
 from torchrl_vla.envs.simulation.simulator import LiberoSimulator
 
+pytestmark = pytest.mark.simulator
+
 # A bowl in a drawer that stands open, one on a cabinet, and objects on the table.
 TASK = get_suite("libero_spatial").task(4)
 ARM = slice(1, 8)

@@ -16,6 +16,8 @@ from torchrl_vla.envs.simulation import model_cache, settled_states
 from torchrl_vla.envs.simulation.model_cache import cache_folder
 from torchrl_vla.envs.simulation.simulator import LiberoSimulator
 
+pytestmark = pytest.mark.simulator
+
 ACTIONS = random_actions(3, 5)
 
 

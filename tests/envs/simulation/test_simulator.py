@@ -17,6 +17,8 @@ from torchrl_vla.envs.simulation import settled_states
 from torchrl_vla.envs.simulation import simulator as simulator_module
 from torchrl_vla.envs.simulation.simulator import LiberoSimulator
 
+pytestmark = pytest.mark.simulator
+
 STEP = np.zeros((1, 7))
 
 

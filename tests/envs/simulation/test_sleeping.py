@@ -11,6 +11,8 @@ from reference import changed_start, smooth_actions
 
 from torchrl_vla.envs.simulation.simulator import LiberoSimulator
 
+pytestmark = pytest.mark.simulator
+
 WAIT = np.array([[0, 0, 0, 0, 0, 0, -1.0]])
 
 

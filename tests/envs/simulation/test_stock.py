@@ -6,6 +6,8 @@ import pytest
 from torchrl_vla.envs.simulation.simulator import LiberoSimulator
 from torchrl_vla.envs.simulation.stock import StockSimulator
 
+pytestmark = pytest.mark.simulator
+
 
 def test_two_slots_step_like_the_fast_simulator_and_leave_numpys_generator_alone() -> None:
     options = {"num_slots": 2, "image_size": 16, "settle_steps": 1}

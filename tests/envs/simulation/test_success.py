@@ -15,6 +15,8 @@ from torchrl_vla.envs.simulation.scene_builder import built_environment
 from torchrl_vla.envs.simulation.success import GoalChecker
 from torchrl_vla.envs.tasks import SUITES, get_suite
 
+pytestmark = pytest.mark.simulator
+
 # Among them: on an object, on and in a site, two conditions, a drawer, a microwave, a stove.
 SLIM = [("libero_goal", task) for task in range(10)] + [("libero_10", task) for task in (2, 3, 9)]
 ALL = [(suite, task) for suite in SUITES for task in range(90 if suite == "libero_90" else 10)]

@@ -22,6 +22,8 @@ from torchrl_vla.modules.openvla.linear import (
 )
 from torchrl_vla.modules.openvla.lora import add_lora, merge_lora, without_adapters
 
+pytestmark = pytest.mark.compile
+
 COMPILE = torch.compile
 EMPTY = 3
 IDS = torch.tensor([[1, 10, 11, EMPTY], [1, 12, 13, EMPTY], [1, 14, EMPTY, 0]])

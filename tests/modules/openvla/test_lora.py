@@ -20,6 +20,7 @@ from torchrl_vla.modules.openvla.linear import merged_weight
 from torchrl_vla.modules.openvla.lora import adaptable_modules
 
 
+@pytest.mark.slow
 def test_7b_adapter_is_upstreams_without_the_layers_that_never_run() -> None:
     with torch.device("meta"):
         model = add_lora(OpenVLA(OpenVLAConfig.seven_b()))

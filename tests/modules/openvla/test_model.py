@@ -86,6 +86,7 @@ def test_shapes_do_not_depend_on_values_off_the_cpu() -> None:
         assert model(torch.zeros(3, 6, 28, 28), ids).hidden_states.shape == (3, 14, 16)
 
 
+@pytest.mark.compile
 def test_it_compiles_to_one_graph() -> None:
     tower = VisionTowerConfig(embed_dim=24, depth=2, num_heads=3)
     model = random_model(small_config(num_hidden_layers=1, siglip=tower, dinov2=replace(tower, num_prefix_tokens=5)))

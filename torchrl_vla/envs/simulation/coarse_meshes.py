@@ -14,7 +14,7 @@ _CELL = 2e-3
 
 
 def with_coarse_meshes(model: mujoco.MjModel) -> mujoco.MjModel:
-    """Copies a model for drawing, without the faces that are too small to matter.
+    """Copy a model for drawing, without the faces that are too small to matter.
 
     LIBERO's scanned objects have several faces per pixel. Vertices are clustered in a grid (J. Rossignac and P. Borrel,
     "Multi-resolution 3D approximations for rendering complex scenes", 1993), each cluster is drawn at one of its

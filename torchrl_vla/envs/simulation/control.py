@@ -118,7 +118,7 @@ class ArmState(NamedTuple):
 
 
 def _load_mujoco() -> None:
-    """Makes libmujoco's functions known to the compiler's linker by name, so that compiled code can be cached."""
+    """Make libmujoco's functions known to the compiler's linker by name, so that compiled code can be cached."""
     folder = Path(mujoco.__file__).parent
     libraries = sorted(path for pattern in ("libmujoco*.so*", "libmujoco*.dylib") for path in folder.glob(pattern))
     if not libraries:
@@ -141,7 +141,7 @@ _mj_full_mass = types.ExternalFunction("mj_fullM", types.void(types.intp, types.
 
 @compiled
 def _read_kinematics(model, data, views, robot, state, scratch):  # type: ignore[no-untyped-def]
-    """Reads pose, velocity, Jacobian and mass matrix of the arm from the simulation into the controller's state."""
+    """Read pose, velocity, Jacobian and mass matrix of the arm from the simulation into the controller's state."""
     jac_pos, jac_ori, mass = scratch[:3], scratch[3:6], scratch[6:]
     site = robot.site[0]
     _mj_site_jacobian(model, data, jac_pos.ctypes.data, jac_ori.ctypes.data, site)
@@ -166,7 +166,7 @@ def _read_kinematics(model, data, views, robot, state, scratch):  # type: ignore
 
 @compiled
 def _set_goal(state, translation, rotation, rotates):  # type: ignore[no-untyped-def]
-    """Moves the goal relative to the present pose; a zero rotation keeps the earlier goal orientation."""
+    """Move the goal relative to the present pose; a zero rotation keeps the earlier goal orientation."""
     if rotates:
         state.goal_ori[:] = np.dot(rotation, state.ee_ori)
     for i in range(3):
@@ -216,7 +216,7 @@ def _torques_exact(robot, state):  # type: ignore[no-untyped-def]
 
 @compiled
 def _control(robot, state, views, gripper, exact):  # type: ignore[no-untyped-def]
-    """Writes the actuators' controls of one substep."""
+    """Write the actuators' controls of one substep."""
     task, posture = _torques_exact(robot, state) if exact else _torques_fast(robot, state)
     for j in range(_ARM_JOINTS):
         torque = task[j] + views.bias[robot.arm_qvel[j]] + posture[j]
@@ -255,7 +255,7 @@ def _cholesky_solve(matrix, right):  # type: ignore[no-untyped-def]
 
 @compiled
 def _torques_fast(robot, state):  # type: ignore[no-untyped-def]
-    """The same torques in exact arithmetic, by Cholesky factors in place of pseudo-inverses.
+    """Return the same torques in exact arithmetic, by Cholesky factors in place of pseudo-inverses.
 
     With ``N = I - M^-1 J^T L J`` and ``L = (J M^-1 J^T)^-1``, ``N^T M a = M a - J^T L J a``.
     """
@@ -344,10 +344,11 @@ def wake(trees, sleep, views):  # type: ignore[no-untyped-def]
 def control_step(  # type: ignore[no-untyped-def]
     model, data, views, sampled, robot, state, goals, index, sample, trees, sleep, exact
 ):
-    """Runs one control step: 25 substeps, each with the controller's torques.
+    """Run one control step: 25 substeps, each with the controller's torques.
 
     Args:
-        model, data: addresses of the ``mjModel`` and the ``mjData``.
+        model: address of the ``mjModel``.
+        data: address of the ``mjData``.
         views: ``DataViews`` of the same ``mjData``.
         sampled: tuple of arrays of the ``mjData`` to sample, flat.
         robot: ``Robot`` of the model.

@@ -45,7 +45,7 @@ def _rotation(quat):  # type: ignore[no-untyped-def]
 
 
 def goal_changes(actions: np.ndarray) -> Goals:
-    """Turns actions into changes of the controller's goal; components outside [-1, 1] are clipped as stock does.
+    """Turn actions into changes of the controller's goal; components outside [-1, 1] are clipped as stock does.
 
     The sines are NumPy's and not the compiled loop's, which may round the last bit otherwise.
 

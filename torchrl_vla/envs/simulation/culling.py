@@ -45,7 +45,7 @@ class FrustumCulling:
         self._half_angle = np.radians(model.cam_fovy) / 2
 
     def unseen(self, data: mujoco.MjData, camera: int) -> np.ndarray:
-        """Returns which geoms may be left out, ``bool [ngeom]``.
+        """Return which geoms may be left out, ``bool [ngeom]``.
 
         Args:
             data: poses of geoms and cameras.

@@ -72,7 +72,7 @@ _models: weakref.WeakValueDictionary[str, CompiledModel] = weakref.WeakValueDict
 
 
 def cache_folder() -> Path:
-    """The folder of kept models and starts: ``TORCHRL_VLA_CACHE`` if set, else the platform's place for caches."""
+    """Return the folder of kept models and starts: ``TORCHRL_VLA_CACHE``, else the platform's place for caches."""
     if chosen := os.environ.get("TORCHRL_VLA_CACHE"):
         return Path(chosen).expanduser()
     if sys.platform == "darwin":
@@ -92,7 +92,7 @@ def scene_key(bddl_file: Path, seed: int) -> str:
 
 
 def load_scene(bddl_file: Path, seed: int) -> tuple[Scene, CompiledModel]:
-    """Gives a task's scene and its compiled model, from memory, from disk or by building them (some seconds).
+    """Give a task's scene and its compiled model, from memory, from disk or by building them (some seconds).
 
     Kept files are named by the versions of MuJoCo, robosuite and LIBERO, LIBERO's assets and sources, the task's
     definition and the seed; one that is damaged is built again. Processes that need the same scene at the same time
@@ -114,7 +114,7 @@ def load_scene(bddl_file: Path, seed: int) -> tuple[Scene, CompiledModel]:
 
 
 def _load(path: Path) -> tuple[Scene, CompiledModel] | None:
-    """Reads a scene and its model, if both are there and whole."""
+    """Read a scene and its model, if both are there and whole."""
     try:
         scene = Scene.load(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -165,7 +165,7 @@ def compile_model(xml: str) -> tuple[str, mujoco.MjModel]:
 
 
 def _load_model(key: str) -> mujoco.MjModel | None:
-    """Reads a model whose file has the checksum that its name states."""
+    """Read a model whose file has the checksum that its name states."""
     for path in sorted((cache_folder() / "models").glob(f"{key}-*.mjb")):
         try:
             if f"{_checksum(path):08x}" != path.stem.rpartition("-")[2]:
@@ -185,7 +185,7 @@ def _save_model(key: str, model: mujoco.MjModel) -> None:
 
 
 def keep_file(folder: Path, write: Callable[[Path], None], name: Callable[[Path], str]) -> None:
-    """Writes a file under another name and renames it, so that nobody ever reads a part of it.
+    """Write a file under another name and rename it, so that nobody ever reads a part of it.
 
     Where the folder cannot be written to, a warning says so once and nothing is kept.
 
@@ -208,7 +208,7 @@ def keep_file(folder: Path, write: Callable[[Path], None], name: Callable[[Path]
 
 
 def read_states(path: Path) -> np.ndarray | None:
-    """Reads what :func:`write_states` wrote, with its checksum.
+    """Read what :func:`write_states` wrote, with its checksum.
 
     Args:
         path: the archive.
@@ -228,7 +228,7 @@ def read_states(path: Path) -> np.ndarray | None:
 
 
 def write_states(path: Path, states: np.ndarray) -> None:
-    """Writes an ``.npz`` archive, which has a checksum, under exactly this path.
+    """Write an ``.npz`` archive, which has a checksum, under exactly this path.
 
     Args:
         path: where to.
@@ -269,7 +269,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @functools.cache
 def environment_key() -> str:
-    """What compiled models and sampled states depend on besides the task.
+    """Return what compiled models and sampled states depend on besides the task.
 
     That is versions, LIBERO's sources and assets by size and date, and the code here that makes them.
     """
@@ -296,7 +296,7 @@ def _checksum(path: Path) -> int:
 
 
 def discard_file(path: Path, error: Exception) -> None:
-    """Removes a file that is damaged, and warns of it; one that may not be read is somebody else's, and stays.
+    """Remove a file that is damaged, and warn of it; one that may not be read is somebody else's, and stays.
 
     Args:
         path: the file.

@@ -106,7 +106,7 @@ class _Held:
         self.placement = placement
 
     def sample(self, fixtures: dict[str, Any] | None = None, **_: Any) -> dict[str, Any]:
-        """Adds the fixture to what is placed."""
+        """Add the fixture to what is placed."""
         return {**(fixtures or {}), self.placement[2].name: self.placement}
 
 

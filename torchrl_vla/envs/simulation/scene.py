@@ -93,7 +93,7 @@ class Scene:
     object_bodies: dict[str, int]
 
     def save(self, path: Path) -> None:
-        """Writes the scene as an ``.npz`` archive.
+        """Write the scene as an ``.npz`` archive.
 
         Args:
             path: where to.
@@ -105,7 +105,7 @@ class Scene:
 
     @classmethod
     def load(cls, path: Path) -> Scene:
-        """Reads what ``save`` wrote.
+        """Read what ``save`` wrote.
 
         Args:
             path: the archive.

@@ -41,12 +41,12 @@ class _NoRenderContext:
         """Draws nothing."""
 
     def read_pixels(self, width: int, height: int, **_: Any) -> np.ndarray:
-        """Returns a black picture."""
+        """Return a black picture."""
         return np.zeros((height, width, 3), np.uint8)
 
 
 def build_scene(bddl_file: Path, seed: int, compiler: Compiler) -> tuple[Scene, mujoco.MjModel]:
-    """Builds a task's environment and notes down what it came to.
+    """Build a task's environment and note down what it came to.
 
     Args:
         bddl_file: the task's definition.
@@ -81,7 +81,7 @@ def build_scene(bddl_file: Path, seed: int, compiler: Compiler) -> tuple[Scene, 
 
 @contextlib.contextmanager
 def built_environment(bddl_file: Path, seed: int, compiler: Compiler) -> Iterator[Any]:
-    """Constructs LIBERO's environment of a task without OpenGL (pictures are black), seeds it and resets it once.
+    """Construct LIBERO's environment of a task without OpenGL (pictures are black), seed it and reset it once.
 
     The fixtures' poses depend on the seed and are not part of an initial state. They are those of the first reset after
     construction: a later one on the same environment would move them, even with the same seed.
@@ -171,7 +171,7 @@ def _arm_arrays(domain: Any) -> dict[str, np.ndarray]:
 
 
 def _state_arrays(domain: Any) -> dict[str, np.ndarray]:
-    """What else the reset left in the model and in the data."""
+    """Return what else the reset left in the model and in the data."""
     model, data = domain.sim.model._model, domain.sim.data._data
     return {
         "body_pos": model.body_pos.copy(),
@@ -250,7 +250,7 @@ def _joint_predicate(domain: Any, name: str, subject: Any) -> Predicate:
 
 
 def _threshold(test: Callable[[float], bool], limits: Sequence[float]) -> tuple[str, float]:
-    """Finds the comparison that an object's test of a joint position makes, by trying it around all its limits."""
+    """Find the comparison that an object's test of a joint position makes, by trying it around all its limits."""
     probes = [probe for limit in limits for probe in (np.nextafter(limit, -np.inf), limit, np.nextafter(limit, np.inf))]
     answers = [bool(test(float(probe))) for probe in probes]
     for threshold in limits:

@@ -37,19 +37,19 @@ def name_start(scene_key: str, init_state: np.ndarray, settle_steps: int, *, exa
 
 
 def read_start(name: str) -> np.ndarray | None:
-    """Reads a state that any process has kept; None if none has, or if the file is damaged."""
+    """Read a state that any process has kept; None if none has, or if the file is damaged."""
     return read_states(_path(name))
 
 
 def keep_start(name: str, start: np.ndarray) -> None:
-    """Keeps a state. Of several processes that do so at once, the last one's file stays; all are equal."""
+    """Keep a state. Of several processes that do so at once, the last one's file stays; all are equal."""
     path = _path(name)
     keep_file(path.parent, lambda target: write_states(target, start), lambda _: path.name)
 
 
 @functools.cache
 def code_key(folder: Path) -> str:
-    """What settling depends on besides the scene: the code of a folder, its compiler and this processor.
+    """Return what settling depends on besides the scene: the code of a folder, its compiler and this processor.
 
     Processors of different makes get code with different instructions, and from NumPy's linear algebra other last bits.
 

@@ -109,7 +109,7 @@ class LiberoSimulator:
         self._settled: OrderedDict[str, np.ndarray] = OrderedDict()
 
     def reset(self, slot: int, task_id: int, init_state_id: int) -> None:
-        """Starts an episode from a settled initial state; draws nothing.
+        """Start an episode from a settled initial state; draw nothing.
 
         The first reset to an initial state simulates the settling, later ones of any slot, process or run restore its
         end (see :mod:`torchrl_vla.envs.simulation.settled_states`).
@@ -156,7 +156,7 @@ class LiberoSimulator:
             self._settled.popitem(last=False)
 
     def step(self, slot: int, actions: np.ndarray) -> tuple[int, bool]:
-        """Runs control steps until they end or the task succeeds.
+        """Run control steps until they end or the task succeeds.
 
         Args:
             slot: the slot.
@@ -195,7 +195,7 @@ class LiberoSimulator:
         return len(actions), False
 
     def low_dim(self, slot: int) -> dict[str, np.ndarray]:
-        """Returns the end effector's pose and the fingers' positions, float64.
+        """Return the end effector's pose and the fingers' positions, float64.
 
         They are ``robot0_eef_pos [3]``, ``robot0_eef_quat [4]`` (x, y, z, w) and ``robot0_gripper_qpos [2]``.
         """
@@ -208,7 +208,7 @@ class LiberoSimulator:
         }
 
     def object_poses(self, slot: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Returns position ``[3]`` and quaternion ``[4]`` (x, y, z, w) of movable objects, as stock observes them."""
+        """Return position ``[3]`` and quaternion ``[4]`` (x, y, z, w) of movable objects, as stock observes them."""
         held = self._held(slot)
         sample = self._sample(held)
         return {
@@ -217,17 +217,17 @@ class LiberoSimulator:
         }
 
     def model(self, slot: int) -> mujoco.MjModel:
-        """Returns the compiled model, with fixtures where the slot's task has them; shared, so not to be changed."""
+        """Return the compiled model, with fixtures where the slot's task has them; shared, so not to be changed."""
         task = self._held(slot).task
         task.place_fixtures()
         return task.compiled.model
 
     def data(self, slot: int) -> mujoco.MjData:
-        """Returns a slot's simulation state, for those who may know more than what is observed; not to be changed."""
+        """Return a slot's simulation state, for those who may know more than what is observed; not to be changed."""
         return self._held(slot).data
 
     def render(self, slot: int, camera: str) -> np.ndarray:
-        """Returns a camera's picture of the last control step, ``uint8 [H, W, 3]``, upside down as LIBERO gives it.
+        """Return a camera's picture of the last control step, ``uint8 [H, W, 3]``, upside down as LIBERO gives it.
 
         Args:
             slot: the slot.

@@ -69,7 +69,7 @@ class Sleep(NamedTuple):
 
 
 def make_trees(model: mujoco.MjModel, robot_dof: int) -> Trees:
-    """Describes a model's trees.
+    """Describe a model's trees.
 
     Args:
         model: the compiled model, with the collision flags that it was compiled with.
@@ -102,7 +102,7 @@ def make_trees(model: mujoco.MjModel, robot_dof: int) -> Trees:
 
 
 def make_sleep(model: mujoco.MjModel) -> Sleep:
-    """Describes a slot in which all is awake."""
+    """Describe a slot in which all is awake."""
     return Sleep(
         asleep=np.zeros(model.ntree, dtype=np.int64),
         still=np.zeros(model.ntree, dtype=np.int64),
@@ -120,7 +120,7 @@ def unhide(trees):  # type: ignore[no-untyped-def]
 
 @compiled
 def find_still(trees, sleep, views):  # type: ignore[no-untyped-def]
-    """Counts control steps at rest; returns whether any tree that is awake has rested for long enough to sleep."""
+    """Count control steps at rest; return whether any tree that is awake has rested for long enough to sleep."""
     found = False
     for tree in range(sleep.asleep.shape[0]):
         if sleep.asleep[tree] or tree == trees.robot[0]:
@@ -135,7 +135,7 @@ def find_still(trees, sleep, views):  # type: ignore[no-untyped-def]
 
 @compiled
 def put_to_sleep(trees, sleep, views):  # type: ignore[no-untyped-def]
-    """Puts to sleep what has rested for long enough, also where something that is awake is near: `wake` comes next."""
+    """Put to sleep what has rested for long enough, also where something that is awake is near: `wake` comes next."""
     for tree in range(sleep.asleep.shape[0]):
         if sleep.asleep[tree] or sleep.still[tree] < _STILL_STEPS:
             continue

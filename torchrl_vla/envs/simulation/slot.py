@@ -32,7 +32,7 @@ class Task:
         self.succeeded = GoalChecker(scene, compiled.model.ngeom)
 
     def place_fixtures(self) -> None:
-        """Puts the fixtures where this task has them, if another task of the same model ran last."""
+        """Put the fixtures where this task has them, if another task of the same model ran last."""
         if self.compiled.placed_for is not self.scene:
             self.compiled.model.body_pos[:] = self.scene.arrays["body_pos"]
             self.compiled.model.body_quat[:] = self.scene.arrays["body_quat"]
@@ -62,7 +62,7 @@ class Slot:
         return (*state, *self.arm, *self.sleep, self.sample, self.site_rgba, self.sampled_site_rgba)
 
     def save(self) -> np.ndarray:
-        """Copies everything that the episode's future depends on, as bytes."""
+        """Copy everything that the episode's future depends on, as bytes."""
         arrays = (np.array([self.data.time]), *self._arrays())
         return np.concatenate([np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays])
 
@@ -75,7 +75,7 @@ class Slot:
             start += array.nbytes
 
     def start(self, task: Task, init_state: np.ndarray) -> None:
-        """Does what stock's reset and ``set_init_state`` do."""
+        """Do what stock's reset and ``set_init_state`` do."""
         self.task = task
         model, data, arrays = task.compiled.model, self.data, task.scene.arrays
         task.place_fixtures()
@@ -95,7 +95,7 @@ class Slot:
         np.concatenate(self.sampled, out=self.sample)
 
     def rest(self) -> None:
-        """Puts to sleep what has come to rest, but nothing whose contacts the goal needs."""
+        """Put to sleep what has come to rest, but nothing whose contacts the goal needs."""
         task = self.task
         if find_still(task.trees, self.sleep, self.views):
             needed = task.compiled.model.geom_bodyid[task.succeeded.in_contact(self.data)]
@@ -106,7 +106,7 @@ class Slot:
             hide_sleeping(task.trees, self.sleep)
 
     def update_burners(self) -> None:
-        """Shows or hides the burners of stoves, by toggling their opacity as stock does."""
+        """Show or hide the burners of stoves, by toggling their opacity as stock does."""
         for burner in self.task.scene.burners:
             on = any(self.data.qpos[address] >= burner.threshold for address in burner.qpos)
             if on != (self.site_rgba[burner.site, 3] > 0):

@@ -65,7 +65,7 @@ class StockSimulator:
         self._observations: list[dict[str, np.ndarray]] = [{} for _ in range(num_slots)]
 
     def reset(self, slot: int, task_id: int, init_state_id: int) -> None:
-        """Starts an episode and lets the objects settle.
+        """Start an episode and let the objects settle.
 
         Args:
             slot: the slot, ``0 <= slot < num_slots``.
@@ -86,7 +86,7 @@ class StockSimulator:
         self._observations[slot] = observation
 
     def step(self, slot: int, actions: np.ndarray) -> tuple[int, bool]:
-        """Runs control steps until they end or the task succeeds.
+        """Run control steps until they end or the task succeeds.
 
         Args:
             slot: the slot.
@@ -104,12 +104,12 @@ class StockSimulator:
         return len(actions), False
 
     def low_dim(self, slot: int) -> dict[str, np.ndarray]:
-        """Returns ``robot0_eef_pos [3]``, ``robot0_eef_quat [4]`` (x, y, z, w), ``robot0_gripper_qpos [2]``."""
+        """Return ``robot0_eef_pos [3]``, ``robot0_eef_quat [4]`` (x, y, z, w), ``robot0_gripper_qpos [2]``."""
         names = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
         return {name: self._observations[slot][name] for name in names}
 
     def render(self, slot: int, camera: str) -> np.ndarray:
-        """Returns a camera's picture of the last control step, ``uint8 [H, W, 3]``, upside down as LIBERO gives it."""
+        """Return a camera's picture of the last control step, ``uint8 [H, W, 3]``, upside down as LIBERO gives it."""
         return self._observations[slot][f"{camera}_image"]
 
     def close(self) -> None:

@@ -36,7 +36,7 @@ class GoalChecker:
         ]
 
     def __call__(self, data: mujoco.MjData) -> bool:
-        """Returns whether all conditions hold.
+        """Return whether all conditions hold.
 
         Args:
             data: positions and contacts of the last substep.
@@ -47,7 +47,7 @@ class GoalChecker:
         )
 
     def in_contact(self, data: mujoco.MjData) -> list[int]:
-        """Returns the geoms whose contacts the conditions that hold depend on.
+        """Return the geoms whose contacts the conditions that hold depend on.
 
         Args:
             data: positions and contacts of the last substep.
