@@ -83,6 +83,8 @@ class SharedBuffer:
         if not len(self._order):
             self._order = torch.randperm(len(self))
         drawn, self._order = self._order[:batch_size], self._order[batch_size:]
+        if not len(self._order):  # at once, as TorchRL's sampler does: the random numbers after it are the same then
+            self._order = torch.randperm(len(self))
         place = self._place[drawn]
         return self._data[place[place >= 0]]
 
