@@ -87,6 +87,22 @@ def test_it_solves_tasks_of_each_skill(suite: str, task_id: int, most_steps: int
     assert episode.success and episode.num_steps < most_steps
 
 
+def test_it_can_be_asked_on_after_a_success() -> None:
+    """Demonstrations record some steps more; then the drawer is closed, and the hand fits at its handle no more."""
+    simulator = LiberoSimulator("libero_10", fidelity="fast", cameras=())
+    simulator.reset(0, 3, 0)
+    expert = ScriptedExpert(simulator.model(0), read_goals(get_suite("libero_10").task(3).bddl_file))
+    expert.reset(simulator.data(0))
+    success, after = False, 0
+    for _ in range(220):
+        _, now = simulator.step(0, expert.action()[None])
+        success, after = success or now, after + success
+        if after == 12:
+            break
+    simulator.close()
+    assert success and after == 12
+
+
 def test_a_drawer_just_above_the_table_is_refused() -> None:
     """Before anything moves: the hand would be in the table where it holds the bottom drawer's handle."""
     simulator = LiberoSimulator("libero_goal", fidelity="fast")

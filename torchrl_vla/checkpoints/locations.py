@@ -15,9 +15,11 @@ __all__ = ["BUNDLED", "CHECKPOINTS", "HUB_ERRORS", "RANDOM", "find_policy", "res
 
 #: What names of untrained policies begin with.
 RANDOM = "random:"
-#: The policy that comes with the package, made as docs/tiny_policy.md says.
+#: The policy for the forty tasks of four suites that comes with the package; the other one knows libero_spatial alone.
+#: docs/tiny_policy.md says how both were made.
 BUNDLED = "bundled:tiny"
-_BUNDLED_FOLDER = Path(__file__).parents[1] / "assets" / "tiny_policy"
+_ASSETS = Path(__file__).parents[1] / "assets"
+_BUNDLED_FOLDERS = {BUNDLED: _ASSETS / "tiny_forty", "bundled:tiny-spatial": _ASSETS / "tiny_spatial"}
 #: Subfolder of a run with what it can be resumed from.
 CHECKPOINTS = "checkpoints"
 
@@ -79,13 +81,15 @@ def find_policy(name: str, *, use_local: bool = True) -> Path:
     """The folder of a policy that has one: the bundled one, a checkpoint, or the policy of a run's folder.
 
     Args:
-        name: ``bundled:tiny``, a folder or a hub id.
+        name: ``bundled:tiny``, ``bundled:tiny-spatial``, a folder or a hub id.
         use_local: look for a folder of that name before asking the hub.
 
     Raises:
         ValueError: it cannot be had.
     """
-    folder = _BUNDLED_FOLDER if name == BUNDLED else resolve_checkpoint(name, use_local=use_local)
+    if name.startswith("bundled:") and name not in _BUNDLED_FOLDERS:
+        raise UserError(f"{name} does not come with the package: choose {' or '.join(_BUNDLED_FOLDERS)}.")
+    folder = _BUNDLED_FOLDERS.get(name) or resolve_checkpoint(name, use_local=use_local)
     if (folder / CHECKPOINTS).is_dir() and (folder / "policy").is_dir():
         return folder / "policy"
     if (folder / CHECKPOINTS).is_dir() and not any(folder.glob("*.safetensors")):

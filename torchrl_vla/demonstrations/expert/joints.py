@@ -103,13 +103,19 @@ class MoveJoint:
             points, others = self._surfaces.part(data, self._joint.bodies)
             if self._joint.is_knob(data, points):
                 yield from self._turn(data, points, others)
-            elif self._opens:
-                holds = plan_hold(self._arm, data, self._joint, points, others, self._surfaces.ground(data))
-                yield from self._pull(data, holds[attempt % len(holds)], np.concatenate([points, others]))
             else:
-                holds = plan_push(self._arm, data, self._joint, points, others)
-                yield from self._push(data, holds[attempt % len(holds)], np.concatenate([points, others]))
+                holds = self._holds(data, points, others)
+                if not holds:  # a handle out of reach as things are now, such as that of a drawer that was just closed
+                    return
+                move = self._pull if self._opens else self._push
+                yield from move(data, holds[attempt % len(holds)], np.concatenate([points, others]))
             attempt += 1
+
+    def _holds(self, data: mujoco.MjData, points: np.ndarray, others: np.ndarray) -> list[Hold]:
+        """Places where the hand can pull the handle, or push against it."""
+        if not self._opens:
+            return plan_push(self._arm, data, self._joint, points, others)
+        return plan_hold(self._arm, data, self._joint, points, others, self._surfaces.ground(data))
 
     def _is_enough(self, data: mujoco.MjData) -> bool:
         ajar = _AJAR_SLIDE if self._joint.slides else _AJAR_HINGE
