@@ -33,9 +33,10 @@ class OpenVLAActorConfig:
     pretrained_checkpoint: Annotated[str, tyro.conf.arg(aliases=["--checkpoint"])] = (
         "openvla-7b-oft-finetuned-libero-spatial"
     )
-    """Folder or hub id of an OpenVLA or OpenVLA-OFT checkpoint; bundled:tiny and bundled:tiny-spatial are small policies
-    that come with the package, of four suites and of libero_spatial; random:tiny and random:7b build untrained ones.
-    The default is a release that acts by its L1 head: for RL name one with trained tokens, as the presets do."""
+    """Folder or hub id of an OpenVLA or OpenVLA-OFT checkpoint; bundled:tiny and bundled:tiny-spatial are small
+    policies that come with the package, of four suites and of libero_spatial; random:tiny and random:7b build
+    untrained ones. The default is a release that acts by its L1 head: for RL name one with trained tokens, as the
+    presets do."""
     use_local: bool = True
     """Look for a local folder before the hub."""
     unnorm_key: str | None = None

@@ -46,7 +46,7 @@ def folder(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """The same files under names of their own."""
     for path in filled.rglob("*.*"):
         copy = tmp_path / path.relative_to(filled)
-        copy.parent.mkdir(exist_ok=True)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         os.link(path, copy)
     monkeypatch.setenv("TORCHRL_VLA_CACHE", str(tmp_path))
     forget()
