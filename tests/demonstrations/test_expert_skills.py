@@ -49,6 +49,7 @@ def test_the_order_of_skills() -> None:
     assert order_goals(stacked) == stacked[::-1]
 
 
+@pytest.mark.simulator
 def test_joints_are_found_by_regions_and_objects() -> None:
     simulator = LiberoSimulator("libero_goal", fidelity="fast")
     simulator.reset(0, 0, 0)
@@ -71,6 +72,7 @@ def test_joints_are_found_by_regions_and_objects() -> None:
     simulator.close()
 
 
+@pytest.mark.simulator
 @pytest.mark.parametrize(
     ("suite", "task_id", "most_steps"),
     [
@@ -87,6 +89,7 @@ def test_it_solves_tasks_of_each_skill(suite: str, task_id: int, most_steps: int
     assert episode.success and episode.num_steps < most_steps
 
 
+@pytest.mark.simulator
 def test_a_drawer_just_above_the_table_is_refused() -> None:
     """Before anything moves: the hand would be in the table where it holds the bottom drawer's handle."""
     simulator = LiberoSimulator("libero_goal", fidelity="fast")
