@@ -109,7 +109,7 @@ def test_memory_is_measured_within_the_limit_that_is_wanted(monkeypatch: pytest.
 
     monkeypatch.setattr(gpu_sections, "_measure_update", take)
     monkeypatch.setattr(gpu_sections, "_compare_with_rollout", lambda _: None)
-    bench: Any = SimpleNamespace(accelerate=lambda: None, options=SimpleNamespace(decisions=64))
+    bench: Any = SimpleNamespace(accelerate=lambda: None, num_decisions=64)
     gpu_sections.measure_update(bench)
     found = {name: (wanted.memory, settings.get("memory_gb")) for name, (wanted, settings) in rows.items()}
     for preset in ("80gb", "24gb"):
