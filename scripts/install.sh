@@ -33,5 +33,6 @@ fi
 echo "Installing torchrl-vla and what it needs into $venv (a few minutes) ..."
 "$venv/bin/python" -m pip install --quiet --upgrade pip
 # Without a GPU, a build of PyTorch that is already there is enough; on Linux pip's default build carries CUDA.
-"$venv/bin/python" -m pip install --quiet ${PIP_TORCH:-} -e '.[dev]'
-echo "Installed. Next: make train, make test, or $venv/bin/torchrl-vla --help"
+# setuptools says at length that an editable installation is one; every other warning, and every error, is shown.
+PYTHONWARNINGS='ignore:Editable installation' "$venv/bin/python" -m pip install --quiet ${PIP_TORCH:-} -e '.[dev]'
+echo "Installed. Next: make train, make test-fast, or $venv/bin/torchrl-vla --help"

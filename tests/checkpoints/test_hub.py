@@ -191,6 +191,7 @@ def test_the_guides_name_without_owner_is_a_release(
     assert resolve_checkpoint(name) == Path(name)
 
 
+@pytest.mark.processes
 def test_statistics_that_cannot_be_downloaded_say_which_file_goes_where(
     releases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

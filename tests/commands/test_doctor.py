@@ -20,6 +20,8 @@ from torchrl_vla.config import EvaluateConfig
 from torchrl_vla.modules import OpenVLA, OpenVLAConfig
 from torchrl_vla.recipes.evaluate import _acting
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).parents[1] / "data" / "openvla" / "checkpoint"
 
 

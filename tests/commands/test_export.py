@@ -20,6 +20,8 @@ from torchrl_vla.config.finetune import FinetuneConfig
 from torchrl_vla.modules import OpenVLA
 from torchrl_vla.training.run_checkpoints import RunCheckpoints, TrainableState
 
+pytestmark = pytest.mark.slow
+
 SUITE = "libero_spatial"
 
 

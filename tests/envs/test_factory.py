@@ -88,6 +88,7 @@ def test_parts_share_the_workers_evenly(monkeypatch: pytest.MonkeyPatch) -> None
 def test_workers_draw_on_all_gpus_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(factory, "WatchedParallelEnv", lambda *args, worker_variables, **options: worker_variables)
     monkeypatch.setattr(factory, "egl_devices", lambda: (0, 3))
+    monkeypatch.setattr(factory, "available_memory", lambda: 64e9)  # whatever this machine has left
     parts = factory.make_envs("libero_spatial", num_envs=12, workers=12)
     chosen = [[variables["MUJOCO_EGL_DEVICE_ID"] for variables in part] for part in parts]
     assert chosen == [["0", "3", "0"], ["3", "0", "3"]] * 2
@@ -98,6 +99,7 @@ def test_workers_draw_on_all_gpus_in_turns(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("backend", ["egl", "osmesa"])
 def test_what_may_hang_runs_in_a_process_that_is_watched(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.setattr(factory, "configure_rendering", lambda: backend)
+    monkeypatch.setattr(factory, "available_memory", lambda: 64e9)
     (env,) = factory.make_envs("libero_spatial", num_envs=3, workers=1, worker_timeout=7.0)
     if backend == "osmesa":
         assert isinstance(env, LiberoEnv) and env.batch_size == torch.Size([3])

@@ -33,6 +33,8 @@ from torchrl_vla.training.finetune_data import InputBuilder, load_samples
 from torchrl_vla.training.finetune_policy import load_student
 from torchrl_vla.training.optimizer_step import TrainingDiverged
 
+pytestmark = pytest.mark.slow
+
 SUITE = "libero_spatial"
 INSTRUCTIONS = {0: "push left", 3: "push the bowl right"}  # prompts of two lengths
 
@@ -149,7 +151,6 @@ def test_what_learns_is_float32_on_any_device(
     assert {p.dtype for p in policy.model.parameters() if p.requires_grad} == {torch.float32}
 
 
-@pytest.mark.slow
 def test_a_policy_learns_to_imitate(config: FinetuneConfig, data: Path):
     folder = finetune(replace(config, actor_lr=5e-3, steps=120))
     first, last = rows(config)[0], rows(config)[-1]
@@ -162,7 +163,6 @@ def test_a_policy_learns_to_imitate(config: FinetuneConfig, data: Path):
         assert wrong.float().mean() < 0.15
 
 
-@pytest.mark.slow
 def test_one_policy_learns_two_suites_each_in_its_own_units(config: FinetuneConfig, data: Path, tmp_path: Path):
     """Task 0 of one suite is not task 0 of the other, and a tenth of an action is the whole of it there."""
     gentle = {0: "push the bowl right", 1: "push left"}

@@ -36,6 +36,8 @@ from torchrl_vla.training.devices import choose_device
 from torchrl_vla.training.optimizer_step import OptimizerStep
 from torchrl_vla.training.run_checkpoints import RunCheckpoints
 
+pytestmark = [pytest.mark.simulator, pytest.mark.processes]
+
 SMALL = [
     "--preset", "tiny", "--pretrained-checkpoint", "random:tiny", "--num-envs", "1", "--group-size", "2",
     "--max-episode-steps", "16", "--n-steps", "29", "--camera-size", "64", "--val-episodes", "2", "--n-epochs", "1",

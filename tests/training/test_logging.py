@@ -122,6 +122,7 @@ def test_videos_are_files_and_go_to_loggers_that_can_encode_them(
     logger.close()
 
 
+@pytest.mark.processes
 def test_wandb_without_a_login_is_refused_and_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from objectives.policy_table import random_batch, with_every_term
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 
 from torchrl_vla.config import OpenVLAActorConfig, PPOConfig, TrainConfig
 from torchrl_vla.evaluation.report import EpisodeResult, EvaluationReport
@@ -68,6 +69,16 @@ def test_rules_read_figures_that_there_are() -> None:
 
 
 def test_every_figure_of_fine_tuning_is_named() -> None:
-    terms = {*TokenCrossEntropyLoss.out_keys, *ActionL1Loss.out_keys}
+    given = TensorDictModule(lambda x: x, in_keys=["x"], out_keys=["out"])
+    tokens = TokenCrossEntropyLoss(given, bin_centers=torch.linspace(-1, 1, 5))
+    tokens.set_keys(logits="out")
+    regression = ActionL1Loss(given)
+    regression.set_keys(prediction="out")
+    action = {"tokens": torch.zeros(4, 2, 7, dtype=torch.int64), "chunk": torch.zeros(4, 2, 7)}
+    terms = {
+        name
+        for loss, shape in ((tokens, (4, 2, 7, 5)), (regression, (4, 2, 7)))
+        for name in loss(TensorDict({"x": torch.zeros(shape), "vla_action": action}, [4])).keys()
+    }
     written = {f"train/{name}" for name in (*terms, "loss", "grad_norm", "learning_rate")} | {"time/steps_per_second"}
     assert _listed("Of `finetune`") == written | {f"val/{name.removeprefix('loss_')}" for name in terms}

@@ -199,7 +199,7 @@ def write_architecture(config: OpenVLAConfig, folder: str | Path) -> None:
 
 
 def _as_upstream(config: OpenVLAConfig) -> dict[str, Any]:
-    """What ``config.json`` says."""
+    """Return what ``config.json`` says."""
     llama_defaults = LlamaConfig()
     text = dict(config.upstream.get("text_config", {}))
     for name in LLM_FIELDS:

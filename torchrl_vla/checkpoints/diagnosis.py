@@ -78,7 +78,7 @@ class Diagnosis:
         return self.checkpoint.mode.has_trained_tokens and sound
 
     def as_dict(self) -> dict[str, Any]:
-        """The diagnosis as JSON has it; sizes are in bytes."""
+        """Return the diagnosis as JSON has it; sizes are in bytes."""
         summary = self.checkpoint
         return {
             "fits": self.fits,
@@ -352,7 +352,7 @@ def _check_renderer() -> Check:
 
 
 def _check_versions() -> Check:
-    """This package's own requirements, MuJoCo's exact version among them, against what is installed."""
+    """Return this package's own requirements, MuJoCo's exact version among them, against what is installed."""
     if package_version("torchrl-vla") == NOT_A_PACKAGE:
         text = (
             f"not checked: torchrl-vla is {NOT_A_PACKAGE}, so that nothing says which it needs: run `pip install -e .` "

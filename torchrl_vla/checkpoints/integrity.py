@@ -41,7 +41,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> list[str]:
-    """What of a folder is not as it was written.
+    """Return what of a folder is not as it was written.
 
     Args:
         folder: with the note that :func:`write_checksums` made.

@@ -78,7 +78,7 @@ def resolve_checkpoint(path_or_hub_id: str | Path, *, local_files_only: bool = F
 
 
 def find_policy(name: str, *, use_local: bool = True) -> Path:
-    """The folder of a policy that has one: the bundled one, a checkpoint, or the policy of a run's folder.
+    """Return the folder of a policy that has one: the bundled one, a checkpoint, or the policy of a run's folder.
 
     Args:
         name: ``bundled:tiny``, ``bundled:tiny-spatial``, a folder or a hub id.

@@ -87,7 +87,7 @@ class _LiveBytes(TorchDispatchMode):
 def _fused_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """What flash attention allocates; on the meta device SDPA would make the whole matrix of weights."""
+    """Return what flash attention allocates; on the meta device SDPA would make the whole matrix of weights."""
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (key, value))
     output = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]

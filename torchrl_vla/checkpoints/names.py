@@ -75,7 +75,7 @@ def parameter_names(model: nn.Module) -> dict[str, str]:
 
 
 def unused_weight(model: nn.Module, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor that no forward reads: as it was loaded, or zeros if the model was not loaded from a checkpoint."""
+    """Return a tensor that no forward reads: as it was loaded, or zeros in a model that was not loaded."""
     stored = getattr(model, "unused_weights", {})
     if name in stored:
         return stored[name]

@@ -93,7 +93,7 @@ class Policy:
             self.processor.prompt_multiple = _PROMPT_MULTIPLE
 
     def reference_context(self) -> AbstractContextManager[Any]:
-        """A context in which the policy is the one it was before its adapters learned."""
+        """Return a context in which the policy is the one it was before its adapters learned."""
         return without_adapters(self.model)
 
 

@@ -27,7 +27,7 @@ def weights_dtype(
     use_lora: bool = False,
     freeze_vla_backbone: bool = False,
 ) -> torch.dtype:
-    """The dtype of a policy's weights where none is asked for: as they are stored, and float32 on a CPU.
+    """Return the dtype of a policy's weights where none is asked for: as they are stored, and float32 on a CPU.
 
     Weights that learn themselves are float32 everywhere: steps of usual learning rates are smaller than what bfloat16
     can add to a weight.

@@ -67,11 +67,11 @@ class Lane:
         self._job: Future[Outcome | None] | None = None
 
     def free(self) -> Tensor:
-        """The slots without an episode, int64 ``[n]``, workers in turns."""
+        """Return the slots without an episode, int64 ``[n]``, workers in turns."""
         return self.slots.in_turns[self.current[self.slots.in_turns] < 0]
 
     def running(self) -> Tensor:
-        """The slots in the middle of an episode, int64 ``[n]``."""
+        """Return the slots in the middle of an episode, int64 ``[n]``."""
         mask = self.current >= 0
         mask[self.again] = False
         return mask.nonzero().squeeze(-1)
@@ -171,5 +171,5 @@ class _Inline(Executor):
 
 
 def make_executor(lanes: int) -> Executor:
-    """What runs the turns of so many lanes."""
+    """Return what runs the turns of so many lanes."""
     return _Inline() if lanes == 1 else ThreadPoolExecutor(lanes, "environment")

@@ -131,7 +131,7 @@ class PlannedCollector(BaseCollector):
         self._episodes += len(plan)
 
     def _next_batch(self) -> TensorDict | None:
-        """The next plans' decisions; None if there are none."""
+        """Return the next plans' decisions; None if there are none."""
         parts: list[TensorDict] = []
         steps = episodes = 0
         missing = self.min_control_steps or 0
@@ -149,12 +149,12 @@ class PlannedCollector(BaseCollector):
         return batch
 
     def _control_steps(self, batch: TensorDict) -> int:
-        """What counts towards the size of a batch."""
+        """Return what counts towards the size of a batch."""
         counts = batch.get(("next", "num_control_steps"), None)
         return len(batch) if counts is None else int(counts.sum())
 
     def _next_plan(self, missing_steps: int) -> list[Episode]:
-        """The next plan, or as many as are likely to have so many steps; empty if there are none."""
+        """Return the next plan, or as many as are likely to have so many steps; empty if there are none."""
         # A second collection costs another wait for the last episodes: a few groups more are cheaper.
         wanted = math.ceil(1.1 * missing_steps / self._mean_steps) if self._mean_steps else 1
         episodes: list[Episode] = []

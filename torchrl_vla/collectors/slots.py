@@ -121,7 +121,7 @@ class EnvSlots:
         self._keep_others(torch.arange(self._size) if first else slots, state)
 
     def observe(self, slots: Tensor) -> TensorDict:
-        """What some slots, int64 ``[n]``, show now: ``[n]``, a copy."""
+        """Return what some slots, int64 ``[n]``, show now: ``[n]``, a copy."""
         seen = TensorDict({}, [len(slots)], device=self.env.device)
         for key, value in self._tensors.items():
             seen.set(key, value[slots])

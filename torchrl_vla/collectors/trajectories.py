@@ -14,7 +14,7 @@ __all__ = ["TrajectoryRecorder", "non_tensor", "non_tensor_leaves"]
 
 
 def non_tensor_leaves(tensordict: TensorDictBase) -> dict[NestedKey, list[Any]]:
-    """What a TensorDict ``[N]`` holds beside tensors, such as instructions: lists of N, by key."""
+    """Return what a TensorDict ``[N]`` holds beside tensors, such as instructions: lists of N, by key."""
     leaves: dict[NestedKey, list[Any]] = {}
     for key, value in tensordict.items(True, True, is_leaf=is_leaf_nontensor):
         if is_non_tensor(value):
@@ -71,7 +71,7 @@ class TrajectoryRecorder:
         self.lengths[episodes] = 0
 
     def finish(self) -> TensorDict:
-        """The decisions of all episodes, ``[T]``, ordered by episode and time; the recorder is empty afterwards."""
+        """Return all decisions, ``[T]``, ordered by episode and time; the recorder is empty afterwards."""
         total = int(self.lengths.sum())
         starts = self.lengths.cumsum(0) - self.lengths
         tensors: dict[NestedKey, Tensor] = {}

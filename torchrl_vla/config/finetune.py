@@ -18,8 +18,9 @@ __all__ = ["FinetuneConfig"]
 
 @dataclass
 class FinetuneConfig(SavedConfig):
-    """Supervised fine-tuning on demonstrations. The defaults train a tiny policy from nothing; docs/tiny_policy.md has
-    the settings of the bundled one.
+    """Supervised fine-tuning on demonstrations.
+
+    The defaults train a tiny policy from nothing; docs/tiny_policy.md has the settings of the bundled one.
 
     For a released 7B checkpoint on one 80 GB card: ``--use-lora --actor-lr 5e-4 --mini-batch-size 8
     --ema-decay 0 --proprio-noise 0 --weight-decay 0.01``.

@@ -12,7 +12,7 @@ __all__ = ["PRESETS", "choose_preset"]
 
 
 def _tiny() -> TrainConfig:
-    """A small OpenVLA on a machine without a GPU: minutes, to see everything work."""
+    """Train a small OpenVLA on a machine without a GPU: minutes, to see everything work."""
     return TrainConfig(
         preset="tiny",
         ppo=PPOConfig(
@@ -55,7 +55,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {"tiny": _tiny, "24gb": _24gb, "
 
 
 def choose_preset(name: str = "auto") -> str:
-    """The preset's name; auto chooses by the GPU's memory, and tiny where there is no GPU or 7B does not fit.
+    """Return the preset's name; auto chooses by the GPU's memory, and tiny where there is no GPU or 7B does not fit.
 
     Args:
         name: auto, or one of `PRESETS`.

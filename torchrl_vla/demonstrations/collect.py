@@ -52,7 +52,7 @@ class _Worker:
             pass  # it died idle; its pipe says so to whoever waits on it
 
     def report(self) -> Report | None:
-        """The report of the job; None if the worker died of it."""
+        """Return the report of the job; None if the worker died of it."""
         try:
             return self.connection.recv()
         except (EOFError, ConnectionResetError):
@@ -73,7 +73,7 @@ class _Jobs:
             self._by_task.setdefault(job.task_id, deque()).append(job)
 
     def take(self, task_id: int, busy: Counter[int]) -> Job | None:
-        """A job of this task, else of the task with most jobs left for each worker on it."""
+        """Return a job of this task, else of the task with most jobs left for each worker on it."""
         left = {task: len(jobs) for task, jobs in self._by_task.items() if jobs}
         if not left:
             return None
@@ -237,7 +237,7 @@ def _plan(task_id: int, states: list[int], episodes: int, perturb_prob: float, s
 
 
 def _open(out: Path, suite_name: str, settings: dict) -> DemonstrationIndex:
-    """The index of a new data set, or of the one to go on with, brought up to date with the episodes there are."""
+    """Return the index of a new data set, or of the one to go on with, up to date with the episodes there are."""
     if not (out / "dataset.json").exists():
         return DemonstrationIndex(suite_name, {}, settings)
     index = DemonstrationIndex.load(out)

@@ -100,7 +100,7 @@ class ActionTokenizer(nn.Module):
         self.register_buffer("proprio_q99", proprio[1])
 
     def statistics(self) -> dict[str, dict[str, list[Any]]]:
-        """The percentiles in upstream's format, to the bit those the tokenizer was made with."""
+        """Return the percentiles in upstream's format, to the bit those the tokenizer was made with."""
         out = {
             "action": {
                 "q01": self.action_q01.tolist(),

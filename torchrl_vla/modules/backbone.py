@@ -84,7 +84,7 @@ class OpenVLABackbone(TensorDictModuleBase):
         return tensordict.set(HIDDEN_KEY, hidden.view(*batch_size, *hidden.shape[1:]))
 
     def run_model(self, tensordict: TensorDictBase) -> OpenVLAOutput:
-        """The network's output, the batch's dimensions flattened to one."""
+        """Return the network's output, the batch's dimensions flattened to one."""
         prepared = tensordict.get(NETWORK_KEY, None)
         if prepared is None:
             return self.model(*self.read_inputs(tensordict))
@@ -109,7 +109,7 @@ class OpenVLABackbone(TensorDictModuleBase):
         return prepared.set(NETWORK_KEY, TensorDict(network, batch_size))
 
     def read_inputs(self, tensordict: TensorDictBase) -> ProcessorOutput:
-        """The network's inputs."""
+        """Return the network's inputs."""
         self.errors.raise_known()
         inputs = tensordict.select(*self.in_keys).reshape(-1)
         frames = [inputs.get(key) for key in self.image_keys]

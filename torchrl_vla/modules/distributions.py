@@ -139,7 +139,7 @@ class TokenCategorical(Distribution):
     def expand(
         self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: TokenCategorical | None = None
     ) -> TokenCategorical:
-        """The same distribution, broadcast to ``batch_shape``."""
+        """Return the same distribution, broadcast to ``batch_shape``."""
         logits = self.logits.expand(torch.Size(batch_shape) + self.event_shape + self.logits.shape[-1:])
         seed = self.seed
         if seed is not None:
@@ -222,7 +222,7 @@ def seeded_uniforms(seed: Tensor, count: int) -> Tensor:
 
 
 def _signed(word: int) -> int:
-    """The int64 of the same 64 bits."""
+    """Return the int64 of the same 64 bits."""
     return word - (1 << 64)
 
 

@@ -147,7 +147,7 @@ def train(config: TrainConfig) -> Path:
 
 
 def make_advantage(ppo: PPOConfig) -> Transform:
-    """The transform that scores what the buffer is filled with."""
+    """Return the transform that scores what the buffer is filled with."""
     if ppo.advantage_estimator == "gae":
         # The rollout wrote the values, of the last observations too: no network is needed here.
         return EstimateAdvantage(GAE(gamma=ppo.gamma, lmbda=ppo.gae_lambda, value_network=None, average_gae=True))
@@ -156,7 +156,7 @@ def make_advantage(ppo: PPOConfig) -> Transform:
 
 
 def make_buffer(*transforms: Transform) -> TensorDictReplayBuffer:
-    """A buffer of one update's decisions, each learned from once an epoch; the transforms work as they come in."""
+    """Return a buffer of one update's decisions, each drawn once an epoch; its transforms work as they come in."""
     storage = ListStorage(max_size=2**31)  # keeps rows as they are: updates differ in size, and images are large
     buffer = TensorDictReplayBuffer(storage=storage, sampler=SamplerWithoutReplacement())
     for transform in reversed(transforms):  # what comes in meets the last one first

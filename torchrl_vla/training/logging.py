@@ -103,7 +103,7 @@ def check_wandb() -> None:
 
 
 def described(config: TrainConfig) -> dict[str, Any]:
-    """The options of a run for W&B, where TorchRL writes under "env" what it runs on."""
+    """Return the options of a run for W&B, where TorchRL writes under "env" what it runs on."""
     return {"ppo": vars(config.ppo), "actor": vars(config.actor)}
 
 

@@ -134,7 +134,7 @@ class OptimizerStep:
     def _accumulate(
         self, minibatch: TensorDictBase, progress: Callable[[int], object], counts: TensorDictBase | None, total: int
     ) -> list[tuple[float, dict[str, Tensor]]] | None:
-        """The gradient of these decisions, and each pass's weight and figures; None if memory runs out."""
+        """Return the gradient of these decisions, and each pass's weight and figures; None if memory runs out."""
         self.backward_pass.zero_grad()
         parts: list[tuple[float, dict[str, Tensor]]] = []
         if not len(minibatch):
@@ -155,7 +155,7 @@ class OptimizerStep:
     def _put_together(
         self, parts: list[tuple[float, dict[str, Tensor]]], counts: TensorDictBase | None
     ) -> dict[str, Tensor]:
-        """The figures of a mini-batch from those of all processes' passes."""
+        """Return the figures of a mini-batch from those of all processes' passes."""
         if self._ranks.size > 1:
             sent = [(share, {name: value.cpu() for name, value in part.items()}) for share, part in parts]
             parts = [part for ranks in self._ranks.gather(sent) for part in ranks]

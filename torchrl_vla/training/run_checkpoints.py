@@ -236,7 +236,7 @@ class _Marked:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint of a run that is as it was written; those passed over are named on the console.
+    """Return the newest checkpoint of a run that is as it was written; those passed over are named on the console.
 
     Args:
         folder: the run's checkpoints.

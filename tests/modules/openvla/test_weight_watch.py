@@ -20,6 +20,8 @@ from torchrl_vla.modules.openvla import OpenVLA
 from torchrl_vla.modules.openvla.graphs import ForwardGraphs, GraphRecorder
 from torchrl_vla.modules.openvla.lora import add_lora, merge_lora, without_adapters
 
+pytestmark = pytest.mark.slow
+
 Write = Callable[[OpenVLA, OpenVLA], object]
 
 

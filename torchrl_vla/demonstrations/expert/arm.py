@@ -105,7 +105,7 @@ class Arm:
         return float(np.arctan2(rotation[1, 0], rotation[0, 0]) - self.azimuth(data, position))
 
     def reach_tilt(self, data: mujoco.MjData, position: np.ndarray) -> np.ndarray:
-        """The smallest outward tilt of the hand at which the elbow stays bent, ``[*]`` in radians.
+        """Return the smallest outward tilt of the hand at which the elbow stays bent, ``[*]`` in radians.
 
         Args:
             data: current poses.
@@ -191,7 +191,7 @@ class Arm:
         return float(np.linalg.norm(rotation_vector(rotation @ self.rest(data, position).T)))
 
     def turn(self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray) -> float:
-        """What it takes to turn the hand: radians from where it is, and twice those beyond what the wrist does easily.
+        """Return what it takes to turn the hand: radians, and twice those beyond what the wrist does easily.
 
         Args:
             data: current poses.
@@ -216,7 +216,7 @@ class Arm:
         return max(0.0, stretched, _FOLDED - flat)
 
     def offset(self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What is left to a pose once the present motion has died down.
+        """Return what is left to a pose once the present motion has died down.
 
         Args:
             data: current poses and velocities.
@@ -234,7 +234,7 @@ class Arm:
     def towards(
         self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray, gripper: float, speed: float = 1.0
     ) -> np.ndarray:
-        """The action ``[7]`` that moves the grip site towards a pose.
+        """Return the action ``[7]`` that moves the grip site towards a pose.
 
         Args:
             data: current poses.

@@ -108,7 +108,7 @@ class Articulation:
 
 
 def find_articulation(model: mujoco.MjModel, name: str) -> Articulation | None:
-    """Finds the drawer, door or knob that a site or an object stands for.
+    """Find the drawer, door or knob that a site or an object stands for.
 
     Args:
         model: the compiled model.

@@ -49,7 +49,7 @@ class ScriptedExpert:
         self._script: Generator[np.ndarray, None, None] | None = None
 
     def reset(self, data: mujoco.MjData) -> None:
-        """Starts an episode.
+        """Start an episode.
 
         Args:
             data: the simulation, settled; every later ``action`` reads it. The fixtures' poses in the model are this
@@ -67,7 +67,7 @@ class ScriptedExpert:
         self._script = self._run(data)
 
     def action(self) -> np.ndarray:
-        """Returns the next action for the state that ``data`` is in, ``float64 [7]`` within [-1, 1].
+        """Return the next action for the state that ``data`` is in, ``float64 [7]`` within [-1, 1].
 
         Raises:
             RuntimeError: ``reset`` was not called.

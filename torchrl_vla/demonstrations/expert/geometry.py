@@ -46,7 +46,7 @@ def rotation_vector(rotation: np.ndarray) -> np.ndarray:
 
 
 def minimum_area_rectangle(points: np.ndarray) -> tuple[np.ndarray, float, float, float]:
-    """The smallest rectangle around points of a plane, one of whose sides lies on their convex hull.
+    """Return the smallest rectangle around points of a plane, one of whose sides lies on their convex hull.
 
     Args:
         points: ``[n, 2]``.

@@ -120,7 +120,7 @@ def _rim_candidates(points: np.ndarray) -> _Candidates:
 
 
 def _lowered(points: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """The obstacles, with what is over the object moved down to the hand, which has to pass it on its way."""
+    """Return the obstacles, with what is over the object moved down to the hand, which has to pass it on its way."""
     low, high = points.min(axis=0), points.max(axis=0)
     above = others[:, 2] > high[2] + _HAND_ABOVE
     if not ((others[:, :2] > low[:2]) & (others[:, :2] < high[:2]))[above].all(axis=1).any():
@@ -131,7 +131,7 @@ def _lowered(points: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _knob(points: np.ndarray) -> np.ndarray | None:
-    """The part that a lid is lifted by: what stands out on top, in the middle, of something too wide to be held."""
+    """Return the part that a lid is lifted by: what stands out on top, in the middle, of something too wide."""
     top = points[:, 2].max()
     for height in _KNOB_HEIGHTS:
         knob = points[points[:, 2] > top - height]

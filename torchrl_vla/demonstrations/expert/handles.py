@@ -42,7 +42,7 @@ class Hold:
 def plan_hold(
     arm: Arm, data: mujoco.MjData, joint: Articulation, points: np.ndarray, others: np.ndarray, ground: float
 ) -> list[Hold]:
-    """Finds ways to take hold of a handle: the hand comes slantwise from in front of it, a finger on either side.
+    """Find ways to take hold of a handle: the hand comes slantwise from in front of it, a finger on either side.
 
     Args:
         arm: the arm.
@@ -83,7 +83,7 @@ def plan_hold(
 
 
 def plan_push(arm: Arm, data: mujoco.MjData, joint: Articulation, points: np.ndarray, others: np.ndarray) -> list[Hold]:
-    """Finds ways for the closed fingers to push a part shut: from above and slantwise, at what sticks out furthest.
+    """Find ways for the closed fingers to push a part shut: from above and slantwise, at what sticks out furthest.
 
     Args:
         arm: the arm.

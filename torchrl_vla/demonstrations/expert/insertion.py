@@ -98,7 +98,7 @@ class Insertion:
         return bool((np.abs(data.xpos[self._body] - data.site_xpos[self._site]) < half).all())
 
     def script(self, data: mujoco.MjData) -> Generator[np.ndarray, None, None]:
-        """Yields actions ``[7]`` until the object was put into the compartment.
+        """Yield actions ``[7]`` until the object was put into the compartment.
 
         Args:
             data: the simulation, read anew before every action.

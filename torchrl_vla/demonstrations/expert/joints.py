@@ -91,7 +91,7 @@ class MoveJoint:
         return opening < (_SHUT if self._joint.closed == 0.0 else 0.0)
 
     def script(self, data: mujoco.MjData) -> Generator[np.ndarray, None, None]:
-        """Yields actions ``[7]`` until the joint is there.
+        """Yield actions ``[7]`` until the joint is there.
 
         Args:
             data: the simulation, read anew before every action.
@@ -174,7 +174,7 @@ class MoveJoint:
         return went
 
     def _follow(self, data: mujoco.MjData, gripper: float, speed: float, held: bool = True) -> Phase:
-        """Moves the hand as the part moves, a little ahead of it."""
+        """Move the hand as the part moves, a little ahead of it."""
         arm, joint = self._arm, self._joint
         position, rotation = arm.pose(data)
         start = joint.value(data)

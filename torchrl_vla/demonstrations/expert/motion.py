@@ -30,7 +30,7 @@ def straight(
     speed: float = 1.0,
     steps: int = _SHORT_STEPS,
 ) -> Phase:
-    """Moves straight to a pose that is near.
+    """Move straight to a pose that is near.
 
     Args:
         arm: the arm.
@@ -50,7 +50,7 @@ def straight(
 
 
 def release(arm: Arm, data: mujoco.MjData, rotation: np.ndarray) -> Generator[np.ndarray, None, None]:
-    """Opens the gripper where the hand is.
+    """Open the gripper where the hand is.
 
     Args:
         arm: the arm.
@@ -63,7 +63,7 @@ def release(arm: Arm, data: mujoco.MjData, rotation: np.ndarray) -> Generator[np
 
 
 def rise(arm: Arm, data: mujoco.MjData, height: float) -> Phase:
-    """Moves the open hand up, if it is not that high already.
+    """Move the open hand up, if it is not that high already.
 
     Args:
         arm: the arm.
@@ -78,7 +78,7 @@ def rise(arm: Arm, data: mujoco.MjData, height: float) -> Phase:
 def travel(
     arm: Arm, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray, gripper: float, obstacles: np.ndarray
 ) -> Phase:
-    """Moves the empty hand to a pose, over what stands in its way.
+    """Move the empty hand to a pose, over what stands in its way.
 
     Args:
         arm: the arm.

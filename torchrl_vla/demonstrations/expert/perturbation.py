@@ -47,7 +47,7 @@ class Perturbation:
         self._steps_left = 0
 
     def __call__(self, action: np.ndarray) -> np.ndarray:
-        """Returns the action ``[7]`` to execute, within [-1, 1].
+        """Return the action ``[7]`` to execute, within [-1, 1].
 
         Args:
             action: the expert's, ``[7]``.

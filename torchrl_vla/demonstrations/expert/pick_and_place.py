@@ -98,7 +98,7 @@ class PickAndPlace:
         return bool((np.abs(local[:2]) < size[:2]).all() and abs(local[2]) < size[2] + _ON_HEIGHT)
 
     def script(self, data: mujoco.MjData) -> Generator[np.ndarray, None, None]:
-        """Yields actions ``[7]`` until the object was put down at its place.
+        """Yield actions ``[7]`` until the object was put down at its place.
 
         Args:
             data: the simulation, read anew before every action.
@@ -237,7 +237,7 @@ class PickAndPlace:
 
 
 def _climb_first(position: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """A nearer goal on the way to a position, so that a climb is at least as steep as 45 degrees.
+    """Return a nearer goal on the way to a position, so that a climb is at least as steep as 45 degrees.
 
     Args:
         position: where to go, ``[3]`` in metres.

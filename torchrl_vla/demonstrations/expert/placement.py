@@ -84,7 +84,7 @@ def release_height(
 def plan_carry(
     points: np.ndarray, origin: np.ndarray, others: np.ndarray, target: np.ndarray, ground: float, lowest: float
 ) -> CarryPath:
-    """Finds what a carried object must clear.
+    """Find what a carried object must clear.
 
     Args:
         points: collision points of the object where it is now, ``[n, 3]`` in metres.
@@ -134,7 +134,7 @@ def free_place(shape: np.ndarray, places: Sequence[np.ndarray], others: np.ndarr
 def leave_overhang(
     points: np.ndarray, others: np.ndarray, origin: np.ndarray, rotation: np.ndarray, hand: np.ndarray
 ) -> np.ndarray:
-    """The shortest level way for a held object, and the hand, from under what is above them, ``[3]`` in metres.
+    """Return the shortest level way for a held object, and the hand, from under what is above them, ``[3]`` in metres.
 
     Args:
         points: collision points of the object, ``[n, 3]`` in metres.

@@ -21,7 +21,7 @@ Skill = PickAndPlace | MoveJoint | Insertion
 
 
 def order_goals(goals: Sequence[Goal], *, inside: Sequence[Goal] = ()) -> list[Goal]:
-    """Puts conditions into an order in which one does not undo or block another.
+    """Put conditions into an order in which one does not undo or block another.
 
     What is closed for its own sake comes first, so that it stands in nobody's way; then what is opened or switched;
     then objects, those that others belong on before these; last what is closed around an object.
@@ -49,7 +49,7 @@ def order_goals(goals: Sequence[Goal], *, inside: Sequence[Goal] = ()) -> list[G
 def choose_skills(
     model: mujoco.MjModel, arm: Arm, surfaces: CollisionPoints, goals: Sequence[Goal]
 ) -> list[tuple[Skill, ...]]:
-    """Makes the skills that reach the goals one after the other.
+    """Make the skills that reach the goals one after the other.
 
     Args:
         model: the compiled model.

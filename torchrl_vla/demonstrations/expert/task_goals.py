@@ -35,7 +35,7 @@ class Goal:
 
 
 def read_goals(bddl_file: str | Path) -> tuple[Goal, ...]:
-    """Reads the conjunction of conditions that ends an episode.
+    """Read the conjunction of conditions that ends an episode.
 
     Args:
         bddl_file: the task's definition.

@@ -22,13 +22,13 @@ class Steppable(Protocol):
     """What an episode needs of a simulator, such as ``LiberoSimulator``."""
 
     def step(self, slot: int, actions: np.ndarray) -> tuple[int, bool]:
-        """Runs ``actions [n, 7]`` in a slot; returns control steps run and whether the task has succeeded."""
+        """Run ``actions [n, 7]`` in a slot; return control steps run and whether the task has succeeded."""
 
     def model(self, slot: int) -> mujoco.MjModel:
-        """The slot's compiled model, fixtures in place."""
+        """Return the slot's compiled model, fixtures in place."""
 
     def data(self, slot: int) -> mujoco.MjData:
-        """The slot's state."""
+        """Return the slot's state."""
 
 
 class ExpertEpisode(NamedTuple):
@@ -78,7 +78,7 @@ def evaluate_expert(
     fidelity: str = "exact",
     seed: int = 0,
 ) -> list[ExpertEpisode]:
-    """Runs the expert from official initial states, up to the suite's horizon.
+    """Run the expert from official initial states, up to the suite's horizon.
 
     Args:
         task_suite: name of the suite.
@@ -113,7 +113,7 @@ def evaluate_expert(
 
 
 def success_table(episodes: Iterable[ExpertEpisode]) -> str:
-    """Formats results as a Markdown table, one row per task.
+    """Format results as a Markdown table, one row per task.
 
     Args:
         episodes: what ``evaluate_expert`` returned.

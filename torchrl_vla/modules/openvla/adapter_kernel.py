@@ -34,7 +34,7 @@ def _copy_tile(table, scales, SOURCE: tl.constexpr, TARGET: tl.constexpr, BLOCK:
 
 
 def fuse_copies(copies: Sequence[AdapterCopy]) -> Callable[[], None] | None:
-    """What makes all the copies by a launch per pair of dtypes.
+    """Return what makes all the copies by a launch per pair of dtypes.
 
     Args:
         copies: they are made anew, by another call of this, once a tensor lies elsewhere.

@@ -218,12 +218,12 @@ class OpenVLAConfig:
 
     @classmethod
     def seven_b(cls, **overrides: Any) -> OpenVLAConfig:
-        """The released 7B architecture (7,541,237,184 parameters in 982 tensors), with fields replaced on demand."""
+        """Return the released 7B architecture (7,541,237,184 parameters, 982 tensors), fields replaced on demand."""
         return cls(**overrides)
 
     @classmethod
     def tiny(cls, **overrides: Any) -> OpenVLAConfig:
-        """A model of 7.5 million parameters with every part of the 7B one, for a CPU; fields replaced on demand.
+        """Return a model of 7.5 million parameters with every part of the 7B one, for a CPU; fields replaced on demand.
 
         Example:
             >>> OpenVLAConfig.tiny(image_size=224, num_images=2).patches_per_image
@@ -246,7 +246,7 @@ class OpenVLAConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> OpenVLAConfig:
-        """The preset ``tiny`` or ``7b``, with fields replaced on demand.
+        """Return the preset ``tiny`` or ``7b``, with fields replaced on demand.
 
         Raises:
             ValueError: for any other name.
@@ -292,7 +292,7 @@ class OpenVLAConfig:
         return self.dataset_statistics or self.norm_stats
 
     def llama_config(self, attn_implementation: str) -> LlamaConfig:
-        """transformers' configuration of the language model, with its attention kernel chosen."""
+        """Return transformers' configuration of the language model, with its attention kernel chosen."""
         values: dict[str, Any] = {name: getattr(self, name) for name in LLM_FIELDS}
         for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"):
             values[name] = getattr(self, name)

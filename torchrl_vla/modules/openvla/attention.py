@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 
 @functools.cache
 def resolve_attention(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
-    """The attention kernel to use: the one asked for, else flash-attention 2 where it can run, else SDPA.
+    """Return the attention kernel to use: the one asked for, else flash-attention 2 where it can run, else SDPA.
 
     Raises:
         ValueError: if the kernel is unknown, or flash-attention 2 is asked for and cannot run.

@@ -80,7 +80,7 @@ class ImageAugmentation:
 
 
 def _uniform(values: Tensor, width: float) -> Tensor:
-    """A number in [-width, width] per image, [B, 1, 1, 1]."""
+    """Return a number in [-width, width] per image, [B, 1, 1, 1]."""
     return torch.empty(len(values), 1, 1, 1, device=values.device).uniform_(-width, width)
 
 
@@ -118,7 +118,7 @@ def rgb_to_hsv(values: Tensor) -> Tensor:
 
 
 def hsv_to_rgb(values: Tensor) -> Tensor:
-    """The inverse of :func:`rgb_to_hsv`."""
+    """Return the inverse of :func:`rgb_to_hsv`."""
     hue, saturation, value = values.unbind(1)
     # Smith's hexcone without branches: how far each channel falls below the value, by its distance in hue.
     shifts = torch.tensor([5.0, 3.0, 1.0], device=values.device).view(1, 3, 1, 1)

@@ -104,7 +104,7 @@ class LlamaBlock:
 
 
 def read_llama_layer(layer: Any, fused: bool) -> LlamaWeights:
-    """The weights of transformers' ``LlamaDecoderLayer``; ``fused`` as for :func:`read_group`."""
+    """Return the weights of transformers' ``LlamaDecoderLayer``; ``fused`` as for :func:`read_group`."""
     attention, mlp = layer.self_attn, layer.mlp
     return LlamaWeights(
         layer.input_layernorm.weight,
@@ -161,13 +161,13 @@ class ViTBlock:
 
 
 def read_dinov2_layer(layer: Any, fused: bool) -> ViTWeights:
-    """The weights of transformers' ``Dinov2WithRegistersLayer`` with fused query, key and value."""
+    """Return the weights of transformers' ``Dinov2WithRegistersLayer`` with fused query, key and value."""
     scales = layer.layer_scale1.lambda1, layer.layer_scale2.lambda1
     return _read_vit_layer(layer.attention, layer.mlp, layer.norm1, layer.norm2, scales, fused)
 
 
 def read_siglip_layer(layer: Any, fused: bool) -> ViTWeights:
-    """The weights of transformers' ``SiglipEncoderLayer`` with fused query, key and value."""
+    """Return the weights of transformers' ``SiglipEncoderLayer`` with fused query, key and value."""
     return _read_vit_layer(layer.self_attn, layer.mlp, layer.layer_norm1, layer.layer_norm2, (None, None), fused)
 
 
@@ -289,7 +289,7 @@ class LayerStack:
             self.keeps_weights = True
 
     def adapters(self) -> Iterable[Adapters]:
-        """The adapters that are kept, once :meth:`accelerate` was called; more whenever ``times_read`` has grown."""
+        """Return the adapters that are kept once :meth:`accelerate` was called; more as ``times_read`` grows."""
         for layers, _ in (self._cache or {}).values():
             for leaf in _leaves(tuple(layers)):
                 if isinstance(leaf, LinearWeights) and leaf.adapters is not None and leaf.adapters.down is not None:

@@ -57,7 +57,7 @@ class GraphRecorder:
 
 @functools.cache
 def _recording_stream(device: int) -> torch.cuda.Stream:
-    """The stream that everything is warmed up and recorded on.
+    """Return the stream that everything is warmed up and recorded on.
 
     Gradients are added up on the stream where a parameter was first used, which must be the recording's; and each
     stream has workspaces of its own, which stay.
@@ -110,7 +110,7 @@ class ForwardGraphs:
         return (state, self._size(inputs), *shapes)
 
     def _size(self, inputs: Sequence[Tensor | None]) -> int:
-        """Samples of the recording that serves these."""
+        """Return how many samples the recording has that serves these."""
         samples = next(len(x) for x in inputs if x is not None)
         return samples if samples <= _STEP else min(math.ceil(samples / _STEP) * _STEP, self.max_batch_size)
 

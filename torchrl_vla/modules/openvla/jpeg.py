@@ -24,7 +24,7 @@ _THREADS = min(8, len(os.sched_getaffinity(0)))
 
 
 def encode_jpeg(frame: np.ndarray) -> bytes:
-    """A frame as JPEG at quality 95 with 4:2:0 chroma, the bytes that ``tf.io.encode_jpeg`` writes.
+    """Return a frame as JPEG at quality 95 with 4:2:0 chroma, the bytes that ``tf.io.encode_jpeg`` writes.
 
     OpenCV and Pillow write the same bytes; OpenCV lets other Python threads run meanwhile, and is taken where it loads.
 
@@ -44,7 +44,7 @@ def encode_jpeg(frame: np.ndarray) -> bytes:
 
 
 def decode_jpeg(data: bytes | memoryview | np.ndarray) -> np.ndarray:
-    """The frame of a JPEG, uint8 ``[H, W, 3]``, RGB, pixel by pixel that of ``tf.io.decode_image``."""
+    """Return the frame of a JPEG, uint8 ``[H, W, 3]``, RGB, pixel by pixel that of ``tf.io.decode_image``."""
     # simplejpeg's decoder has TensorFlow's fast DCT and upsampling; its coder has another rounding than TensorFlow's.
     return simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=False)
 

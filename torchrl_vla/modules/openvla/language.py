@@ -40,7 +40,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def build_language_model(config: LlamaConfig) -> Any:
-    """A Llama with :class:`RotaryEmbedding` in place of transformers' buffered one, and its layers' stack."""
+    """Return a Llama with :class:`RotaryEmbedding` in place of transformers' buffered one, and its layers' stack."""
     model: Any = LlamaForCausalLM(config)
     model.model.rotary_emb = RotaryEmbedding(config)
     model.stack = decoder_stack(model.model.layers, config)
@@ -48,7 +48,7 @@ def build_language_model(config: LlamaConfig) -> Any:
 
 
 def decoder_stack(layers: nn.ModuleList, config: LlamaConfig) -> LayerStack:
-    """The decoder's layers, run bidirectionally."""
+    """Return the decoder's layers, run bidirectionally."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     head_dim = config.hidden_size // heads
     attention = Attention(config, head_dim, heads // kv_heads)

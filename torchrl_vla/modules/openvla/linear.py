@@ -76,7 +76,7 @@ def linear(x: Tensor, layer: Linear) -> Tensor:
 
 
 def linear_group(x: Tensor, layers: Sequence[Linear], sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """The outputs of several layers of one input, which may be fused into one.
+    """Return the outputs of several layers of one input, which may be fused into one.
 
     Args:
         x: ``[..., K]``.
@@ -102,7 +102,7 @@ def _(wide: Tensor, extended: Tensor, bias: Tensor | None, down: Tensor) -> Tens
 
 
 def _extended_linear(x: Tensor, extended: Tensor, bias: Tensor | None, down: Tensor) -> Tensor:
-    """The layer's output [..., N], without gradient."""
+    """Return the layer's output [..., N], without gradient."""
     # One product of K + R terms: cheaper than adding a second product to the first's result, and rounded once.
     # Compiled, what computes x writes it into the wide matrix itself; concatenation would copy it.
     wide = F.pad(x.flatten(0, -2), (0, extended.shape[1] - x.shape[-1]))
@@ -151,7 +151,7 @@ class _ExtendedLinear(torch.autograd.Function):
 
 
 def read_linear(module: Any, *, fused: bool = False) -> Linear:
-    """What a module computes with, its adapter included unless that is switched off.
+    """Return what a module computes with, its adapter included unless that is switched off.
 
     Args:
         module: ``nn.Linear``, or peft's wrapper of one.
@@ -265,7 +265,7 @@ class AdapterCopy(NamedTuple):
 
 
 def adapter_copies(adapters: Adapters) -> list[AdapterCopy]:
-    """What :func:`copy_adapters` copies."""
+    """Return what :func:`copy_adapters` copies."""
     assert adapters.down is not None and adapters.extended is not None
     # Versions of their own: that these are written again and again is no business of a backward pass that is to come.
     down, extended = adapters.down.data, adapters.extended.data
@@ -313,7 +313,7 @@ def linear_rows(layer: Any, x: Tensor, begin: int, end: int) -> Tensor:
 
 
 def merged_weight(model: nn.Module, name: str, *, in_float32: bool = True) -> Tensor:
-    """A parameter with its adapter added, ``W + scaling * B A``; the parameter itself if it has none.
+    """Return a parameter with its adapter added, ``W + scaling * B A``; the parameter itself if it has none.
 
     Args:
         model: the model; it is not changed.

@@ -141,7 +141,7 @@ class OpenVLA(nn.Module):
         *,
         num_action_slots: int,
     ) -> Tensor:
-        """The decoder's input: ``[BOS][patches][proprio?][rest of prompt][zeros][</s>]``.
+        """Return the decoder's input: ``[BOS][patches][proprio?][rest of prompt][zeros][</s>]``.
 
         Args:
             prompt: an arranged prompt.
@@ -239,7 +239,7 @@ class OpenVLA(nn.Module):
         return prompt, vision_features
 
     def _action_logits(self, hidden_states: Tensor) -> Tensor:
-        """The head's rows of the action tokens only."""
+        """Return the head's rows of the action tokens only."""
         begin = self.config.action_token_begin
         return linear_rows(self.language_model.lm_head, hidden_states, begin, begin + self.config.n_action_bins)
 
@@ -267,7 +267,7 @@ class OpenVLA(nn.Module):
         temperature: float = 0.0,
         uniform: Tensor | None = None,
     ) -> Tensor:
-        """Base OpenVLA's decoding: seven tokens of one control step, one after the other.
+        """Decode as base OpenVLA does: seven tokens of one control step, one after the other.
 
         Args:
             pixel_values: [B, 6k, H, W] normalised; None if ``vision_features`` are given.

@@ -69,7 +69,7 @@ def prepare_4bit(model: OpenVLA, device: torch.device, compute_dtype: torch.dtyp
 
 
 def quantized_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that are quantised, by name."""
+    """Return the layers that are quantised, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -78,7 +78,7 @@ def quantized_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def quantize_weight(module: nn.Module, leaf: str, tensor: Tensor) -> nn.Parameter | None:
-    """The quantised parameter of a 4-bit layer's weight; None for any other parameter."""
+    """Return the quantised parameter of a 4-bit layer's weight; None for any other parameter."""
     if leaf != "weight" or type(module).__name__ != "Linear4bit":
         return None
     from bitsandbytes.nn import Params4bit

@@ -55,7 +55,7 @@ class WeightWatch:
         return self._switch is not None and self._switch.disable_adapters
 
     def exchanged(self) -> list[object] | None:
-        """What is in the places of the weights, if it is not what was there; None if it is."""
+        """Return what is in the places of the weights, if it is not what was there; None if it is."""
         present = self._look()
         return None if all(map(operator.is_, present, self._found)) else present
 
