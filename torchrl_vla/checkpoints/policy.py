@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -212,7 +212,7 @@ def load_policy(
     dtype: torch.dtype | Literal["stored"] | None = None,
     trainable: bool = True,
     autoregressive: bool = False,
-    read_task_ids: bool = False,
+    read_task_ids: bool | Sequence[int] = False,
     proprio_format: Literal["axis_angle", "quaternion"] | None = None,
     **options: Any,
 ) -> Policy:
@@ -229,7 +229,8 @@ def load_policy(
         trainable: add adapters or freeze parts as configured; False loads it to be used as it is.
         autoregressive: decode one token after the other and one control step at a time, as base OpenVLA does. Such a
             policy acts; it cannot be trained so.
-        read_task_ids: read which task of the suite it is from ``task_id``, not from ``language_instruction``.
+        read_task_ids: read which task of the suite it is from ``task_id``, not from ``language_instruction``: one of
+            these tasks, or any for True. Prompts are padded to the longest of them.
         proprio_format: how the robot's state will be written, noted when the policy is saved; None: as it notes itself.
         options: fields of :class:`~torchrl_vla.config.OpenVLAActorConfig`, such as ``use_lora`` and ``lora_rank``, if
             `checkpoint` is not a configuration.
@@ -263,8 +264,10 @@ def load_policy(
         use_lora=actor.use_lora,
         freeze_vla_backbone=actor.freeze_vla_backbone,
     )
-    tasks = get_suite(task_suite).tasks if read_task_ids else ()
-    instructions = {index: task.instruction for index, task in enumerate(tasks)} or None
+    tasks = dict(enumerate(get_suite(task_suite).tasks)) if read_task_ids else {}
+    if isinstance(read_task_ids, Sequence):
+        tasks = {task_id: tasks[task_id] for task_id in read_task_ids}
+    instructions = {task_id: task.instruction for task_id, task in tasks.items()} or None
     if actor.pretrained_checkpoint.startswith(RANDOM):
         name = actor.pretrained_checkpoint.removeprefix(RANDOM)
         if actor.load_in_4bit:

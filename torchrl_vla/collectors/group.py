@@ -192,6 +192,9 @@ class GroupCollector(PlannedCollector):
                     self._send(collection, lane, executor)
         batch = self._label(collection)
         self._count(plan)
+        # On a GPU a policy finds what was wrong with a decision after it: here the last ones are waited for.
+        for module in self.policy.modules() if isinstance(self.policy, nn.Module) else ():
+            getattr(module, "raise_errors", lambda: None)()
         return batch
 
     def shutdown(self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True) -> None:

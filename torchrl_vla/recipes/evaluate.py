@@ -167,7 +167,7 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
         dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
         trainable=False,
         autoregressive=acting.mode == "autoregressive",
-        read_task_ids=True,
+        read_task_ids=tasks,
         proprio_format=None if config.proprio_format == "auto" else config.proprio_format,
     )
     policy.share_prompt_length(suite.task(task).instruction for task in tasks)

@@ -55,7 +55,7 @@ def load_for_training(config: TrainConfig, ranks: OneProcess) -> tuple[Policy, t
         temperature=ppo.rollout_temperature,
         device=device,
         head_device=head_device,
-        read_task_ids=True,
+        read_task_ids=ppo.tasks,
         proprio_format=ppo.proprio_format,
     )
     if config.actor.use_multi_gpu and policy.model.action_head is None and ppo.advantage_estimator != "gae":
