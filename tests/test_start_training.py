@@ -55,7 +55,7 @@ def test_a_run_goes_on_alone_and_is_started_once(start, tmp_path: Path) -> None:
     process = int((tmp_path / "runs" / "one.pid").read_text())
     try:
         assert f"Training in runs/one, process {process}. Watch it: tail -f runs/one.log" in begun.stdout
-        assert "results go to runs/one" in (tmp_path / "runs" / "one.log").read_text()
+        assert "results in runs/one" in (tmp_path / "runs" / "one.log").read_text()
         assert (tmp_path / "runs" / "one" / "config.json").is_file()
         assert os.getsid(process) == process  # not of this terminal
         again = start(*SMALL, "--run_dir=runs/one/")

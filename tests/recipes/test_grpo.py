@@ -124,7 +124,7 @@ def test_train_resume_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture, mo
     options += ["--reconstruction-coef", "0.01", "--proprio-format", "quaternion"]
     main(["train", *SMALL, *options, "--num-envs", "2", "--run-dir", str(run), "--timesteps", "40"])
     output = capsys.readouterr().out
-    assert f"results go to {run}" in output and f"Policy: {run / 'policy'}" in output
+    assert f"results in {run}" in output and f"Policy: {run / 'policy'}" in output
     first = rows(run)
     assert [float(row["update"]) for row in first] == [0.0, 1.0, 2.0]
     assert float(first[1]["rollout/env_steps"]) == 32.0

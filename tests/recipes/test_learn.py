@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,15 @@ class Run:
         self.events.append(("validate", env_steps))
         return {"val/success_rate": success}
 
-    def save(self, success: float | None) -> None:
-        self.events.append(("save", self.progress.env_steps))
+    @contextmanager
+    def rollout(self, *names: str) -> Iterator[None]:
+        """As checkpoints have it, around the collection of a batch."""
+        assert names == ("collector",)
+        yield
+
+    def save(self, *, step: int, success: float | None) -> None:
+        """As checkpoints have it."""
+        self.events.append(("save", step))
         self.saved.append(success)
 
     def minibatches(self, batch: TensorDictBase) -> list[TensorDictBase]:
@@ -249,7 +257,7 @@ def test_gae_is_computed_where_the_buffer_is_filled(make_run, rows: int):
 def test_validates_and_saves_when_the_interval_is_passed(make_run):
     """An update has 24 control steps, so the third reaches 72; validation is due every 40, saving every 50."""
     run = make_run(total_timesteps=72, val_interval=40, save_interval=50, log_interval=1)
-    run.learn(validate=run.validate, save=run.save)
+    run.learn(validate=run.validate, checkpoints=run)
     assert run.events == [("validate", 0), ("save", 0), ("validate", 48), ("validate", 72), ("save", 72)]
     assert [row["env_steps"] for row in run.logger.rows] == [0.0, 24.0, 48.0, 72.0]
     assert run.logger.rows[1]["rollout/success_rate"] == 0.5
@@ -273,17 +281,13 @@ def test_every_validation_is_logged(make_run) -> None:
 def test_a_checkpoint_is_written_before_the_first_update_and_only_in_a_new_run(make_run) -> None:
     """What is interrupted in its first update goes on from there."""
     run = make_run(total_timesteps=2 * BATCH)
-    before = weights(run.actor)
-
-    def save(success: float | None) -> None:
-        run.save(success)
-        assert torch.equal(weights(run.actor), before) == (run.progress.updates == 0)
-
-    run.learn(save=save)
-    assert run.events == [("save", 0), ("save", 48)] and run.saved == [None, None]
+    before, unchanged, save = weights(run.actor), [], run.save
+    run.save = lambda **of: (save(**of), unchanged.append(torch.equal(weights(run.actor), before)))
+    run.learn(checkpoints=run)
+    assert run.events == [("save", 0), ("save", 48)] and run.saved == [None, None] and unchanged == [True, False]
     run.events.clear()
     run.config.total_timesteps = 3 * BATCH
-    run.learn(save=save)
+    run.learn(checkpoints=run)
     assert run.events == [("save", 72)]
 
 
@@ -291,7 +295,7 @@ def test_a_checkpoint_has_the_success_of_a_validation_of_its_own_weights_only(ma
     """Not that of an older one, and the best is written in its update, whatever `save_interval`."""
     rates = iter([0.1, 0.9, 0.9, 0.4])
     run = make_run(total_timesteps=6 * BATCH, val_interval=2 * BATCH, save_interval=5 * BATCH)
-    run.learn(validate=lambda steps: run.validate(steps, next(rates)), save=run.save)
+    run.learn(validate=lambda steps: run.validate(steps, next(rates)), checkpoints=run)
     saves = [steps // BATCH for event, steps in run.events if event == "save"]
     # Before training; the best one; the interval, not validated; the end. Equal to the best is not better.
     assert list(zip(saves, run.saved, strict=True)) == [(0, 0.1), (2, 0.9), (5, None), (6, 0.4)]
@@ -302,12 +306,12 @@ def test_the_end_of_the_collector_is_the_end_of_the_run(make_run, capsys: pytest
     """Two updates of 24 control steps of the 120 wanted: the last is validated, logged and saved, and only once."""
     run = make_run(total_timesteps=120, val_interval=interval, save_interval=interval, log_interval=interval)
     run.batches = [run.batch.clone(), run.batch.clone()]
-    run.learn(validate=run.validate, save=run.save)
+    run.learn(validate=run.validate, checkpoints=run)
     assert [event for event in run.events if event[1] == 48] == [("validate", 48), ("save", 48)]
     (last,) = [row for row in run.logger.rows if row["env_steps"] == 48 and "train/loss" in row]
     assert last["val/success_rate"] == 0.5
     assert sum(row["env_steps"] == 48 for row in run.logger.rows) == 1
-    assert "The collector ended after 48 of 120 control steps." in capsys.readouterr().out
+    assert "The collector ended after update 2, 48 control steps, of 120 wanted." in capsys.readouterr().out
 
 
 def test_a_collectors_own_copy_of_the_policy_gets_the_weights_of_every_update(make_run) -> None:

@@ -20,7 +20,7 @@ from torchrl_vla.modules import (
 )
 from torchrl_vla.modules.openvla.lora import add_lora
 from torchrl_vla.objectives import AsymmetricClipPPOLoss
-from torchrl_vla.training.figures import update_figures
+from torchrl_vla.training.figures import step_figures
 from torchrl_vla.training.optimizer_step import OptimizerStep
 
 TASKS = ["open the top drawer", "put the black bowl on the plate and open the top drawer"]
@@ -66,7 +66,7 @@ def update(batch_size: int, *, accelerated: bool = False, **values: Any) -> tupl
     config = PPOConfig(n_epochs=1, traj_split_num=1, batch_size=batch_size, val_interval=0, max_grad_norm=1e9, **values)
     loss = AsymmetricClipPPOLoss(actor, None, entropy_coeff=config.entropy_coef)
     step = OptimizerStep(loss, optimizer, config, set_recompute=model.gradient_checkpointing_enable)
-    figures = update_figures([step(make_decisions(actor))])
+    figures = step_figures([step(make_decisions(actor))])
     assert step.optimizer_steps == 1
     return figures, {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
 

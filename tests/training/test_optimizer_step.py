@@ -16,7 +16,7 @@ from torchrl.objectives.value import GAE
 
 from torchrl_vla.config import PPOConfig
 from torchrl_vla.objectives import AsymmetricClipPPOLoss, GRPOAdvantage
-from torchrl_vla.training.figures import update_figures
+from torchrl_vla.training.figures import step_figures
 from torchrl_vla.training.optimizer_step import OptimizerStep, TrainingDiverged
 from torchrl_vla.training.run_checkpoints import RunCheckpoints
 from torchrl_vla.training.schedule import LearningRateSchedule
@@ -81,7 +81,7 @@ def test_the_figures_do_not_depend_on_the_micro_batch(ratio_level: str) -> None:
             actor, critic, ratio_level=ratio_level, entropy_coeff=0.01, kl_coeff=0.1, clip_value=0.2
         )
         step = make_step(actor, loss, critic, batch_size=batch_size)
-        return update_figures([step(minibatch) for _ in range(2) for minibatch in batch.split(6)])
+        return step_figures([step(minibatch) for _ in range(2) for minibatch in batch.split(6)])
 
     expected = figures(100)
     assert {"train/max_ratio", "train/ESS", "train/explained_variance", "train/value_clip_fraction"} <= set(expected)
@@ -286,6 +286,6 @@ def test_the_names_that_figures_have_in_logs() -> None:
     """Means of the steps that have a figure, by the guide's names."""
     step: dict[str, Tensor] = {name: torch.tensor(1.0) for name in ("loss_objective", "loss_critic", "kl_approx")}
     other = {name: torch.tensor(3.0) for name in step} | {"kl_approx": torch.tensor(float("nan"))}
-    assert update_figures([step, other]) == {
-        "train/policy_loss": 2.0, "train/value_loss": 2.0, "train/approx_kl": 1.0,
+    assert step_figures([step, other]) == {
+        "train/policy_loss": 2.0, "train/weighted_value_loss": 2.0, "train/approx_kl": 1.0,
     }  # fmt: skip

@@ -197,7 +197,7 @@ def test_an_interrupted_rollout_begins_anew(tmp_path: Path, error: BaseException
         with run.rollout("collector"):
             collector.collect()
             raise error
-    assert "torchrl-vla train --resume --run-dir" in said[0] and "4 updates" in said[0]
+    assert "torchrl-vla train --resume --run-dir" in said[0] and "update 4" in said[0]
     torch.manual_seed(99)
     again = Counter()
     assert checkpoints(again).load_latest() is not None

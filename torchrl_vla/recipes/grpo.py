@@ -142,7 +142,7 @@ def train(config: TrainConfig) -> Path:
                 checkpoints=checkpoints,
             )  # fmt: skip
         where = f"`torchrl-vla export {folder} OUT`" if in_4bit else folder / "policy"
-        logger.print(f"Done: {progress}. Policy: {where}   Figures: {logger.csv_path}   Curve: {logger.curve_path}")
+        logger.print(f"Done at {progress}. Policy: {where}   Figures: {logger.csv_path}   Curve: {logger.curve_path}")
     return folder
 
 
@@ -229,10 +229,10 @@ def learn(
 
 
 def update(
-    ppo: PPOConfig, batch: TensorDictBase, buffer: Any, step: OptimizerStep, advantage: Any = None, *, episodes: int
+    ppo: PPOConfig, batch: TensorDictBase, buffer: Any, step: OptimizerStep, advantage: Any = None, *, episodes: int = 0
 ) -> dict[str, float]:
     """Fill the buffer with a batch of so many episodes, step through it, and return the figures named ``train/...``."""
-    started = time.perf_counter()
+    started, episodes = time.perf_counter(), episodes or max(1, int(batch["next", "done"].sum()))
     getattr(advantage, "reset_stats", lambda: None)()
     buffer.extend(batch)
     stats: dict[str, float] = getattr(advantage, "get_stats", dict)()

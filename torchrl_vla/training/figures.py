@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchrl_vla.distributed.ranks import ALONE, OneProcess
 
-__all__ = ["group_figures", "nothing_to_learn", "rollout_figures", "update_figures"]
+__all__ = ["group_figures", "nothing_to_learn", "rollout_figures", "step_figures", "update_figures"]
 
 #: TorchRL's names of the loss's terms -> the names in the logs.
 _NAMES = {
@@ -72,6 +72,16 @@ def group_figures(stats: Mapping[str, float]) -> dict[str, float]:
     return {f"rollout/{shown}": stats[name] for name, shown in names.items() if name in stats}
 
 
+def step_figures(steps: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Average the figures of optimizer steps, by their names in the logs; those that some lack (NaN) over the others.
+
+    Args:
+        steps: at least one, as :class:`~torchrl_vla.training.optimizer_step.OptimizerStep` returns them.
+    """
+    means = {name: float(torch.stack([step[name] for step in steps]).nanmean()) for name in steps[0]}
+    return {f"train/{_NAMES.get(name, name)}": value for name, value in means.items()}
+
+
 def update_figures(
     steps: Sequence[Mapping[str, Tensor]], *, decisions: int, epochs: int, episodes: int, kept: int, seconds: float
 ) -> dict[str, float]:
@@ -87,9 +97,8 @@ def update_figures(
         kept: of these, episodes that were learned from.
         seconds: that it took.
     """
-    means = {name: float(torch.stack([step[name] for step in steps]).nanmean()) for name in steps[0]}
     return {
-        **{f"train/{_NAMES.get(name, name)}": value for name, value in means.items()},
+        **step_figures(steps),
         "train/decisions": decisions,
         "train/episodes": kept,
         "train/dropped_episodes": episodes - kept,

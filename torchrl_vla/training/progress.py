@@ -37,7 +37,7 @@ class RunProgress:
         self._before = self.env_steps
 
     def __str__(self) -> str:
-        return f"{self.updates} updates, {self.env_steps:,} control steps"
+        return f"update {self.updates}, {self.env_steps:,} control steps"
 
     def count(self, env_steps: int) -> None:
         """Add an update that collected so many control steps."""
