@@ -51,7 +51,7 @@ def main(
 
     # -- critic, collector, buffer, loss, step ---------------------------------------------------------------------
     critic = ValueOperator(MLP(in_features=4, out_features=1, num_cells=[64, 64]), in_keys=[("observation", "state")])
-    plans = EpisodePlan.stream([0], range(100_000), groups=episodes, group_size=1, seed=seed)
+    plans = EpisodePlan.stream({0: range(100_000)}, groups=episodes, group_size=1, seed=seed)
     collector = GroupCollector(env, TensorDictSequential(policy, critic), plans)
     advantage = EstimateAdvantage(GAE(gamma=0.99, lmbda=0.95, value_network=None, average_gae=True))
     buffer = make_buffer(advantage)

@@ -46,7 +46,7 @@ def main(
     before = greedy_success_rate(policy, success_tol=success_tol)
 
     # -- collector, buffer, loss, step -----------------------------------------------------------------------------
-    plans = EpisodePlan.stream([0], range(100_000), groups=groups, group_size=group_size, seed=seed)
+    plans = EpisodePlan.stream({0: range(100_000)}, groups=groups, group_size=group_size, seed=seed)
     collector = GroupCollector(env, policy, plans)
     advantage = GRPOAdvantage(keep_low=0.0, keep_high=1.0)
     buffer = make_buffer(advantage)

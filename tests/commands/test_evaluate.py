@@ -111,6 +111,7 @@ def test_the_policy_to_compare_with_is_checked_before_anything_runs(tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("init_states", "drawn"),
     [

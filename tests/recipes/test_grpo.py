@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -202,7 +201,7 @@ def test_a_random_policy_has_nothing_to_learn_from(tmp_path: Path, capsys: pytes
         (["--device", "cuda:7"], "device 'cuda:7' is not on this machine"),
         (["--device", "quantum"], "device 'quantum' is unknown"),
         (["--no-use-tokenized-actions", "--load-l1-action-head"], "PPO needs use_tokenized_actions=True"),
-        (["--resume"], "is not the folder of a run"),
+        (["--resume"], "a resumed run keeps its own options: leave out --preset"),
     ],
 )
 def test_bad_input_is_explained_before_a_folder_is_made(options: list[str], message: str, tmp_path: Path):
@@ -319,9 +318,10 @@ def test_an_existing_folder_is_not_written_over(tmp_path: Path):
 
 def test_an_error_before_the_first_rollout_is_the_one_that_is_seen(tmp_path: Path):
     main(["train", *SMALL, "--run-dir", str(tmp_path / "run"), "--timesteps", "30", "--val-interval", "0"])
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
+        (checkpoint / "manifest.json").unlink()
     # Workers start with their first use: these were never used, and have nothing to close.
-    with pytest.raises(SystemExit, match="holds no checkpoint to resume from"):
+    with pytest.raises(SystemExit, match="All checkpoints in .* are damaged"):
         main(["train", "--resume", "--run-dir", str(tmp_path / "run"), "--num-envs", "4"])
     assert TrainConfig.load(tmp_path / "run" / "config.json").ppo.num_envs == 1, "it did not go on with 4"
 
