@@ -63,7 +63,7 @@ def main(
     # -- the loop --------------------------------------------------------------------------------------------------
     with tempfile.TemporaryDirectory() as folder:
         logger = RunLogger(Path(folder))
-        learn(ppo, collector, buffer, step, RunProgress(), logger, advantage=advantage, policy=policy)
+        learn(ppo, collector, buffer, step, RunProgress(), logger, advantage=advantage)
         logger.close()
     after = greedy_success_rate(policy, success_tol=success_tol)
     control = greedy_success_rate(policy, success_tol=success_tol, shuffled=True)
