@@ -36,7 +36,8 @@ def load_for_training(config: TrainConfig, ranks: OneProcess) -> tuple[Policy, t
         ValueError: an option does not fit the checkpoint, the suite or this machine.
     """
     ppo = config.ppo
-    check_run_folder(config)
+    if ranks.is_first:
+        check_run_folder(config)
     config.actor.require_tokens_for_ppo()
     device = choose_device(ppo.device, config.actor.gpu_id if ranks.size == 1 else ranks.local_rank)
     head_device = choose_head_device(
