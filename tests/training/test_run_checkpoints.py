@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -211,3 +212,15 @@ def test_an_error_elsewhere_writes_nothing(tmp_path: Path):
             pass
         raise RuntimeError("diverged")
     assert not (tmp_path / "run").exists()
+
+
+def test_without_room_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Tensors are mapped into memory as they are written: a disk that fills up meanwhile would be a SIGBUS."""
+    run = Run(tmp_path)
+    run.step()
+    first = run.checkpoints.save(step=1, success=None)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    with pytest.raises(ValueError, match=r"has room for 1 MB, and a checkpoint needs .* make room, then go on"):
+        run.checkpoints.save(step=2, success=None)
+    assert list(tmp_path.iterdir()) == [first] and Run(tmp_path).checkpoints.load_latest() == first

@@ -28,6 +28,8 @@ _UNJUDGED = -1.0
 #: Version of what a checkpoint holds.
 _FORMAT = 2
 _PARTIAL = ".partial-checkpoint-"
+#: Bytes for the small files of a checkpoint.
+_SLACK = 1 << 20
 
 
 class TrainableState:
@@ -176,6 +178,9 @@ class RunCheckpoints:
             step: control steps collected so far; names the checkpoint.
             success: success rate of a validation of these very weights, by which the best one is kept; None if there
                 was none.
+
+        Raises:
+            UserError: there is no room for it; nothing was written, and those before it are whole.
         """
         metadata = {"format": _FORMAT, "success": _UNJUDGED if success is None else success}
         path, partial = self._path(step), self.folder / f"{_PARTIAL}{step:012d}"
@@ -183,6 +188,7 @@ class RunCheckpoints:
             return path
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sweep()
+        self._require_space()
         self.checkpoint.save(partial, metadata=metadata)
         write_checksums(partial)
         if path.exists():  # saved again after an interruption: the old one goes when the new one is whole
@@ -212,6 +218,17 @@ class RunCheckpoints:
             ) from error
         return path
 
+    def _require_space(self) -> None:
+        """Look for room first: what is written is mapped into memory, where a full disk would end the process."""
+        states = (component.state_dict() for component in self._components.values())
+        needed = int(1.05 * sum(_count_bytes(state) for state in states)) + _SLACK
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise UserError(
+                f"{self.folder} has room for {free / 1e6:,.0f} MB, and a checkpoint needs {needed / 1e6:,.0f} MB. The "
+                "checkpoints in it are whole: make room, then go on with --resume."
+            )
+
     def _path(self, step: int) -> Path:
         return self.folder / f"checkpoint-{step:012d}"
 
@@ -219,6 +236,14 @@ class RunCheckpoints:
         """Remove what a process that was killed left half written."""
         for leftover in (*self.folder.glob(f"{_PARTIAL}*"), *self.folder.glob(".*.stage-*")):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _count_bytes(state: Any) -> int:
+    """Bytes of the tensors in a state, however nested."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    values = state.values() if isinstance(state, Mapping) else state if isinstance(state, list | tuple) else ()
+    return sum(map(_count_bytes, values))
 
 
 class _Marked:
