@@ -1,5 +1,6 @@
 """LiberoEnv in one process, on the real simulator."""
 
+import inspect
 import pickle
 from collections.abc import Callable, Iterator
 
@@ -346,3 +347,9 @@ def test_close_may_be_repeated_and_a_copy_starts_anew(capfd: pytest.CaptureFixtu
     assert torch.equal(env.reset(init_state_id=0)["observation", "image"], tensordict["observation", "image"])
     env.close()
     assert capfd.readouterr().err == ""
+
+
+def test_its_arguments_can_be_looked_up() -> None:
+    names = list(inspect.signature(LiberoEnv).parameters)
+    assert names[0] == "task_suite" and {"task_id", "num_envs", "fidelity", "chunk_size"} <= set(names)
+    assert "self" not in names

@@ -17,12 +17,28 @@ if (_cache := os.environ.get("TORCHRL_VLA_CACHE")) and "NUMBA_CACHE_DIR" not in 
     os.environ["NUMBA_CACHE_DIR"] = os.path.join(os.path.expanduser(_cache), "numba")
 
 if TYPE_CHECKING:
+    from torchrl_vla.envs.factory import make_env, make_envs
     from torchrl_vla.envs.instruction import InstructionFromTaskId
     from torchrl_vla.envs.libero import LiberoEnv
 
-__all__ = ["SUITES", "InstructionFromTaskId", "LiberoEnv", "LiberoTask", "TaskSuite", "get_suite", "suite_names"]
+__all__ = [
+    "SUITES",
+    "InstructionFromTaskId",
+    "LiberoEnv",
+    "LiberoTask",
+    "TaskSuite",
+    "get_suite",
+    "make_env",
+    "make_envs",
+    "suite_names",
+]
 
-_MODULES = {"InstructionFromTaskId": "instruction", "LiberoEnv": "libero"}
+_MODULES = {
+    "InstructionFromTaskId": "instruction",
+    "LiberoEnv": "libero",
+    "make_env": "factory",
+    "make_envs": "factory",
+}
 
 
 def __getattr__(name: str) -> Any:

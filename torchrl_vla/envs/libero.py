@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -393,3 +394,11 @@ class LiberoEnv(EnvBase):
         state = super().__getstate__()
         state.pop("_finalizer", None)
         return {**state, "_simulator": None, "_started": [False] * self.num_slots}
+
+
+# TorchRL's metaclass takes any arguments and hides the constructor's from help() and editors.
+LiberoEnv.__signature__ = inspect.signature(
+    LiberoEnv.__init__
+).replace(  # type: ignore[attr-defined]
+    parameters=list(inspect.signature(LiberoEnv.__init__).parameters.values())[1:]
+)
