@@ -232,7 +232,7 @@ class Finetuner:
     def _check_finite(self, sums: Mapping[str, Tensor]) -> None:
         if not math.isfinite(float(sums["loss"])) or not math.isfinite(float(sums["grad_norm"])):
             if self.checkpoints.rotation.latest() is None:
-                way_on = "start anew in another --run-dir: there is no checkpoint yet to resume from"
+                way_on = "start over with --resume --allow-changed actor_lr: there is no checkpoint yet"
             else:
                 way_on = "go on with --resume --allow-changed actor_lr: the last checkpoint is untouched"
             raise TrainingDiverged(
