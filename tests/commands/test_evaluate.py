@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 
 from torchrl_vla.checkpoints.policy import build_policy, save_policy
 from torchrl_vla.cli import main
+from torchrl_vla.collectors import Progress
 from torchrl_vla.config import EvaluateConfig
 from torchrl_vla.evaluation.report import EvaluationReport
 from torchrl_vla.recipes import evaluate
@@ -40,6 +43,41 @@ def test_an_l1_policy_on_sampled_states_of_a_perturbed_suite(tmp_path: Path):
     page = (tmp_path / "a" / "report.html").read_text()
     assert "sampled from the tasks&#x27; regions with seed 3, from the first on; none is official" in page
     assert "they are those of demos --sampled-init-states 3" in page and "<video" not in page
+
+
+@pytest.mark.simulator
+@pytest.mark.processes
+def test_a_signal_keeps_the_episodes_and_resume_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    options = ["--checkpoint", "random:tiny", "--task-ids", "0", "--episodes-per-task", "3", "--num-envs", "1"]
+    options += ["--max-episode-steps", "8", "--fidelity", "fast", "--device", "cpu"]
+    main(["evaluate", *options, "--no-videos", "--out", str(tmp_path / "whole")])
+    out = tmp_path / "part"
+
+    class Signalling(evaluate.EpisodeBar):
+        def __call__(self, progress: Progress) -> None:
+            super().__call__(progress)
+            if progress.episodes == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(evaluate, "EpisodeBar", Signalling)
+        main(["evaluate", *options, "--out", str(out)])
+    assert ended.value.code == 143
+    assert f"repeat the command with --resume --out {out}" in capsys.readouterr().out
+    assert len(EvaluationReport.load(out).episodes) == 1 and not (out / "report.html").exists()
+    with pytest.raises(SystemExit, match="holds a report already: choose another --out, or go on with it: --resume"):
+        main(["evaluate", *options, "--out", str(out)])
+    with pytest.raises(SystemExit, match="was begun otherwise.*horizon from 8 to 16 would change"):
+        main(["evaluate", *options, "--max-episode-steps", "16", "--out", str(out), "--resume"])
+    main(["evaluate", *options, "--out", str(out), "--resume"])
+    assert "Going on after 1 episodes." in capsys.readouterr().out
+    whole, resumed = (EvaluationReport.load(folder) for folder in (tmp_path / "whole", out))
+    assert resumed.episodes == whole.episodes and len(resumed.episodes) == 3
+    assert (out / "report.html").exists() and len(list((out / "videos").iterdir())) == 1
+    with pytest.raises(SystemExit, match="holds a finished evaluation"):
+        main(["evaluate", *options, "--out", str(out), "--resume"])
 
 
 @pytest.mark.simulator

@@ -48,6 +48,15 @@ def reliable(connection: Connection, options: DemonstrationOptions, folder: Path
         connection.send(record(job, folder))
 
 
+def slow_after_two(connection: Connection, options: DemonstrationOptions, folder: Path) -> None:
+    """Two episodes succeed, and the third one takes long."""
+    while (job := connection.recv()) is not None:
+        if job.name == "000002":
+            (folder.parent / "busy").write_text(str(os.getpid()))
+            time.sleep(600)
+        connection.send(record(job, folder))
+
+
 def disk_full_at_second(connection: Connection, options: DemonstrationOptions, folder: Path) -> None:
     """The disk is full when the second episode is written."""
     while (job := connection.recv()) is not None:

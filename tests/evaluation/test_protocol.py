@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tensordict import TensorDictBase
@@ -58,6 +60,48 @@ def test_sampled_episodes_do_not_depend_on_environments_or_parts(monkeypatch: py
     assert 0 < reports[0].total.successes < 50
     for report in reports[1:]:
         assert report.episodes == reports[0].episodes
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_an_evaluation_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path, slots: int):
+    def guess(tensordict: TensorDictBase) -> TensorDictBase:
+        noise = seeded_uniforms(tensordict["decision_seed"], 8).view(-1, 4, 2) - 0.5
+        target = tensordict["observation", "state"][..., 2:4]
+        return tensordict.set("action", (target.unsqueeze(-2) + 1.4 * noise).clamp(-1, 1))
+
+    # Three runs of each state, with actions sampled anew.
+    plan = protocol.spread_episodes([0], {0: list(range(5))}, 15, repeat=True)
+    options = {"task_suite": "toy", "instructions": {0: "track"}, "greedy": False}
+    torch.manual_seed(0)
+    whole = protocol.evaluate(ToyTrackingEnv(slots), guess, plan, **options)
+    asked = iter([False] * (40 // slots))
+    torch.manual_seed(0)
+    part = protocol.evaluate(ToyTrackingEnv(slots), guess, plan, stop=lambda: next(asked, True), **options)
+    assert 0 < len(part.episodes) < 15
+    part.save_part(tmp_path)
+    done, seen = EvaluationReport.load_part(tmp_path), []
+    torch.manual_seed(0)
+    resumed = protocol.evaluate(ToyTrackingEnv(slots), guess, plan, done=done, progress=seen.append, **options)
+    assert resumed.episodes == whole.episodes and 0 < whole.total.successes < 15
+    for actions, expected in zip(resumed.actions, whole.actions, strict=True):
+        assert (actions == expected).all()
+    assert seen[0].episodes >= len(part.episodes) and seen[-1].episodes == 15
+    assert resumed.seconds > part.seconds
+
+
+def test_a_stop_before_the_first_episode_ends_leaves_nothing() -> None:
+    plan = EpisodePlan.grid([0], range(3))
+    report = protocol.evaluate(
+        ToyTrackingEnv(2), act, plan, task_suite="toy", instructions={0: "track"}, stop=lambda: True
+    )
+    assert report.episodes == report.actions == []
+
+
+def test_what_is_not_planned_is_not_gone_on_with() -> None:
+    options = {"task_suite": "toy", "instructions": {0: "track"}}
+    done = protocol.evaluate(ToyTrackingEnv(2), act, EpisodePlan.grid([0], range(3)), **options)
+    with pytest.raises(ValueError, match="has an episode of task 0 from initial state 2 that is not planned"):
+        protocol.evaluate(ToyTrackingEnv(2), act, EpisodePlan.grid([0], range(2)), done=done, **options)
 
 
 @pytest.mark.parametrize(("greedy", "mode"), [(True, ExplorationType.DETERMINISTIC), (False, ExplorationType.RANDOM)])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +34,8 @@ from torchrl_vla.training.ema import ParameterAverage
 from torchrl_vla.training.finetune_data import InputBuilder, load_samples
 from torchrl_vla.training.finetune_policy import load_student
 from torchrl_vla.training.optimizer_step import TrainingDiverged
+from torchrl_vla.training.run_lock import lock_run
+from torchrl_vla.training.stopping import Stopped
 
 pytestmark = pytest.mark.slow
 
@@ -243,6 +247,37 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config: FinetuneConfig, tmp_p
     assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_ends_with_a_checkpoint_that_goes_on_to_the_bit(
+    config: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, number: int
+) -> None:
+    whole = finetune(replace(config, run_dir=tmp_path / "whole", steps=6, lr_warmup_steps=2, save_interval=100))
+    optimizer_step = Finetuner._optimizer_step
+
+    def interrupted(self: Finetuner) -> dict[str, torch.Tensor]:
+        if self.step == 4:
+            os.kill(os.getpid(), number)
+        return optimizer_step(self)
+
+    part = replace(config, run_dir=tmp_path / "part", steps=6, lr_warmup_steps=2, save_interval=100)
+    with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
+        patch.setattr(Finetuner, "_optimizer_step", interrupted)
+        finetune(part)
+    assert stopped.value.code == 128 + number
+    assert f"To go on: torchrl-vla finetune --resume --run-dir {part.run_dir}" in capsys.readouterr().out
+    assert [path.name for path in (part.run_dir / "checkpoints").glob("checkpoint-*")] == ["checkpoint-000000000005"]
+    resumed = finetune(replace(part, resume=True))
+    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+
+
+def test_a_second_process_in_the_folder_is_refused(config: FinetuneConfig) -> None:
+    finetune(replace(config, steps=2, lr_warmup_steps=1))
+    before = (config.run_dir / "metrics.csv").read_bytes()
+    with lock_run(config.run_dir), pytest.raises(ValueError, match="Another process is training in"):
+        finetune(replace(config, steps=4, lr_warmup_steps=1, resume=True))
+    assert (config.run_dir / "metrics.csv").read_bytes() == before
+
+
 def test_a_run_that_diverges_between_two_log_entries_keeps_its_last_checkpoint(
     config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,10 +294,10 @@ def test_a_run_that_diverges_between_two_log_entries_keeps_its_last_checkpoint(
         with pytest.raises(TrainingDiverged, match="not finite at step 6.*go on with --resume"):
             finetune(run)
         early = replace(run, run_dir=run.run_dir.with_name("early"), save_interval=6)
-        with pytest.raises(TrainingDiverged, match="start anew in another --run-dir: there is no checkpoint"):
+        with pytest.raises(TrainingDiverged, match="start over with --resume.*there is no checkpoint yet"):
             finetune(early)
-    finetune(replace(early, resume=True))  # from its start
-    assert np.isfinite(rows(early)[-1]["train/loss"])
+    finetune(replace(early, resume=True))
+    assert rows(early)[-1]["update"] == 12 and np.isfinite(rows(early)[-1]["train/loss"])
     assert [path.name for path in (run.run_dir / "checkpoints").glob("checkpoint-*")] == ["checkpoint-000000000003"]
     finetune(replace(run, resume=True, actor_lr=1e-3, allow_changed=["actor_lr"]))
     assert np.isfinite(rows(run)[-1]["train/loss"])

@@ -163,13 +163,16 @@ class GroupCollector(PlannedCollector):
         return sum(map(len, self._slots))
 
     @torch.no_grad()
-    def collect(self, plan: Sequence[Episode], *, number: int | None = None) -> TensorDict:
+    def collect(
+        self, plan: Sequence[Episode], *, number: int | None = None, stop: Callable[[], bool] | None = None
+    ) -> TensorDict:
         """Run the episodes of a plan.
 
         Args:
             plan: at least one episode, such as an :class:`EpisodePlan`, or a part of one.
             number: which of the run's collections it is, for the episodes' random numbers; by default as many came
                 before. Collectors that share out one plan must be given the same.
+            stop: asked after every step; True ends the collection, and the episodes that still run are left out.
 
         Returns:
             Their decisions, ``[T]``, the episodes in the plan's order.
@@ -184,12 +187,14 @@ class GroupCollector(PlannedCollector):
         collection = _Collection(plan, seeds, [Lane(slots) for slots in self._slots])
         with set_exploration_type(self.exploration_type), make_executor(len(self._slots)) as executor:
             # In turns and in a fixed order, so that the same seed gives the same batch whoever is faster.
-            while collection.finished < len(plan):
+            while collection.finished < len(plan) and not (stop is not None and stop()):
                 for lane in collection.lanes:
                     outcome = lane.wait()
                     if outcome is not None:
                         self._record(collection, lane, outcome)
                     self._send(collection, lane, executor)
+        # Those that a stop has left in the middle; else there are none.
+        collection.recorder.discard(torch.cat([lane.current[lane.current >= 0] for lane in collection.lanes]))
         batch = self._label(collection)
         self._count(plan)
         # On a GPU a policy finds what was wrong with a decision after it: here the last ones are waited for.
@@ -336,7 +341,8 @@ class GroupCollector(PlannedCollector):
             data.set(MASK_KEY, torch.arange(self._slots[0].chunk_size) < steps)
         if self.value_key in data.keys(True, True):
             following = data.get(self.value_key).roll(-1, 0)
-            following[lengths.cumsum(0) - 1] = collection.last_values
+            ran = lengths > 0
+            following[lengths.cumsum(0)[ran] - 1] = collection.last_values[ran]
             data.set(_next(self.value_key), following)
         return data
 

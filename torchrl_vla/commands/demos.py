@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import tyro
 
 from torchrl_vla.config.ids import Ids
 from torchrl_vla.config.validation import check_fields, check_ids, fraction, non_negative, positive
 from torchrl_vla.envs.processes import prepare_processes
+
+if TYPE_CHECKING:
+    from torchrl_vla.datasets import DemonstrationIndex
 
 __all__ = ["DemosArguments", "main"]
 
@@ -78,14 +81,39 @@ def main(arguments: Sequence[str]) -> None:
     from torchrl_vla.files import check_output_folder
 
     check_output_folder(options.out, "--out")
-    from torchrl_vla.demonstrations.collect import collect_demonstrations
-    from torchrl_vla.versions import versions
+    from torchrl_vla.training.run_lock import lock_run
+    from torchrl_vla.training.stopping import Stopped, StopRequest
 
     if options.export_lerobot is not None:
         from torchrl_vla.datasets.lerobot_export import check_lerobot
 
         check_lerobot(options.export_lerobot)
-    index = collect_demonstrations(
+    options.out.mkdir(parents=True, exist_ok=True)
+    with lock_run(options.out, work="recording", option="--out"), StopRequest("the notes of what was recorded") as stop:
+        try:
+            index = _collect(options, stop.check)
+        except Stopped:
+            print(f"Ended early; what was recorded is in {options.out}. To go on, repeat the command.")
+            raise
+    print(f"{'task':>4}  {'success':>7}  {'failed':>6}  {'dropped':>7}  instruction")
+    for task_id, counts in sorted(index.counts().items()):
+        row = f"{task_id:>4}  {counts['success']:>7}  {counts['failed']:>6}  {counts['dropped']:>7}"
+        print(f"{row}  {index.instructions[task_id]}")
+    total = sum(index.counts().values(), start=type(counts)())
+    print(f" all  {total['success']:>7}  {total['failed']:>6}  {total['dropped']:>7}  in {options.out}")
+    if options.export_lerobot is not None:
+        from torchrl_vla.datasets import DemonstrationDataset
+        from torchrl_vla.datasets.lerobot_export import export_lerobot
+
+        count = export_lerobot(DemonstrationDataset(options.out), options.export_lerobot)
+        print(f"{count} episodes in LeRobot's format in {options.export_lerobot}")
+
+
+def _collect(options: DemosArguments, check: Callable[[], None]) -> DemonstrationIndex:
+    from torchrl_vla.demonstrations.collect import collect_demonstrations
+    from torchrl_vla.versions import versions
+
+    return collect_demonstrations(
         options.out,
         task_suite=options.task_suite,
         episodes_per_task=options.episodes_per_task,
@@ -101,16 +129,5 @@ def main(arguments: Sequence[str]) -> None:
         timeout=options.worker_timeout,
         seed=options.seed,
         versions=versions(),
+        check=check,
     )
-    print(f"{'task':>4}  {'success':>7}  {'failed':>6}  {'dropped':>7}  instruction")
-    for task_id, counts in sorted(index.counts().items()):
-        row = f"{task_id:>4}  {counts['success']:>7}  {counts['failed']:>6}  {counts['dropped']:>7}"
-        print(f"{row}  {index.instructions[task_id]}")
-    total = sum(index.counts().values(), start=type(counts)())
-    print(f" all  {total['success']:>7}  {total['failed']:>6}  {total['dropped']:>7}  in {options.out}")
-    if options.export_lerobot is not None:
-        from torchrl_vla.datasets import DemonstrationDataset
-        from torchrl_vla.datasets.lerobot_export import export_lerobot
-
-        count = export_lerobot(DemonstrationDataset(options.out), options.export_lerobot)
-        print(f"{count} episodes in LeRobot's format in {options.export_lerobot}")

@@ -82,12 +82,16 @@ class EvaluateConfig:
     """Record videos of one success and one failure of each task."""
     out: Path | None = None
     """Folder for report.html, report.json, episodes.csv and videos; None: evaluations/SUITE-DATE-TIME."""
+    resume: bool = False
+    """Go on with an evaluation that was interrupted, in `out`: the episodes that its report has are not run again."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         positive(self, "episodes_per_task", "num_envs", "worker_timeout", "max_episode_steps")
         temperature(self, "eval_temperature")
         check_ids(self, "task_ids", "init_state_ids")
+        if self.resume and self.out is None:
+            raise UserError("resume goes on with the evaluation in a folder: name it with --out.")
         if self.num_images_in_input not in (1, 2):
             raise UserError(
                 "num_images_in_input must be 1 (agentview) or 2 (with the wrist camera), "

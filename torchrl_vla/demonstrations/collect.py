@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -28,6 +28,8 @@ __all__ = ["collect_demonstrations"]
 
 _ATTEMPTS = 2
 _MOST_ERRORS_BEFORE_SUCCESS = 3
+#: Seconds between two looks at whether the collection should end.
+_LOOK = 1.0
 
 
 class _Worker:
@@ -102,6 +104,7 @@ def collect_demonstrations(
     timeout: float = 600.0,
     seed: int = 0,
     versions: Mapping[str, str] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> DemonstrationIndex:
     """Let the expert solve tasks and keep the episodes in which it does.
 
@@ -128,6 +131,7 @@ def collect_demonstrations(
         timeout: seconds after which a worker that does not answer is replaced; its episode is tried once more.
         seed: of fixtures, noise and perturbations.
         versions: of the packages, noted in ``dataset.json``.
+        check: called about once a second; may raise to end the collection, which can go on later.
 
     Returns:
         What is in the data set now.
@@ -178,7 +182,7 @@ def collect_demonstrations(
     )
     try:
         if jobs:
-            _run(jobs, count, options, out, index, timeout)
+            _run(jobs, count, options, out, index, timeout, check)
     finally:
         index.save(out)
     DemonstrationDataset(out).update_statistics()
@@ -269,6 +273,7 @@ def _run(
     out: Path,
     index: DemonstrationIndex,
     timeout: float,
+    check: Callable[[], None] | None,
 ) -> None:
     queue, attempts, seconds = _Jobs(jobs), Counter[str](), Counter[str]()
     recorded, steps, errors = Counter[str](), 0, 0
@@ -279,6 +284,8 @@ def _run(
         with tqdm(total=len(jobs), desc="demonstrations", unit="episode") as bar:
             _hand_out(workers, queue, timeout)
             while any(worker.job for worker in workers):
+                if check is not None:
+                    check()
                 for worker in _answered(workers):
                     job = worker.job
                     assert job is not None
@@ -341,7 +348,7 @@ def _answered(workers: Sequence[_Worker]) -> list[_Worker]:
     """Busy workers that have something to say, have died, or are overdue; waits until there is one."""
     busy = [worker for worker in workers if worker.job is not None]
     patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
-    ready = wait([worker.connection for worker in busy], timeout=min(patience, 10.0))
+    ready = wait([worker.connection for worker in busy], timeout=min(patience, _LOOK))
     return [worker for worker in busy if worker.connection in ready or time.monotonic() >= worker.deadline]
 
 

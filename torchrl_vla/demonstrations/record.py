@@ -140,8 +140,9 @@ def run_worker(connection: Connection, options: DemonstrationOptions, folder: Pa
         options: of the data set.
         folder: of the episodes.
     """
-    # Ctrl-C is the parent's to handle: it ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What asks a collection to end often reaches all its processes: the parent ends its workers.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     simulator = LiberoSimulator(
         options.task_suite,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tensordict import TensorDict
@@ -31,7 +31,9 @@ class SharedCollector(GroupCollector):
         self._plan: Sequence[Episode] = ()
         self._nothing: TensorDict | None = None
 
-    def collect(self, plan: Sequence[Episode], *, number: int | None = None) -> TensorDict:
+    def collect(
+        self, plan: Sequence[Episode], *, number: int | None = None, stop: Callable[[], bool] | None = None
+    ) -> TensorDict:
         """Run this process's share of a plan.
 
         Raises:
@@ -41,7 +43,7 @@ class SharedCollector(GroupCollector):
         mine, number = self.ranks.share(plan), self._collections if number is None else number
         self._plan, first, failure, batch = plan, self._episodes, None, None
         try:
-            batch = super().collect(mine, number=number) if mine else None
+            batch = super().collect(mine, number=number, stop=stop) if mine else None
         except BaseException as error:
             failure = error
         codes = self.ranks.gather(None if failure is None else getattr(failure, "code", 1))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -103,6 +104,8 @@ def evaluate(
     progress: Callable[[Progress], None] | None = None,
     settings: dict[str, Any] | None = None,
     save: Callable[[EvaluationReport], None] | None = None,
+    done: EvaluationReport | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> EvaluationReport:
     """Run every planned episode to its end, once.
 
@@ -117,6 +120,11 @@ def evaluate(
         settings: what else the report should say of how it was made.
         save: called with the report of the episodes so far whenever some hundred more are done, so that an interruption
             does not lose them.
+        done: a report, with its actions, of some of these episodes, which are not run again.
+        stop: asked after every decision; True ends the evaluation, and the report has the episodes done until then.
+
+    Raises:
+        ValueError: `done` has an episode that is not planned.
     """
     collector = GroupCollector(
         env,
@@ -125,19 +133,23 @@ def evaluate(
         not_stored=(*GroupCollector.NOT_STORED, *_PICTURES),
     )
     report = EvaluationReport(task_suite, instructions, [], 0.0, {"greedy": greedy, **(settings or {})}, [])
+    found: dict[int, tuple[EpisodeResult, np.ndarray]] = {}
+    if done is not None:
+        found = dict(zip(_places(plan, done), zip(done.episodes, done.actions, strict=True), strict=True))
+        report = _report_of(report, plan, found, done.seconds)
+    left = [place for place in range(len(plan)) if place not in found]
     # Waiting for the last episodes of a part costs little where every environment runs ten of them.
     size = max(_PART, 10 * collector.num_slots)
-    started = time.perf_counter()
-    for start in range(0, len(plan), size):
-        part = plan[start : start + size]
+    started = time.perf_counter() - report.seconds
+    for start in range(0, len(left), size):
+        places = left[start : start + size]
+        part = [plan[place] for place in places]
         collector.progress = None if progress is None else _continued(progress, report, len(plan))
-        episodes, actions = _results(collector.collect(part, number=0), part)
-        report = replace(
-            report,
-            episodes=[*report.episodes, *episodes],
-            actions=[*report.actions, *actions],
-            seconds=time.perf_counter() - started,
-        )
+        results = _results(collector.collect(part, number=0, stop=stop), part, first=start)
+        found |= {places[index]: result for index, result in results.items()}
+        report = _report_of(report, plan, found, time.perf_counter() - started)
+        if len(results) < len(part):
+            break
         if save is not None and len(report.episodes) < len(plan):
             save(report)
     return report
@@ -157,21 +169,78 @@ def _continued(
     return count
 
 
-def _results(batch: TensorDictBase, part: Sequence[Episode]) -> tuple[list[EpisodeResult], list[np.ndarray]]:
-    """Return what became of each episode, and the actions [n, 7] that it ran."""
-    trajectory = batch["collector", "traj_ids"] - batch["collector", "traj_ids"][0]
+def _places(plan: Sequence[Episode], report: EvaluationReport) -> list[int]:
+    """Return where a report's episodes are in the plan: the first from a state is the plan's first from it, and so on.
+
+    Raises:
+        ValueError: one of them is not planned.
+    """
+    planned = defaultdict[tuple[int, int], list[int]](list)
+    for place in reversed(range(len(plan))):
+        planned[plan[place].task_id, plan[place].init_state_id].append(place)
+    places = []
+    for episode in report.episodes:
+        left = planned[episode.task_id, episode.init_state_id]
+        if not left:
+            raise UserError(
+                f"The report has an episode of task {episode.task_id} from initial state {episode.init_state_id} that "
+                "is not planned: go on with the tasks, states and number of episodes that it was begun with."
+            )
+        places.append(left.pop())
+    return places
+
+
+def _report_of(
+    report: EvaluationReport,
+    plan: Sequence[Episode],
+    found: Mapping[int, tuple[EpisodeResult, np.ndarray]],
+    seconds: float,
+) -> EvaluationReport:
+    """Return a report of the episodes found so far, in the plan's order.
+
+    Of several from one state, those after one that is missing are left out: their number would not be known.
+    """
+    missing: set[tuple[int, int]] = set()
+    kept = []
+    for place, episode in enumerate(plan):
+        start = episode.task_id, episode.init_state_id
+        if place not in found:
+            missing.add(start)
+        elif start not in missing:
+            kept.append(found[place])
+    return replace(
+        report, episodes=[episode for episode, _ in kept], actions=[actions for _, actions in kept], seconds=seconds
+    )
+
+
+def _results(
+    batch: TensorDictBase, part: Sequence[Episode], *, first: int
+) -> dict[int, tuple[EpisodeResult, np.ndarray]]:
+    """Return what became of each episode that was run to its end, and the actions [n, 7] that it ran, by its index.
+
+    Args:
+        batch: of the part.
+        part: the episodes.
+        first: how many the collector was given before.
+    """
+    if not len(batch):
+        return {}
+    trajectory = batch["collector", "traj_ids"] - first
     decisions = trajectory.bincount(minlength=len(part)).tolist()
     control_steps = trajectory.bincount(
         weights=batch["next", "num_control_steps"].squeeze(-1).double(), minlength=len(part)
     ).tolist()
-    success = batch["next", "success"].squeeze(-1)[batch["next", "done"].squeeze(-1)].tolist()
-    episodes = [
-        EpisodeResult(episode.task_id, episode.init_state_id, success[i], int(control_steps[i]), decisions[i])
-        for i, episode in enumerate(part)
-    ]
+    successes = iter(batch["next", "success"].squeeze(-1)[batch["next", "done"].squeeze(-1)].tolist())
     chunks = batch["action"].reshape(len(batch), -1, batch["action"].shape[-1]).split(decisions)
     steps = batch["next", "num_control_steps"].split(decisions)
-    return episodes, [_executed(chunk, count) for chunk, count in zip(chunks, steps, strict=True)]
+    return {
+        i: (
+            EpisodeResult(episode.task_id, episode.init_state_id, next(successes), int(control_steps[i]), decisions[i]),
+            _executed(chunks[i], steps[i]),
+        )
+        for i, episode in enumerate(part)
+        if decisions[i]
+    }
 
 
 def _executed(chunks: Tensor, steps: Tensor) -> np.ndarray:

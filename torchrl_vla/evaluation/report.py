@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from torchrl_vla.errors import UserError
+from torchrl_vla.files import whole_file
 
 __all__ = ["EpisodeResult", "EvaluationReport", "SuccessRate", "TaskResult", "report_file"]
 
 _JSON_NAME = "report.json"
+_ACTIONS_NAME = "actions.npz"
 
 
 @dataclass(frozen=True)
@@ -195,11 +198,58 @@ class EvaluationReport:
             "settings": self.settings,
             "episodes": [dataclasses.asdict(episode) for episode in self.episodes],
         }
-        (folder / _JSON_NAME).write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-        with (folder / "episodes.csv").open("w", newline="", encoding="utf-8") as stream:
+        with whole_file(folder / _JSON_NAME) as partial:
+            partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+        with whole_file(folder / "episodes.csv") as partial, partial.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, [f.name for f in dataclasses.fields(EpisodeResult)])
             writer.writeheader()
             writer.writerows(dataclasses.asdict(episode) for episode in self.episodes)
+
+    def save_part(self, folder: Path) -> None:
+        """Write the report and the actions, so that :meth:`load_part` and the evaluation can go on.
+
+        Args:
+            folder: made if it does not exist.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        # First: if this ends between the two, there are actions of every episode in the older report.
+        with whole_file(folder / _ACTIONS_NAME) as partial, partial.open("wb") as stream:
+            np.savez(stream, **dict(zip(self._names(), self.actions, strict=True)))  # type: ignore[arg-type]
+        self.save(folder)
+
+    @classmethod
+    def load_part(cls, folder: Path) -> EvaluationReport:
+        """Read what `save_part` wrote, actions included.
+
+        Args:
+            folder: of the evaluation.
+
+        Raises:
+            ValueError: there is none, it is damaged, or the evaluation was finished.
+        """
+        report, path = cls.load(folder), folder / _ACTIONS_NAME
+        try:
+            with np.load(path, allow_pickle=False) as actions:
+                return dataclasses.replace(report, actions=[actions[name] for name in report._names()])
+        except FileNotFoundError as error:
+            raise UserError(f"{folder} holds a finished evaluation: there is nothing to go on with.") from error
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} is damaged ({error}): evaluate into another --out.") from error
+
+    @staticmethod
+    def finish(folder: Path) -> None:
+        """Remove what only an evaluation that is not finished needs."""
+        (folder / _ACTIONS_NAME).unlink(missing_ok=True)
+
+    def _names(self) -> list[str]:
+        """Name each episode by its start, and how many came before from there."""
+        counts: Counter[tuple[int, int]] = Counter()
+        names = []
+        for episode in self.episodes:
+            start = episode.task_id, episode.init_state_id
+            names.append("-".join(map(str, (*start, counts[start]))))
+            counts[start] += 1
+        return names
 
     @classmethod
     def load(cls, path: Path) -> EvaluationReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections import Counter
@@ -28,6 +29,7 @@ from torchrl_vla.evaluation.videos import choose_episodes, film, write_mp4
 from torchrl_vla.files import check_output_folder
 from torchrl_vla.training.devices import choose_device
 from torchrl_vla.training.progress import EpisodeBar
+from torchrl_vla.training.stopping import StopRequest
 from torchrl_vla.versions import versions
 
 __all__ = ["evaluate_checkpoint"]
@@ -52,11 +54,17 @@ def evaluate_checkpoint(config: EvaluateConfig) -> EvaluationReport:
 
     Raises:
         ValueError: something the user asked for is not available; nothing long was started then.
+        Stopped: it was told to stop; what is done is kept, and it can be resumed.
     """
+    with StopRequest("the decision at hand, and the report") as stop:
+        return _evaluate(config, stop)
+
+
+def _evaluate(config: EvaluateConfig, stop: StopRequest) -> EvaluationReport:
     out = config.out or Path("evaluations") / f"{config.task_suite}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_output_folder(out, "--out")
-    if (out / "report.json").exists():
-        raise UserError(f"{out} holds a report already: choose another --out.")
+    if (out / "report.json").exists() and not config.resume:
+        raise UserError(f"{out} holds a report already: choose another --out, or go on with it: --resume --out {out}")
     baseline = None
     if config.compare_with is not None:
         if report_file(Path(config.compare_with)) is not None:
@@ -68,19 +76,19 @@ def evaluate_checkpoint(config: EvaluateConfig) -> EvaluationReport:
         else:
             # It is run later: what is wrong is told before anything long is started.
             _plan(config, _acting(config, config.compare_with))
-    report = _judge(config, config.pretrained_checkpoint, out)
-    report.save(out)
+    report = _judge(config, config.pretrained_checkpoint, out, stop)
     comparison = None
     if config.compare_with is not None:
         if baseline is None:
-            baseline = _judge(config, config.compare_with, out / "baseline")
-            baseline.save(out / "baseline")
+            baseline = _judge(config, config.compare_with, out / "baseline", stop)
         comparison = compare(baseline, report)
         report.save(out, comparison=comparison.to_dict())
     tqdm.write(str(report if comparison is None else comparison))
-    videos = _record_videos(config, report, out / "videos") if config.videos else []
+    videos = _record_videos(config, report, out / "videos", stop) if config.videos else []
     charts = run_charts(config.pretrained_checkpoint)
     write_html(out / "report.html", report, comparison=comparison, films=videos, charts=charts)
+    for folder in (out, out / "baseline"):
+        EvaluationReport.finish(folder)
     print(f"Page: {out / 'report.html'}   Figures: {out / 'report.json'}   Episodes: {out / 'episodes.csv'}")
     return report
 
@@ -145,8 +153,26 @@ def _settings(config: EvaluateConfig, checkpoint: str) -> dict[str, Any]:
     }
 
 
-def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationReport:
-    """Load a policy and run its episodes."""
+def _done(out: Path, suite: str, settings: dict[str, Any]) -> EvaluationReport:
+    """Return the report of an interrupted evaluation.
+
+    Raises:
+        ValueError: it was made with other settings.
+    """
+    report = EvaluationReport.load_part(out)
+    before = {"task_suite": report.task_suite, **report.settings}
+    now = json.loads(json.dumps({"task_suite": suite, **settings}, default=str))  # as it is read back
+    changed = [f"{name} from {before.get(name)!r} to {now[name]!r}" for name in now if now[name] != before.get(name)]
+    if changed:
+        raise UserError(
+            f"{out} was begun otherwise, and one report is of one kind of episode; {', '.join(changed)} would change. "
+            "Repeat the first command with --resume, or choose another --out."
+        )
+    return report
+
+
+def _judge(config: EvaluateConfig, checkpoint: str, out: Path, stop: StopRequest) -> EvaluationReport:
+    """Load a policy, run its episodes, and write their report; those that an interrupted report has are not run."""
     suite, acting = get_suite(config.task_suite), _acting(config, checkpoint)
     plan = _plan(config, acting)
     tasks = sorted({episode.task_id for episode in plan})
@@ -205,11 +231,15 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
     }
 
     def keep(part: EvaluationReport) -> None:
-        part.save(out)
+        part.save_part(out)
         tqdm.write(f"{part.total} so far, of {len(plan)} planned: kept in {out}")
 
     try:
-        return evaluate(
+        done = None
+        if config.resume and report_file(out / "report.json") is not None:
+            done = _done(out, suite.name, {name: value for name, value in settings.items() if name != "command"})
+            print(f"Going on after {len(done.episodes)} episodes.")
+        report = evaluate(
             envs,
             policy.actor,
             plan,
@@ -219,13 +249,23 @@ def _judge(config: EvaluateConfig, checkpoint: str, out: Path) -> EvaluationRepo
             progress=EpisodeBar("evaluation"),
             settings=settings,
             save=keep,
+            done=done,
+            stop=lambda: stop.received is not None,
         )
+        if report.episodes:
+            report.save_part(out)
+        if len(report.episodes) < len(plan):
+            print(f"Ended early. To go on, repeat the command with --resume --out {out}")
+            stop.check()
+        return report
     finally:
         for env in envs:
             env.close(raise_if_closed=False)  # an error before its first use is the one to see
 
 
-def _record_videos(config: EvaluateConfig, report: EvaluationReport, folder: Path) -> list[tuple[EpisodeResult, Path]]:
+def _record_videos(
+    config: EvaluateConfig, report: EvaluationReport, folder: Path, stop: StopRequest
+) -> list[tuple[EpisodeResult, Path]]:
     """Record one success and one failure of each task: the episodes and the files."""
     chosen = choose_episodes(report.episodes)
     videos = []
@@ -234,4 +274,5 @@ def _record_videos(config: EvaluateConfig, report: EvaluationReport, folder: Pat
         path = folder / f"task{video.episode.task_id}-state{video.episode.init_state_id}-{outcome}.mp4"
         write_mp4(path, video.frames)
         videos.append((video.episode, path))
+        stop.check()
     return videos

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from torchrl_vla.training.logging import RunLogger
 from torchrl_vla.training.optimizer_step import TrainingDiverged
 from torchrl_vla.training.run_checkpoints import RunCheckpoints, TrainableState
 from torchrl_vla.training.run_folder import check_run_folder, describe_run, open_run_folder
+from torchrl_vla.training.run_lock import lock_run
+from torchrl_vla.training.stopping import Stopped, StopRequest
 
 __all__ = ["Finetuner", "finetune"]
 
@@ -46,6 +48,7 @@ class Finetuner:
         train: training samples.
         validation: held-out samples; None: no validation.
         logger: takes the figures.
+        check: called after every step; may raise :class:`~torchrl_vla.training.stopping.Stopped` to end the run.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Finetuner:
         train: TensorDictReplayBuffer,
         validation: TensorDictBase | None,
         logger: RunLogger,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
         self.model = policy.model
@@ -63,6 +67,7 @@ class Finetuner:
         self.train_buffer = train
         self.validation = validation
         self.logger = logger
+        self.check = check
         self.step = 0
         self.loss = self._build_loss(policy)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -124,6 +129,7 @@ class Finetuner:
 
         Raises:
             TrainingDiverged: the loss or its gradient is not finite.
+            Stopped: the run was told to stop; a checkpoint of it is written.
         """
         config, figures = self.config, dict[str, float]()
         sums: dict[str, Tensor] = {}
@@ -156,7 +162,25 @@ class Finetuner:
                     self.logger.log(row, update=self.step, env_steps=self.step)
                 if save:
                     self.checkpoints.save(step=self.step, success=self._accuracy)
+                if self.check is not None and not done:
+                    self._stop_if_asked(sums, saved=save)
         return figures
+
+    def _stop_if_asked(self, sums: Mapping[str, Tensor], *, saved: bool) -> None:
+        assert self.check is not None
+        try:
+            self.check()
+        except Stopped:
+            if not saved:
+                if sums:  # else they were looked at with this step's log
+                    self._check_finite(sums)
+                self.checkpoints.save(step=self.step, success=self._accuracy)
+            folder = self.config.run_dir
+            self.logger.print(
+                f"Ended after step {self.step} of {self.config.steps}; all of it is in {folder / 'checkpoints'}. "
+                f"To go on: torchrl-vla finetune --resume --run-dir {folder}"
+            )
+            raise
 
     def _optimizer_step(self) -> dict[str, Tensor]:
         """One optimizer step; its figures stay on the device."""
@@ -208,7 +232,7 @@ class Finetuner:
     def _check_finite(self, sums: Mapping[str, Tensor]) -> None:
         if not math.isfinite(float(sums["loss"])) or not math.isfinite(float(sums["grad_norm"])):
             if self.checkpoints.rotation.latest() is None:
-                way_on = "start anew in another --run-dir: there is no checkpoint yet to resume from"
+                way_on = "start over with --resume --allow-changed actor_lr: there is no checkpoint yet"
             else:
                 way_on = "go on with --resume --allow-changed actor_lr: the last checkpoint is untouched"
             raise TrainingDiverged(
@@ -237,13 +261,20 @@ def finetune(config: FinetuneConfig) -> Path:
 
     Raises:
         ValueError: something the user asked for is not available; nothing long was started then.
+        Stopped: the run was told to stop; it can be resumed.
     """
+    with StopRequest("the optimizer step at hand, and a checkpoint") as stop:
+        return _finetune(config, stop)
+
+
+def _finetune(config: FinetuneConfig, stop: StopRequest) -> Path:
     began = time.perf_counter()
     check_run_folder(config)
     device = choose_device(config.device)
     torch.manual_seed(config.seed)
     data = DemonstrationMixture(config.dataset)
     policy = load_student(config, data, device)
+    stop.check()  # nothing is written yet
     train, held_out = data.split(per_task=config.episodes_per_task, held_out=config.val_episodes_per_task)
     trainable = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
     tqdm.write(
@@ -266,20 +297,22 @@ def finetune(config: FinetuneConfig) -> Path:
     if config.compile or (config.compile is None and device.type == "cuda"):
         policy.model.compile(dynamic=False)
     buffer = sample_buffer(samples, config.mini_batch_size)
-    logger = RunLogger(open_run_folder(config))
-    trainer = Finetuner(config, policy, inputs, buffer, validation, logger)
-    if config.resume:
-        trainer.checkpoints.load_latest()
-        logger.restore(trainer.step)
-        tqdm.write(f"resumed after step {trainer.step}")
-    describe_run(config, config.run_dir)  # only now: options that the checkpoint does not fit are none to resume with
-    started = time.perf_counter()
-    trainer.train()
-    tqdm.write(f"training took {time.perf_counter() - started:.1f} s")
-    folder = config.run_dir / "policy"
-    with trainer.average.swapped_in():
-        size = save_student(policy, folder, data.statistics)
-    logger.close()
+    stop.check()
+    with lock_run(open_run_folder(config)), closing(RunLogger(config.run_dir)) as logger:
+        trainer = Finetuner(config, policy, inputs, buffer, validation, logger, stop.check)
+        if config.resume:
+            trainer.checkpoints.load_latest()
+            logger.restore(trainer.step)
+            tqdm.write(f"resumed after step {trainer.step}")
+        describe_run(
+            config, config.run_dir
+        )  # only now: options that the checkpoint does not fit are none to resume with
+        started = time.perf_counter()
+        trainer.train()
+        tqdm.write(f"training took {time.perf_counter() - started:.1f} s")
+        folder = config.run_dir / "policy"
+        with trainer.average.swapped_in():
+            size = save_student(policy, folder, data.statistics)
     tqdm.write(
         f"Done in {time.perf_counter() - began:.1f} s. Policy: {folder} ({size / 2**20:.1f} MiB)   "
         f"Figures: {logger.csv_path}"

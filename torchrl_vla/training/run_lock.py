@@ -1,4 +1,4 @@
-"""One process at a time in a run's folder."""
+"""One process at a time in a folder that results are written to."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ __all__ = ["lock_run"]
 
 
 @contextmanager
-def lock_run(folder: Path) -> Iterator[None]:
-    """Hold a run's folder for this process; the lock of a process that died is free.
+def lock_run(folder: Path, *, work: str = "training", option: str = "--run-dir") -> Iterator[None]:
+    """Hold a folder for this process; the lock of a process that died is free.
 
     Args:
-        folder: of the run.
+        folder: where the results go.
+        work: what is done there, for the message.
+        option: that names the folder, for the message.
 
     Raises:
         ValueError: another process holds it.
@@ -38,6 +40,6 @@ def lock_run(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"Another process is training in {folder}: wait until it ends, stop it, or choose another --run-dir."
+                f"Another process is {work} in {folder}: wait until it ends, stop it, or choose another {option}."
             ) from error
         yield
