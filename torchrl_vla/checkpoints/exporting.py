@@ -11,6 +11,7 @@ from torchrl_vla.checkpoints.adapters import load_adapter, save_adapter
 from torchrl_vla.checkpoints.architecture_file import CONFIG_FILE
 from torchrl_vla.checkpoints.companions import copy_companions, write_preprocessor
 from torchrl_vla.checkpoints.folder import open_checkpoint
+from torchrl_vla.checkpoints.integrity import write_checksums
 from torchrl_vla.checkpoints.locations import CHECKPOINTS, find_policy
 from torchrl_vla.checkpoints.openvla_format import load_openvla, save_openvla
 from torchrl_vla.errors import UserError
@@ -63,6 +64,7 @@ def export_checkpoint(
             save_openvla(model, partial, dtype=dtype, merge_in_float32=merge_dtype == "float32")
             copy_companions(folder, partial)
             write_preprocessor(model.config, partial)
+            write_checksums(partial)
 
 
 def check_out(out: Path, overwrite: bool) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torchrl_vla.checkpoints.architecture_file import read_architecture
 from torchrl_vla.checkpoints.head_files import find_heads
+from torchrl_vla.checkpoints.integrity import CHECKSUMS, find_damage
 from torchrl_vla.checkpoints.shards import Shards, read_shards, stored_dtype
+from torchrl_vla.errors import UserError
 from torchrl_vla.modules.openvla.architecture import OpenVLAConfig
 
 __all__ = ["CheckpointFolder", "open_checkpoint"]
@@ -32,7 +35,7 @@ class CheckpointFolder:
 
 
 def open_checkpoint(folder: str | Path) -> CheckpointFolder:
-    """Read the small files of a checkpoint folder, each once.
+    """Read the small files of a checkpoint folder, each once; where it has checksums, they are compared first.
 
     Args:
         folder: a checkpoint folder.
@@ -41,8 +44,34 @@ def open_checkpoint(folder: str | Path) -> CheckpointFolder:
         ValueError: a file is missing, damaged or of another model.
     """
     folder = Path(folder)
+    if (folder / CHECKSUMS).is_file():
+        _verify(folder, _state(folder))
     config = read_architecture(folder)
     heads, shards = find_heads(folder), read_shards(folder)
     # Converted shards often keep the configuration of those they were made from.
     dtype = stored_dtype(shards) or config.torch_dtype
     return CheckpointFolder(folder, replace(config, torch_dtype=dtype), shards, heads)
+
+
+def _state(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """What changes when a file of a folder does."""
+    found = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
+    return tuple((path.as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in found)
+
+
+@functools.lru_cache(maxsize=8)  # a policy is opened more than once, and gigabytes are read once
+def _verify(folder: Path, state: tuple[tuple[str, int, int], ...]) -> None:
+    """Compare a folder's files with its checksums.
+
+    Args:
+        folder: of a policy.
+        state: of its files, so that changed ones are compared again.
+
+    Raises:
+        ValueError: one of them is not as it was written.
+    """
+    if damage := find_damage(folder, complete=False):
+        raise UserError(
+            f"{folder} is damaged: {'; '.join(damage[:3])}. Copy or write it again; if a file was changed on purpose, "
+            f"delete {CHECKSUMS} there."
+        )

@@ -40,11 +40,12 @@ def write_checksums(folder: Path) -> None:
         flush_to_disk(path)
 
 
-def find_damage(folder: Path) -> list[str]:
+def find_damage(folder: Path, *, complete: bool = True) -> list[str]:
     """Return what of a folder is not as it was written.
 
     Args:
         folder: with the note that :func:`write_checksums` made.
+        complete: whether a file that is not noted is damage too; False for folders that users add files to.
 
     Returns:
         One clause per file that is missing, of another size, of other bytes, or not noted; empty for a whole folder.
@@ -57,7 +58,8 @@ def find_damage(folder: Path) -> list[str]:
     except (ValueError, KeyError, TypeError):
         return [f"{CHECKSUMS} cannot be read"]
     found = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
-    damage = [f"{name} was not written with the others" for name in sorted(set(found) - set(expected))]
+    strange = sorted(set(found) - set(expected)) if complete else []
+    damage = [f"{name} was not written with the others" for name in strange]
     for name, (size, digest) in sorted(expected.items()):
         if name not in found:
             damage.append(f"{name} is missing")

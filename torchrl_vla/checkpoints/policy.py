@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from torchrl_vla.checkpoints.companions import save_companions
 from torchrl_vla.checkpoints.folder import CheckpointFolder, open_checkpoint
 from torchrl_vla.checkpoints.inspection import TrainedMode, trained_mode
+from torchrl_vla.checkpoints.integrity import write_checksums
 from torchrl_vla.checkpoints.locations import RANDOM, find_policy
 from torchrl_vla.checkpoints.openvla_format import load_openvla, save_openvla
 from torchrl_vla.checkpoints.release_statistics import complete_statistics
@@ -375,6 +376,8 @@ def read_image_settings(folder: Path) -> dict[str, Any]:
 def save_policy(policy: Policy, folder: Path, *, statistics: Mapping[str, Any] | None = None, **options: Any) -> None:
     """Write the policy in upstream's format, adapters merged, so that `load_policy` and upstream's tools read it.
 
+    Checksums go with it: whoever opens it is told of damage.
+
     Args:
         policy: the policy; it is not changed.
         folder: replaced as a whole once everything is written.
@@ -390,6 +393,7 @@ def save_policy(policy: Policy, folder: Path, *, statistics: Mapping[str, Any] |
         settings = {"backend": processor.images.backend, "center_crop": processor.images.center_crop}
         write_json(partial / PROCESSOR_FILE, settings)
         save_companions(processor.tokenizer, config, partial)
+        write_checksums(partial)
 
 
 def _assemble(
