@@ -64,6 +64,7 @@ def run(plan: EpisodePlan, monkeypatch: pytest.MonkeyPatch) -> tuple[EvaluationR
     return report, len(Stub.loads)
 
 
+@pytest.mark.processes
 def test_each_worker_loads_each_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
     config = EvaluateConfig("bundled:tiny", task_suite=SUITE, episodes_per_task=20)
     plan = _plan(config, _acting(config, config.pretrained_checkpoint))

@@ -54,6 +54,30 @@ def test_resuming_sets_later_rows_aside(tmp_path: Path):
     assert [row["x"] for row in read(tmp_path / "metrics.after-update-2.csv")] == ["1.0", "2.0", "3.0"]
 
 
+@pytest.mark.parametrize(
+    ("cut", "kept"), [(0, 3), (2, 3), (5, 3), (12, 3), (20, 2), (10_000, 0)], ids=lambda value: str(value)
+)
+def test_a_run_goes_on_with_what_a_cut_file_still_says(tmp_path: Path, cut: int, kept: int):
+    logger = RunLogger(tmp_path)
+    for update in (1, 2, 3):
+        logger.log({"x": 0.123, "y": 5.678}, update=update, env_steps=100 * update)
+    logger.close()
+    path = tmp_path / "metrics.csv"
+    written = path.read_bytes()
+    path.write_bytes(written[: max(0, len(written) - cut)])
+
+    resumed = RunLogger(tmp_path)
+    resumed.restore(update=3)
+    resumed.log({"x": 0.25, "y": 0.5}, update=4, env_steps=400)
+    resumed.close()
+    rows = read(path)
+    assert [float(row["update"]) for row in rows] == [1.0, 2.0, 3.0][:kept] + [4.0]
+    # A value that may be the beginning of a longer one is left out.
+    assert {row["y"] for row in rows[:-1]} <= {"5.678", ""} and {row["x"] for row in rows[:-1]} <= {"0.123", ""}
+    aside = list(tmp_path.glob("metrics.damaged-*.csv"))
+    assert [file.read_bytes() for file in aside] == ([written[: max(0, len(written) - cut)]] if cut else [])
+
+
 def test_the_learning_curve_shows_every_rate_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from matplotlib.figure import Figure
 

@@ -54,7 +54,7 @@ def open_checkpoint(folder: str | Path) -> CheckpointFolder:
 
 
 def _state(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """What changes when a file of a folder does."""
+    """Return what changes when a file of a folder does."""
     found = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
     return tuple((path.as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in found)
 

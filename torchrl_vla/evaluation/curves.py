@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torchrl_vla.evaluation.charts import Curve
 
-__all__ = ["Chart", "run_charts"]
+__all__ = ["Chart", "read_metrics", "run_charts"]
 
 _METRICS = "metrics.csv"
 #: Title, whether values are shares, what steps are, and (column, label) of each curve.
@@ -52,6 +52,39 @@ class Chart:
     curves: tuple[Curve, ...]
 
 
+def read_metrics(file: Path) -> tuple[list[dict[str, float]], bool]:
+    """Read a run's metrics.csv, as much of it as a power cut or a full disk left.
+
+    Args:
+        file: the CSV.
+
+    Returns:
+        The rows, with the figures that each has, and whether all of the file could be read. The last value of a file
+        that does not end with its line may be the beginning of a longer one, so it is left out.
+    """
+    with file.open(newline="", encoding="utf-8", errors="replace") as stream:
+        text = stream.read()
+    whole = text.endswith("\n")
+    found = list(csv.reader(text.splitlines()))
+    if not whole and found:
+        found[-1] = found[-1][:-1]
+    columns = found[0] if found else []
+    rows = []
+    for values in found[1:]:
+        row: dict[str, float] = {}
+        for name, value in zip(columns, values, strict=False):
+            try:
+                row |= {name: float(value)} if value else {}
+            except ValueError:
+                whole = False
+        whole &= len(values) == len(columns)
+        if {"update", "env_steps"} <= row.keys():
+            rows.append(row)
+        else:
+            whole = False
+    return rows, whole
+
+
 def run_charts(checkpoint: str) -> list[Chart]:
     """Charts of the run in whose folder a checkpoint lies; none where it lies in no run's folder, or is no folder.
 
@@ -64,8 +97,7 @@ def run_charts(checkpoint: str) -> list[Chart]:
     file = next((place / _METRICS for place in (folder, *folder.parents[:2]) if (place / _METRICS).is_file()), None)
     if file is None:
         return []
-    with file.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
+    rows, _ = read_metrics(file)
     charts = []
     for title, percent, steps, columns in _CHARTS:
         curves = [Curve(label, points) for column, label in columns if (points := _points(rows, column))]
@@ -74,7 +106,7 @@ def run_charts(checkpoint: str) -> list[Chart]:
     return charts
 
 
-def _points(rows: list[dict[str, str]], column: str) -> list[tuple[float, float]]:
+def _points(rows: list[dict[str, float]], column: str) -> list[tuple[float, float]]:
     """(env_steps, value) where a row has the column."""
-    points = [(float(row["env_steps"]), float(row[column])) for row in rows if row.get(column)]
+    points = [(row["env_steps"], row[column]) for row in rows if column in row]
     return [point for point in points if all(map(math.isfinite, point))]

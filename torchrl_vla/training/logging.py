@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import secrets
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from torchrl_vla.config import TrainConfig
 from torchrl_vla.errors import UserError
+from torchrl_vla.evaluation.curves import read_metrics
 from torchrl_vla.evaluation.videos import FRAMES_PER_SECOND, write_mp4
 from torchrl_vla.training.health import Health
 
@@ -167,11 +169,18 @@ class RunLogger:
             )
 
     def restore(self, update: int) -> None:
-        """Take up the CSV of an interrupted run; rows after `update` will be made again and are set aside, not lost."""
+        """Take up the CSV of an interrupted run; rows after `update` will be made again and are set aside, not lost.
+
+        Args:
+            update: the newest one that stays.
+        """
         if not self.csv_path.exists():
             return
-        with self.csv_path.open(newline="") as stream:
-            rows = [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(stream)]
+        rows, whole = read_metrics(self.csv_path)
+        if not whole:  # a kill or a full disk cut it: what can be read goes on, and the file itself is kept
+            aside = self.run_dir / f"metrics.damaged-{secrets.token_hex(4)}.csv"
+            shutil.copyfile(self.csv_path, aside)
+            self.print(f"{self.csv_path} was cut: {len(rows)} rows of it can be read, and it is kept as {aside.name}.")
         self.rows = [row for row in rows if row["update"] <= update]
         if len(self.rows) < len(rows):
             aside = self.run_dir / f"metrics.after-update-{update}.csv"
