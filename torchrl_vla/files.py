@@ -18,6 +18,8 @@ from torchrl_vla.errors import UserError
 __all__ = [
     "check_output_file",
     "check_output_folder",
+    "flush_to_disk",
+    "flush_tree",
     "read_json",
     "replacing_files",
     "write_json",
@@ -97,11 +99,11 @@ def write_json(path: Path, content: Any, *, indent: int = 2) -> None:
 
     Args:
         path: the file, replaced if it is there.
-        content: what JSON can hold.
+        content: what JSON can hold; paths and the like become text.
         indent: spaces per level.
     """
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(content, indent=indent, default=str) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -153,7 +155,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        _flush_tree(partial)
+        flush_tree(partial)
         if folder.exists():
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
@@ -177,7 +179,7 @@ def replacing_files(folder: Path, stale: Callable[[Path], bool]) -> Iterator[Pat
     partial.mkdir(parents=True)
     try:
         yield partial
-        _flush_tree(partial)
+        flush_tree(partial)
         written = sorted(path.name for path in partial.iterdir())
         for name in written:
             os.replace(partial / name, folder / name)
@@ -189,7 +191,12 @@ def replacing_files(folder: Path, stale: Callable[[Path], bool]) -> Iterator[Pat
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _flush_tree(folder: Path) -> None:
+def flush_tree(folder: Path) -> None:
+    """Wait until a folder, with all files and folders in it, is on the disk.
+
+    Args:
+        folder: the one on top.
+    """
     for path in (*folder.rglob("*"), folder):
         flush_to_disk(path)
 

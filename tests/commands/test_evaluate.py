@@ -175,6 +175,7 @@ def test_every_choice_about_the_simulator_reaches_it(
     )  # fmt: skip
 
 
+@pytest.mark.processes
 def test_the_state_is_shown_as_the_policy_was_trained_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As its folder notes, and a folder of an older version, which notes nothing, as released checkpoints were."""
     make_envs = Mock(side_effect=InterruptedError)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from torchrl_vla.errors import UserError
+from torchrl_vla.files import write_json
 from torchrl_vla.versions import versions
 
 __all__ = ["Figure", "Report", "machine"]
@@ -142,7 +142,7 @@ class Report:
         if self._json_file is not None:
             figures = [{**asdict(item), "ratio": item.ratio, "reached": item.reached} for item in self.figures]
             content = {**self._header, "figures": figures, "notes": self.notes}
-            self._json_file.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+            write_json(self._json_file, content)
 
 
 def machine() -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from torchrl_vla.errors import UserError
-from torchrl_vla.files import check_output_folder
+from torchrl_vla.files import check_output_folder, write_json
 
 __all__ = ["CompareConfig", "main"]
 
@@ -49,6 +48,6 @@ def main(arguments: Sequence[str]) -> None:
     if (config.out / "comparison.json").exists():
         raise UserError(f"{config.out} holds a comparison already: choose another --out.")
     config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "comparison.json").write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_json(config.out / "comparison.json", comparison.to_dict())
     write_html(config.out / "comparison.html", new, comparison=comparison)
     print(f"Page: {config.out / 'comparison.html'}   Figures: {config.out / 'comparison.json'}")

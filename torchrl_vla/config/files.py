@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from torchrl_vla.errors import UserError
+from torchrl_vla.files import write_json
 
 __all__ = ["SavedConfig", "convert_0_1_0"]
 
@@ -36,7 +37,7 @@ class SavedConfig:
         Args:
             path: the file.
         """
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n", encoding="utf-8")  # type: ignore[call-overload]
+        write_json(path, dataclasses.asdict(self))  # type: ignore[call-overload]
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -18,6 +18,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from torchrl_vla.errors import UserError
+from torchrl_vla.files import flush_tree
 
 __all__ = ["CorruptEpisodeError", "Episode", "read_episode", "write_episode"]
 
@@ -115,6 +116,7 @@ def write_episode(folder: Path, episode: Episode) -> None:
         raise OSError(errno.ENOSPC, f"no room for an episode of {data.bytes():,} bytes", str(folder))
     try:
         data.memmap(partial)
+        flush_tree(partial)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

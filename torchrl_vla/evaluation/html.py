@@ -13,6 +13,7 @@ from torchrl_vla.evaluation.charts import interval_bar, learning_curves
 from torchrl_vla.evaluation.comparison import Comparison
 from torchrl_vla.evaluation.curves import Chart
 from torchrl_vla.evaluation.report import EpisodeResult, EvaluationReport, SuccessRate, TaskResult
+from torchrl_vla.files import whole_file
 
 __all__ = ["write_html"]
 
@@ -48,16 +49,17 @@ def write_html(
         _settings(report),
     ]
     title = f"{report.task_suite}: {report.total.rate:.1%} success"
-    path.write_text(
+    page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>\n{style}</style></head>\n<body>\n"
         f'<header><p class="eyebrow">Evaluation of a vision-language-action policy</p><h1>{escape(report.task_suite)}'
         f'</h1><p class="soft"><code>{escape(str(report.settings.get("checkpoint", "")))}</code></p></header>\n'
-        f"<main>\n{''.join(section for section in sections if section)}</main>\n</body></html>\n",
-        encoding="utf-8",
-        errors="backslashreplace",  # of a path whose bytes are no UTF-8
+        f"<main>\n{''.join(section for section in sections if section)}</main>\n</body></html>\n"
     )
+    with whole_file(path) as partial:
+        # A path's bytes may be no UTF-8.
+        partial.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def _section(title: str, content: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from torchrl_vla.errors import UserError
-from torchrl_vla.files import whole_file
+from torchrl_vla.files import whole_file, write_json
 
 __all__ = ["EpisodeResult", "EvaluationReport", "SuccessRate", "TaskResult", "report_file"]
 
@@ -198,8 +198,7 @@ class EvaluationReport:
             "settings": self.settings,
             "episodes": [dataclasses.asdict(episode) for episode in self.episodes],
         }
-        with whole_file(folder / _JSON_NAME) as partial:
-            partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+        write_json(folder / _JSON_NAME, content)
         with whole_file(folder / "episodes.csv") as partial, partial.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, [f.name for f in dataclasses.fields(EpisodeResult)])
             writer.writeheader()

@@ -23,6 +23,7 @@ from torchrl_vla.config import TrainConfig
 from torchrl_vla.errors import UserError
 from torchrl_vla.evaluation.curves import read_metrics
 from torchrl_vla.evaluation.videos import FRAMES_PER_SECOND, write_mp4
+from torchrl_vla.files import whole_file
 from torchrl_vla.training.health import Health
 
 logger = logging.getLogger(__name__)
@@ -156,7 +157,8 @@ class RunLogger:
             # A resumed run goes on as the same run on W&B.
             identity = run_dir / "wandb_id"
             if not identity.exists():
-                identity.write_text(secrets.token_hex(4))
+                with whole_file(identity) as partial:
+                    partial.write_text(secrets.token_hex(4))
             self.loggers.append(
                 WandbLogger(
                     exp_name=run_dir.name,
@@ -218,13 +220,11 @@ class RunLogger:
             self.print(f"Watch out: {warning}")
 
     def _write(self, path: Path, rows: list[dict[str, float]]) -> None:
-        partial = path.with_suffix(".partial")
         columns = list(dict.fromkeys([*self._columns, *(name for row in rows for name in row)]))
-        with partial.open("w", newline="") as stream:
+        with whole_file(path) as partial, partial.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, columns, restval="")
             writer.writeheader()
             writer.writerows(rows)
-        partial.replace(path)
 
     def log_video(self, name: str, frames: np.ndarray, *, env_steps: int) -> Path:
         """Write a film to the run's `videos/`, and to TensorBoard and W&B where moviepy is installed.

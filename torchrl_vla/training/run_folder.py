@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from typing import Any
 
 from torchrl_vla.config import FinetuneConfig, TrainConfig
 from torchrl_vla.errors import UserError
-from torchrl_vla.files import check_output_folder
+from torchrl_vla.files import check_output_folder, write_json
 from torchrl_vla.versions import versions
 
 __all__ = [
@@ -109,13 +109,10 @@ def describe_run(config: TrainConfig | FinetuneConfig, folder: Path) -> None:
     if path.exists() and _options(type(config).load(path)) == _options(config):
         return
     about = {"command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"), **versions()}
-    fresh = {name: folder / f"{name}.partial" for name in ("config.json", "about.json")}
-    dataclasses.replace(config, resume=False, allow_changed=[]).save(fresh["config.json"])
-    fresh["about.json"].write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    for name, partial in fresh.items():
-        # A run without these notes could not be resumed: the old ones go when the new ones are written.
-        _keep_old(folder / name)
-        partial.replace(folder / name)
+    _keep_old(folder / "about.json")
+    write_json(folder / "about.json", about)
+    _keep_old(path)
+    dataclasses.replace(config, resume=False, allow_changed=[]).save(path)
 
 
 def _options(config: TrainConfig | FinetuneConfig) -> dict[str, Any]:
@@ -127,7 +124,7 @@ def _options(config: TrainConfig | FinetuneConfig) -> dict[str, Any]:
 
 
 def _keep_old(path: Path) -> None:
-    """Move a file that is about to be written anew aside, to `NAME-1.json`, or the next number that is free.
+    """Copy a file that is about to be written anew, to `NAME-1.json`, or the next number that is free.
 
     Args:
         path: the file; nothing happens if there is none.
@@ -137,7 +134,7 @@ def _keep_old(path: Path) -> None:
     number = 1
     while (aside := path.with_stem(f"{path.stem}-{number}")).exists():
         number += 1
-    path.rename(aside)
+    shutil.copyfile(path, aside)  # a run without its notes could not be resumed: they stay until new ones are written
 
 
 @contextmanager
