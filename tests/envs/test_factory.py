@@ -96,6 +96,7 @@ def test_workers_draw_on_all_gpus_in_turns(monkeypatch: pytest.MonkeyPatch) -> N
     assert factory.make_envs("libero_spatial", num_envs=2, workers=2) == [None, None]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("backend", ["egl", "osmesa"])
 def test_what_may_hang_runs_in_a_process_that_is_watched(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.setattr(factory, "configure_rendering", lambda: backend)
