@@ -300,7 +300,7 @@ def end(env: WatchedParallelEnv, worker: int) -> None:
     env._workers[worker].join()
 
 
-def test_the_last_words_of_a_process_that_does_not_end(tmp_path: Path) -> None:
+def test_the_error_of_a_process_that_does_not_end(tmp_path: Path) -> None:
     make = partial(LingeringEnv, None, tmp_path, "value")
     env = WatchedParallelEnv(2, make, mp_start_method="forkserver", worker_timeout=20.0)
     try:

@@ -153,7 +153,7 @@ class WatchedParallelEnv(ParallelEnv):
 
     def _launch(self, index: int) -> None:
         connection, worker_connection = self._context.Pipe()
-        bell, worker_bell = self._context.Pipe(duplex=False)
+        done, worker_done = self._context.Pipe(duplex=False)
         self._events[index] = self._context.Event()
         make = self.create_env_fn[index]
         options = {
@@ -174,7 +174,7 @@ class WatchedParallelEnv(ParallelEnv):
         process = make_process(
             serve,
             worker_connection,
-            worker_bell,
+            worker_done,
             method=self._mp_start_method,
             variables=self._variables[index],
             **options,
@@ -183,9 +183,9 @@ class WatchedParallelEnv(ParallelEnv):
         with clear_mpi_env_vars():
             process.start()
         worker_connection.close()
-        worker_bell.close()
+        worker_done.close()
         self._workers[index] = process
-        self.parent_channels[index] = Channel(connection, bell)
+        self.parent_channels[index] = Channel(connection, done)
         self._starting.add(index)
 
     def _wait_for_workers(self, workers_range: Iterable[int]) -> None:
@@ -215,17 +215,17 @@ class WatchedParallelEnv(ParallelEnv):
 
     def _sources(self, index: int) -> tuple[Any, ...]:
         """Return what becomes ready when a worker has something to say, or has ended."""
-        # It rings before it sends what is not a tensor.
+        # It says that it is done before it sends what is not a tensor.
         speaks = index in self._starting or self._non_tensor_keys
         channel = self.parent_channels[index]
-        return channel.connection if speaks else channel.bell, self._workers[index].sentinel
+        return channel.connection if speaks else channel.done, self._workers[index].sentinel
 
     def _is_done(self, index: int) -> bool:
         """Whether a worker has nothing left to do; tells one that has just started what to do."""
         if index in self._starting:
             return self._welcome(index)
         channel = self.parent_channels[index]
-        if (self._non_tensor_keys and not channel.poll()) or not channel.has_rung():
+        if (self._non_tensor_keys and not channel.poll()) or not channel.take_done():
             return False
         self._commands_done[index] += 1
         if self._commands_done[index] >= _CALM:

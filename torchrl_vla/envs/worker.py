@@ -18,10 +18,10 @@ __all__ = ["Channel", "serve"]
 class Channel:
     """The pipes to a worker, which may be dead: that is noticed while its answer is waited for, not when it is told."""
 
-    def __init__(self, connection: Connection, bell: Connection) -> None:
+    def __init__(self, connection: Connection, done: Connection) -> None:
         self.connection = connection
         #: Where the worker says that a command is done.
-        self.bell = bell
+        self.done = done
         #: The last command to the environment, and whether its end is still to be heard of.
         self.command: tuple[str, Any] | None = None
         self.busy = False
@@ -31,7 +31,7 @@ class Channel:
     def send(self, command: tuple[str, Any]) -> None:
         """Send a command; a worker that has ended does not get it."""
         if command[0] in ("reset", "step"):
-            while self.has_rung():  # for a command that nobody waited for in this way
+            while self.take_done():  # for a command that nobody waited for in this way
                 pass
             self.command, self.busy = command, True
         with contextlib.suppress(OSError):
@@ -43,8 +43,8 @@ class Channel:
             message = self.connection.recv()
         except (EOFError, OSError):
             return None
-        if isinstance(message, _LastWords):
-            self.error = message.words
+        if isinstance(message, _WorkerError):
+            self.error = message.content
         return message
 
     def recv(self) -> Any:
@@ -54,7 +54,7 @@ class Channel:
             RuntimeError: the worker has ended; the message holds its own words.
         """
         message = self.receive()
-        if message is None or isinstance(message, _LastWords):
+        if message is None or isinstance(message, _WorkerError):
             words = f":\n{self.error[2]}" if self.error else "."
             raise RuntimeError(f"An environment worker ended before it answered{words}")
         return message
@@ -66,22 +66,22 @@ class Channel:
         except OSError:
             return False
 
-    def has_rung(self) -> bool:
+    def take_done(self) -> bool:
         """Whether the worker has done something; says so once."""
         try:
-            rung = self.bell.poll() and bool(self.bell.recv_bytes())
+            done = self.done.poll() and bool(self.done.recv_bytes())
         except (EOFError, OSError):
             return False
-        self.busy = self.busy and not rung
-        return rung
+        self.busy = self.busy and not done
+        return done
 
     def close(self) -> None:
         """Close both pipes."""
         self.connection.close()
-        self.bell.close()
+        self.done.close()
 
 
-class _Bell:
+class _DoneFlags:
     """Takes the place of TorchRL's shared flags, for which one can only look again and again."""
 
     def __init__(self, connection: Connection) -> None:
@@ -92,20 +92,20 @@ class _Bell:
             self._connection.send_bytes(b"done")
 
 
-class _LastWords:
+class _WorkerError:
     """How a worker ended."""
 
     def __init__(self, error: Exception) -> None:
         # Not the error itself, which need not survive the way through the pipe.
-        self.words = (isinstance(error, ValueError), str(error), "".join(traceback.format_exception(error)))
+        self.content = (isinstance(error, ValueError), str(error), "".join(traceback.format_exception(error)))
 
 
-def serve(connection: Connection, bell: Connection, **options: Any) -> None:
+def serve(connection: Connection, done: Connection, **options: Any) -> None:
     """Run TorchRL's loop in a worker, and report the error if it ends in one.
 
     Args:
         connection: brings commands, takes answers.
-        bell: says that a command is done.
+        done: says that a command is done.
         options: of TorchRL's loop.
     """
     # What asks a run to end often reaches all its processes, from a terminal's Ctrl-C to a scheduler's notice: the
@@ -113,10 +113,10 @@ def serve(connection: Connection, bell: Connection, **options: Any) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     try:
-        _run_worker_pipe_shared_mem(child_pipe=connection, shm_done_flags=_Bell(bell), **options)
+        _run_worker_pipe_shared_mem(child_pipe=connection, shm_done_flags=_DoneFlags(done), **options)
     except Exception as error:
         with contextlib.suppress(OSError):
-            connection.send(_LastWords(error))
+            connection.send(_WorkerError(error))
         sys.stderr.flush()
         # At once: a driver or a thread that hangs at the end of a process would keep the words from being heard.
         os._exit(1)
