@@ -61,3 +61,9 @@ def test_a_second_process_in_the_folder_is_refused(tmp_path: Path) -> None:
     with lock_run(tmp_path), pytest.raises(SystemExit, match="Another process is recording in .* choose another --out"):
         main(["demos", "--out", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_refused_start_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="task_id=99"):
+        main(["demos", "--out", str(tmp_path / "out"), "--task-ids", "99"])
+    assert not list(tmp_path.iterdir())

@@ -88,7 +88,6 @@ def main(arguments: Sequence[str]) -> None:
         from torchrl_vla.datasets.lerobot_export import check_lerobot
 
         check_lerobot(options.export_lerobot)
-    options.out.mkdir(parents=True, exist_ok=True)
     with lock_run(options.out, work="recording", option="--out"), StopRequest("the notes of what was recorded") as stop:
         try:
             index = _collect(options, stop.check)
