@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-__all__ = ["combine", "explained_variance"]
+__all__ = ["average", "combine", "explained_variance"]
 
 #: What the explained variance of a batch is formed from, of each micro-batch.
 _MOMENTS = ("num_values", "target_mean", "target_variance", "residual_mean", "residual_variance")
@@ -56,3 +56,19 @@ def combine(parts: Sequence[Mapping[str, Tensor] | TensorDictBase]) -> dict[str,
     if "explained_variance" in values:
         terms["explained_variance"] = explained_variance(values)
     return terms
+
+
+def average(parts: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """Return the losses and diagnostics of a batch, from those of a loss that divides by its micro-batch.
+
+    Args:
+        parts: each micro-batch's share of the batch, and what the loss returned for it.
+
+    Examples:
+        >>> one, two = ({"loss": torch.tensor(x), "max_ratio": torch.tensor(x)} for x in (1.0, 2.0))
+        >>> average([(0.75, one), (0.25, two)])
+        {'loss': tensor(1.2500), 'max_ratio': tensor(2.)}
+    """
+    values = {name: torch.stack([part[name] for _, part in parts]) for name in parts[0][1]}
+    shares = torch.tensor([share for share, _ in parts], device=values["loss"].device)
+    return {name: value.amax() if name == "max_ratio" else shares @ value for name, value in values.items()}

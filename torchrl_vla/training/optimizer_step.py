@@ -14,7 +14,7 @@ from torchrl.objectives import LossModule
 from torchrl_vla.config import PPOConfig
 from torchrl_vla.distributed.ranks import ALONE, OneProcess
 from torchrl_vla.modules.openvla.graphs import GraphRecorder
-from torchrl_vla.objectives.combining import combine
+from torchrl_vla.objectives.combining import average, combine
 from torchrl_vla.training.backward_pass import BackwardPass, Normalized, RecordedPass
 from torchrl_vla.training.micro_batch import MicroBatch, free_memory
 from torchrl_vla.training.schedule import LearningRateSchedule
@@ -159,10 +159,7 @@ class OptimizerStep:
         if self._ranks.size > 1:
             sent = [(share, {name: value.cpu() for name, value in part.items()}) for share, part in parts]
             parts = [part for ranks in self._ranks.gather(sent) for part in ranks]
-        if counts is not None:
-            return combine([part for _, part in parts])
-        weights = torch.tensor([share for share, _ in parts], device=parts[0][1]["loss"].device)
-        return {name: weights @ torch.stack([part[name] for _, part in parts]) for name in parts[0][1]}
+        return average(parts) if counts is None else combine([part for _, part in parts])
 
     def _choose_micro_batch(self, minibatch: TensorDictBase, counts: TensorDictBase | None) -> None:
         moments = 0 if self.optimizer.state else 2 * sum(p.nbytes for p in self.parameters)
