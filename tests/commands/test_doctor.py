@@ -38,7 +38,8 @@ def test_the_bundled_policy_fits(tmp_path: Path, capsys: pytest.CaptureFixture) 
     table = capsys.readouterr().out
     assert "can seed RL   yes" in table and f"Findings: {out}" in table and "problem" not in table
     found = json.loads(out.read_text())
-    assert found["fits"] and found["mode"] == "tokens" and found["statistics"] == ["libero_spatial"]
+    assert found["fits"] and found["mode"] == "tokens"
+    assert found["statistics"] == ["libero_10", "libero_goal", "libero_object", "libero_spatial"]
     # 7.5 million run, and those that no forward reads.
     assert found["parameters"] == 8_055_680 and found["parameters_by_part"]["unused"] == 595_456
     assert found["memory"]["rollout"]["weights"] == 4 * (8_055_680 - 595_456)
